@@ -1,0 +1,106 @@
+"""Watch the curvature of a small convolutional network while it learns real images.
+
+    python examples/demo.py                                  # scikit-learn's digits
+    python examples/demo.py --data FOLDER --max-epochs 3     # MNIST, Fashion-MNIST, CIFAR-10
+
+Then open the page that the last line names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import lightning_utilities  # noqa: F401 - one namespace is enough, whichever is installed
+import torch
+from image_data import load_images
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchmetrics.functional import accuracy
+
+import lla_callbacks
+from lla_callbacks.report.words import describe_change
+
+try:
+    import pytorch_lightning as pl
+    from pytorch_lightning.loggers import TensorBoardLogger
+except ModuleNotFoundError:
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+
+class SmallConvNet(pl.LightningModule):
+    """Three convolutions with batch norm and a linear head; SGD with momentum."""
+
+    def __init__(self, channels: int, lr: float) -> None:
+        super().__init__()
+        self.lr = lr
+        widths = [channels, 16, 32, 32]
+        self.features = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(a, b, 3, stride=1 + (i > 0), padding=1, bias=False),
+                    nn.BatchNorm2d(b),
+                    nn.ReLU(),
+                )
+                for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            )
+        )
+        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(32, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean(dim=(2, 3)))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        logits = self(batch[0])
+        self.log("val_loss", F.cross_entropy(logits, batch[1]))
+        right = accuracy(logits, batch[1], task="multiclass", num_classes=10)
+        self.log("val_accuracy", right, prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with MNIST, Fashion-MNIST or CIFAR-10")
+    parser.add_argument("--max-epochs", type=int, default=40)
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--bundle", choices=["economy", "standard", "paper"], default="standard")
+    parser.add_argument("--logs", type=Path, default=Path("logs"), help="where TensorBoard looks")
+    arguments = parser.parse_args()
+
+    pl.seed_everything(0)
+    train, test = load_images(arguments.data)
+    callbacks = getattr(lla_callbacks, arguments.bundle)(every_n_epochs=4)
+    trainer = pl.Trainer(
+        max_epochs=arguments.max_epochs,
+        accelerator="cpu",
+        logger=TensorBoardLogger(arguments.logs, name="demo"),
+        callbacks=callbacks,
+        log_every_n_steps=10,
+        enable_model_summary=False,
+    )
+    trainer.fit(
+        SmallConvNet(channels=train.tensors[0].shape[1], lr=arguments.lr),
+        DataLoader(train, batch_size=64, shuffle=True),
+        DataLoader(test, batch_size=500),
+    )
+
+    history = callbacks[0].history
+    print(f"\nAfter {trainer.global_step} steps, test accuracy "
+          f"{float(trainer.callback_metrics['val_accuracy']):.1%}.\n")  # fmt: skip
+    print(history[-1][1].summary())
+    print("\n" + describe_change(history))
+    print(f"\nMeasuring took {callbacks[0].budget.overhead:.0%} of the training time. See it all:\n"
+          f"    tensorboard --logdir {arguments.logs} --samples_per_plugin images=0")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

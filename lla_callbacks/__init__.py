@@ -1,0 +1,19 @@
+"""Watch the curvature of the loss while a network trains: callbacks for PyTorch Lightning."""
+
+from lla_callbacks.callbacks.bundles import economy, paper, standard
+from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
+from lla_callbacks.functions import measure_hessian
+from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.report.hessian_report import HessianReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HessianMonitor",
+    "HessianReport",
+    "MeasurementError",
+    "economy",
+    "measure_hessian",
+    "paper",
+    "standard",
+]

@@ -1,0 +1,129 @@
+"""Both Lightning namespaces, and the only place that touches Lightning's private members."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+_NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
+
+
+def _bases(path: str, name: str) -> tuple[type, ...]:
+    """Return the class of this name from every installed namespace."""
+    found: list[type] = []
+    for namespace in _NAMESPACES:
+        try:
+            found.append(getattr(importlib.import_module(namespace + path), name))
+        except ModuleNotFoundError:
+            continue
+    if not found:
+        raise ModuleNotFoundError(
+            "lla_callbacks needs Lightning: pip install pytorch-lightning (or lightning)."
+        )
+    return tuple(dict.fromkeys(found))
+
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+else:
+    # The packages are mirrored copies without inheritance; a class of both passes both.
+    Callback = type("Callback", _bases("", "Callback"), {})
+    MisconfigurationException = type(
+        "MisconfigurationException",
+        _bases(".utilities.exceptions", "MisconfigurationException"),
+        {},
+    )
+
+
+@contextlib.contextmanager
+def muted_loggers(trainer: Any) -> Iterator[None]:
+    """Put dummy loggers in the place of a Trainer's own, for users who write to them."""
+    namespace = type(trainer).__module__.rpartition(".trainer.")[0]
+    dummy = importlib.import_module(f"{namespace}.loggers.logger").DummyLogger
+    loggers = trainer.loggers
+    trainer.loggers = [dummy() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+def true_precision_context(trainer: Any) -> Any:
+    """Return the context in which a step of this Trainer sees its default dtype.
+
+    Mixed precision is left out: curvature is computed in full precision. "True" precision
+    keeps its dtype, since the weights themselves have it.
+    """
+    plugin = getattr(trainer, "precision_plugin", None)
+    if plugin is None or "Mixed" in type(plugin).__name__:
+        return contextlib.nullcontext()
+    return plugin.train_step_context()
+
+
+def shards_parameters(trainer: Any, module: nn.Module) -> bool:
+    """Return whether parameters are spread over processes (FSDP, DeepSpeed)."""
+    strategy = type(getattr(trainer, "strategy", None)).__name__
+    if any(sign in strategy for sign in ("FSDP", "DeepSpeed", "ModelParallel")):
+        return True
+    return any("FSDP" in type(m).__name__ for m in module.modules())
+
+
+def is_barebones(trainer: Any) -> bool:
+    """Return whether the Trainer was asked to do nothing but train."""
+    return bool(getattr(trainer, "barebones", False))
+
+
+@contextlib.contextmanager
+def progress(trainer: Any, description: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Show a measurement in the Trainer's own progress bar; yields ``advance(count)``.
+
+    Inside Rich's live display where that is the bar, else as one tqdm line below the
+    bar's own. Without a bar, or on another rank than the first, nothing is shown.
+    """
+    bar = getattr(trainer, "progress_bar_callback", None)
+    if bar is None or not trainer.is_global_zero or not getattr(bar, "is_enabled", False):
+        yield lambda count=1: None
+        return
+    live = getattr(bar, "progress", None)
+    if live is not None and hasattr(live, "add_task"):
+        task = _rich_task(bar, live, description, total)
+
+        def advance(count: int = 1) -> None:
+            live.update(task, advance=count)
+            bar.refresh()
+
+        try:
+            yield advance
+        finally:
+            # Hidden, not removed: Lightning finds its own tasks by position.
+            live.update(task, visible=False)
+            bar.refresh()
+        return
+    from tqdm.auto import tqdm
+
+    position = 2 + getattr(bar, "process_position", 0)
+    line = tqdm(
+        desc=description, total=total, leave=False, dynamic_ncols=True, file=sys.stdout,
+        position=position, delay=0.5,
+    )  # fmt: skip
+    try:
+        yield line.update
+    finally:
+        line.close()
+
+
+def _rich_task(bar: Any, live: Any, description: str, total: int) -> Any:
+    """Return one task for all measurements of a display."""
+    task = getattr(live, "_lla_callbacks_task", None)
+    if task is None or task not in live.task_ids:
+        # Lightning's own columns read these fields.
+        task = live.add_task(f"[dim]{description}", total=total, visible=False)
+        live._lla_callbacks_task = task
+    live.reset(task, total=total, description=f"[dim]{description}", visible=True)
+    return task

@@ -1,0 +1,28 @@
+"""The user's own loss, inside a Trainer: the training step replayed, nothing noticed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lla_callbacks.callbacks.compat import muted_loggers, true_precision_context
+from lla_callbacks.landscape.objective import Loss
+from lla_callbacks.landscape.training_step import replay_training_step
+
+
+def trainer_loss(trainer: Any, loss: Loss | None) -> Loss:
+    """Return ``loss(module, batch)`` that runs in the Trainer's surroundings.
+
+    Args:
+        trainer: Its loggers are replaced by dummies meanwhile, and a "true" precision
+            keeps its dtype.
+        loss: The user's loss; ``None`` replays ``training_step``.
+    """
+    inner = replay_training_step if loss is None else loss
+
+    def evaluate(module: nn.Module, batch: Any) -> Tensor:
+        with muted_loggers(trainer), true_precision_context(trainer):
+            return inner(module, batch)
+
+    return evaluate

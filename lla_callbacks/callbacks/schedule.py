@@ -1,0 +1,81 @@
+"""When to measure: a schedule, and a budget that may postpone it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+# Share of training time that measurements may take where the user set no schedule.
+DEFAULT_OVERHEAD = 0.05
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every so many optimizer steps, epochs, or both.
+
+    Attributes:
+        every_n_train_steps: In optimizer steps, as ModelCheckpoint counts them.
+        every_n_epochs: In training epochs.
+
+    Raises:
+        ValueError: If a number is not a positive whole one.
+    """
+
+    every_n_train_steps: int | None = None
+    every_n_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_train_steps", "every_n_epochs"):
+            value = getattr(self, name)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise ValueError(
+                    f"{name} is {value!r}; give a whole number of at least 1, or None for "
+                    "no schedule of this kind."
+                )
+
+    def after_step(self, global_step: int) -> bool:
+        """Return whether a measurement is due once this many optimizer steps are done."""
+        return self.every_n_train_steps is not None and global_step % self.every_n_train_steps == 0
+
+    def after_epoch(self, epoch: int) -> bool:
+        """Return whether one is due at the end of this epoch, counted from 0."""
+        return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0
+
+
+class Budget:
+    """Keeps measurements below a share of training time.
+
+    Args:
+        max_overhead: Largest share, e.g. 0.05; ``None`` for no limit.
+    """
+
+    def __init__(self, max_overhead: float | None) -> None:
+        self.max_overhead = max_overhead
+        self.spent = 0.0
+        self._last_cost = 0.0
+        self._began = time.monotonic()
+
+    def start(self) -> None:
+        """Begin to count, at the start of training."""
+        self.spent = self._last_cost = 0.0
+        self._began = time.monotonic()
+
+    def spend(self, seconds: float) -> None:
+        """Book one measurement."""
+        self.spent += seconds
+        self._last_cost = seconds
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of measurement per second of training, so far; NaN before training."""
+        training = time.monotonic() - self._began - self.spent
+        return self.spent / training if training > 0 else float("nan")
+
+    def allows(self) -> bool:
+        """Return whether a measurement as long as the last one fits in the budget."""
+        if self.max_overhead is None:
+            return True
+        training = time.monotonic() - self._began - self.spent
+        return self.spent + self._last_cost <= self.max_overhead * training

@@ -1,0 +1,1 @@
+"""Losses of modules on batches, and what is measured of them: no Lightning, no drawing."""

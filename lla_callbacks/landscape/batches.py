@@ -1,0 +1,77 @@
+"""Batches of any structure: how many samples, copies, parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import copy
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+
+def sample_count(batch: Any) -> int:
+    """Return the number of samples in a batch: the first tensor's leading size.
+
+    Objects that are no plain container (a graph batch, say) answer with ``num_graphs`` or
+    ``len``. A batch without either counts as one sample.
+    """
+    for tensor in tensors_of(batch):
+        if tensor.ndim:
+            return int(tensor.shape[0])
+    for attribute in ("num_graphs", "batch_size"):
+        if isinstance(getattr(batch, attribute, None), int):
+            return int(getattr(batch, attribute))
+    return len(batch) if hasattr(batch, "__len__") else 1
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return every tensor in a batch of nested containers, in order."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    return found
+
+
+def hold(batch: Any) -> Any:
+    """Return a copy of a batch on the CPU that shares nothing with it."""
+    return _map(batch, lambda t: t.detach().to("cpu", copy=True))
+
+
+def fresh(batch: Any, device: torch.device) -> Any:
+    """Return a copy of a held batch on a device, free to be changed by a training step."""
+
+    def move(tensor: Tensor) -> Tensor:
+        # Also makes an ordinary tensor out of one that was made under inference mode.
+        with torch.inference_mode(False):
+            return tensor.detach().to(device, copy=True)
+
+    return _map(batch, move)
+
+
+def split(batch: Any, size: int) -> Iterator[Any]:
+    """Yield parts of at most ``size`` samples; tensors of another leading size are shared.
+
+    Raises:
+        TypeError: If the batch holds no tensor that could be split.
+    """
+    count = sample_count(batch)
+    if not any(t.ndim and t.shape[0] == count for t in tensors_of(batch)):
+        raise TypeError(
+            f"a batch of type {type(batch).__name__} cannot be split: leave out microbatch_size."
+        )
+    for start in range(0, count, size):
+        yield _map(
+            batch,
+            lambda t, start=start: (
+                t[start : start + size] if t.ndim and t.shape[0] == count else t
+            ),
+        )
+
+
+def _map(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor of a batch, building new containers."""
+    # A graph batch and its like are no containers, but know how to map their own tensors.
+    if not isinstance(batch, (Tensor, nn.Module)) and callable(getattr(batch, "apply", None)):
+        return copy(batch).apply(function)
+    return apply_to_collection(batch, Tensor, function, allow_frozen=True)

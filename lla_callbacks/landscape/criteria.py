@@ -1,0 +1,84 @@
+"""Scalars of a spectrum, from the nodes and weights of a stochastic Lanczos quadrature.
+
+Each function takes the nodes ``theta`` (ascending) and weights ``w`` (non-negative, sum 1)
+of *one* Lanczos run, as float64 tensors of shape ``(num_steps,)``. Where a criterion is
+not defined it is NaN, never an exception: a spectrum without a positive part is rare but
+real (before the first step of a badly scaled network), and the run goes on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Nodes within this share of the largest magnitude are zero up to float32 rounding.
+ROUNDING = 10 * torch.finfo(torch.float32).eps
+
+# Below this ratio of extremes LLA calls a spectrum "mainly negative" (`mp_hesd_check`).
+MAINLY_POSITIVE_ABOVE = -0.6
+
+
+def extreme_ratio(nodes: Tensor) -> float:
+    """Return ``theta_min / theta_max``, LLA's ``C_t`` (Gabdullin 2025); its magnitude is ``r_e``.
+
+    NaN where ``theta_max <= 0``: the ratio would turn positive and mean nothing.
+    """
+    largest = float(nodes[-1])
+    return float(nodes[0]) / largest if largest > 0 else math.nan
+
+
+def negative_to_positive(nodes: Tensor, weights: Tensor, power: float) -> float:
+    """Return LLA's ``K_H^n`` (Gabdullin 2024), ``n = power``; KH05 is ``power=0.5``.
+
+    ``sum_{theta<0} |theta w|^n / sum_{theta>0} (theta w)^n``. About 1 at initialisation
+    and towards 0 in training. For ``n < 1`` it **depends on the depth** of the Lanczos run
+    (splitting a node into k multiplies its share by ``k^(1-n)``), so values compare only
+    at equal ``num_steps``; published ones use 100. For ``n = 1`` it tends to
+    ``tr |H_-| / tr H_+`` and does not depend on the depth. NaN without a positive node.
+    """
+    threshold = ROUNDING * float(nodes.abs().max())
+    mass = (nodes.abs() * weights) ** power
+    positive = float(mass[nodes > threshold].sum())
+    return float(mass[nodes < -threshold].sum()) / positive if positive > 0 else math.nan
+
+
+def mainly_positive(nodes: Tensor) -> float:
+    """Return 1 for LLA's "mainly positive" spectrum type, 0 for "mainly negative".
+
+    By ``C_t >= -0.6``. Expect 0 at initialisation, where spectra are nearly symmetric.
+    """
+    ratio = extreme_ratio(nodes)
+    return math.nan if math.isnan(ratio) else float(ratio >= MAINLY_POSITIVE_ABOVE)
+
+
+def negative_mass(nodes: Tensor, weights: Tensor) -> float:
+    """Return ``sum_{theta<0} w``: the fraction of eigenvalues that are negative."""
+    threshold = ROUNDING * float(nodes.abs().max())
+    return float(weights[nodes < -threshold].sum())
+
+
+def frobenius_norm(nodes: Tensor, weights: Tensor, dim: int) -> float:
+    """Return ``||H||_F = sqrt(dim sum w theta^2)``."""
+    return math.sqrt(dim * float((weights * nodes**2).sum()))
+
+
+def stable_rank(nodes: Tensor, weights: Tensor, dim: int) -> float:
+    """Return ``||H||_F^2 / ||H||_2^2``: how many eigenvalues carry the spectrum.
+
+    NaN for the zero matrix.
+    """
+    norm = float(nodes.abs().max())
+    return frobenius_norm(nodes, weights, dim) ** 2 / norm**2 if norm > 0 else math.nan
+
+
+def effective_dimension(nodes: Tensor, weights: Tensor, dim: int, precision: float = 1.0) -> float:
+    """Return ``N_eff = dim sum_{theta>0} w theta / (theta + z)``, ``z = precision``.
+
+    The number of directions that the loss determines better than a Gaussian prior of
+    precision ``z`` does (MacKay 1992; Maddox et al. 2020, equation 3). ``z`` is in units of
+    the mean loss's curvature; 1 is Maddox et al.'s choice.
+    """
+    positive = nodes.clamp(min=0)
+    return dim * float((weights * positive / (positive + precision)).sum())

@@ -1,0 +1,397 @@
+"""One spectrum run that feeds eigenvalues, traces, density and criteria together."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.landscape import criteria
+from lla_callbacks.landscape.layers import layer_parameters
+from lla_callbacks.landscape.objective import Objective
+from lla_callbacks.landscape.stability import StabilityLimit
+from lla_callbacks.linalg.density import sampling_error
+from lla_callbacks.linalg.hessian import HessianOperator
+from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
+from lla_callbacks.linalg.operators import ScaledOperator
+from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
+
+# Which eigenvalue the ratio lambda_1 / lambda_k names, and how many eigenvectors span the
+# subspace that the gradient is projected on. Choice: fewer than most tasks have classes, so
+# that they are outliers, which a short run resolves.
+NUM_TOP = 5
+
+# Relative residual at which the preconditioned Lanczos run of Adam's stability stops: on a
+# ResNet-20 it takes 5 to 11 products.
+STABILITY_RTOL = 0.05
+
+# With a wanted relative error, no stop before this many probes: fewer give no honest sem.
+LEAST_PROBES = 5
+
+
+class Eigenvalue(float):
+    """An eigenvalue that carries its residual, and is a plain number otherwise.
+
+    Attributes:
+        residual: ``||H u - lambda u||``: a true eigenvalue lies within it.
+    """
+
+    residual: float
+
+    def __new__(cls, value: float, residual: float) -> Eigenvalue:
+        made = super().__new__(cls, value)
+        made.residual = residual
+        return made
+
+    def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
+        return float(self), self.residual
+
+    def __repr__(self) -> str:
+        return f"{float(self):.6g} (residual {self.residual:.1g})"
+
+
+class LayerTrace(NamedTuple):
+    """Trace of the Hessian over the parameters of one layer, with its standard error."""
+
+    value: float
+    sem: float
+
+
+@dataclass(frozen=True)
+class HessianSettings:
+    """How a Hessian is measured.
+
+    Attributes:
+        num_steps: Depth of each Lanczos run. Default 30: measured on a convolutional net,
+            an MLP, a transformer and a ResNet-20, it resolves the extremes and leaves the
+            trace's error smaller than deeper or shallower runs of the same total cost.
+        num_probes: Probes for the trace, one product each. Default 15, by the same
+            measurement (docs/benchmarks/trace_estimators.md): a share of one third to one
+            half of all products.
+        num_runs: Independent Lanczos runs for density and criteria (``n_v`` in LLA). The
+            start vectors of all but the first serve as trace probes too. Default 1.
+        layers: Layers whose traces are told apart; see
+            :func:`~lla_callbacks.landscape.layers.layer_parameters`.
+        eig_rtol: Stop a Lanczos run early once both extreme residuals are at most this
+            share of the largest eigenvalue. ``None``: always full depth, as criteria that
+            depend on the depth need.
+        trace_rtol: Stop adding probes once the standard error of the trace is at most this
+            share of it; ``num_probes`` is then the largest number.
+        seed: Fixes every random vector.
+        chunk_size: Vectors in one backward pass; the results do not depend on it.
+
+    Raises:
+        ValueError: Naming the setting, what was given, and what is allowed.
+    """
+
+    num_steps: int = 30
+    num_probes: int = 15
+    num_runs: int = 1
+    layers: Sequence[str] | None = None
+    eig_rtol: float | None = None
+    trace_rtol: float | None = None
+    seed: int = 0
+    chunk_size: int = 1
+
+    def __post_init__(self) -> None:
+        least = {"num_steps": 2, "num_probes": 2, "num_runs": 1, "seed": 0, "chunk_size": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+                raise ValueError(f"{name} is {value!r}; give a whole number of at least {bound}.")
+        for name in ("eig_rtol", "trace_rtol"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < 1):
+                raise ValueError(f"{name} is {value!r}; give a number between 0 and 1, or None.")
+        if isinstance(self.layers, str) or (
+            self.layers is not None and not all(isinstance(x, str) for x in self.layers)
+        ):
+            raise ValueError(
+                f"layers is {self.layers!r}; give a list of module paths or patterns, such as "
+                "['encoder.*', 'head'], or None for every layer."
+            )
+
+    @property
+    def max_matvecs(self) -> int:
+        """Products that a measurement takes at most, a stability run of Adam left out."""
+        return self.num_runs * self.num_steps + max(0, self.num_probes - self.num_runs + 1)
+
+
+@dataclass(frozen=True)
+class HessianMeasurement:
+    """What one measurement found. Eigenvalues are in units of loss per squared parameter.
+
+    Attributes:
+        lambda_max: Largest (algebraic) eigenvalue, with its residual.
+        lambda_min: Smallest (algebraic) eigenvalue, with its residual.
+        trace: Trace of the Hessian.
+        trace_sem: Its standard error.
+        layer_traces: Layer to trace and standard error.
+        nodes: Quadrature nodes of all runs, shape ``(num_runs * num_steps,)``, float64.
+        weights: Their weights, same shape, sum 1: ``num_params * sum(weights * f(nodes))``
+            estimates ``tr f(H)``.
+        run_sizes: How many nodes each run contributed, in order.
+        eigenvalues: Ritz values of the first run, ascending, shape ``(num_steps,)``.
+        eigenvalue_residuals: Their residuals.
+        criteria: Name to value; NaN where undefined. See docs/reading.md for each.
+        criteria_errors: Name to standard error (sampling) or bound (residuals).
+        loss: The loss on the held batches.
+        gradient_norm: Norm of its gradient.
+        num_matvecs: Hessian-vector products spent.
+        num_params: Trainable parameters, the Hessian's dimension.
+        num_samples: Samples behind the loss.
+        num_steps: Lanczos depth reached (KH05 compares only at equal depth).
+        num_probes: Trace probes used.
+        mode: Normalization mode.
+        precision: Dtype in which curvature was computed.
+        seed: Seed of the random vectors.
+        seconds: Wall time.
+    """
+
+    lambda_max: Eigenvalue
+    lambda_min: Eigenvalue
+    trace: float
+    trace_sem: float
+    layer_traces: Mapping[str, LayerTrace]
+    nodes: Tensor
+    weights: Tensor
+    run_sizes: tuple[int, ...]
+    eigenvalues: Tensor
+    eigenvalue_residuals: Tensor
+    criteria: Mapping[str, float]
+    criteria_errors: Mapping[str, float]
+    loss: float
+    gradient_norm: float
+    num_matvecs: int
+    num_params: int
+    num_samples: int
+    num_steps: int
+    num_probes: int
+    mode: str
+    precision: str
+    seed: int
+    seconds: float
+
+    @property
+    def spectrum_type(self) -> str:
+        """LLA's type of the spectrum, in words."""
+        value = self.criteria["mainly_positive"]
+        if math.isnan(value):
+            return "undefined"
+        return "mainly positive" if value == 1.0 else "mainly negative"
+
+
+def measure(
+    objective: Objective,
+    settings: HessianSettings,
+    *,
+    limit: StabilityLimit | None = None,
+    listener: Callable[[int], object] | None = None,
+) -> HessianMeasurement:
+    """Return everything that one spectrum run tells about the Hessian of an objective.
+
+    Args:
+        objective: The loss.
+        settings: How to measure.
+        limit: Stability limit of the optimizer, for the criterion ``stability``; NaN
+            without one.
+        listener: Called after products, with their number.
+
+    Raises:
+        MeasurementError: If the loss or a product is not finite or cannot be had.
+    """
+    began = time.perf_counter()
+    hessian = objective.hessian(chunk_size=settings.chunk_size)
+    hessian.listener = listener
+    try:
+        names = layer_parameters(objective.module, hessian.space, settings.layers)
+        blocks = {layer: hessian.space.index(n).to(hessian.device) for layer, n in names.items()}
+        runs, traces = _run(hessian, settings, blocks)
+        extremes = _extremes(runs)
+        values, errors = _criteria(hessian, runs, extremes, traces)
+        stability = _stability(hessian, limit, extremes[1], settings)
+        values["stability"], errors["stability"] = stability, stability.residual
+    finally:
+        hessian.release()
+    return HessianMeasurement(
+        lambda_max=extremes[1],
+        lambda_min=extremes[0],
+        trace=traces.value,
+        trace_sem=traces.sem,
+        layer_traces={name: LayerTrace(*pair) for name, pair in traces.blocks.items()},
+        nodes=torch.cat([run.values for run in runs]),
+        weights=torch.cat([run.weights for run in runs]) / len(runs),
+        run_sizes=tuple(run.num_steps for run in runs),
+        eigenvalues=runs[0].values,
+        eigenvalue_residuals=runs[0].residuals,
+        criteria=values,
+        criteria_errors=errors,
+        loss=hessian.loss,
+        gradient_norm=float(hessian.gradient.norm()),
+        num_matvecs=hessian.num_matvecs,
+        num_params=hessian.shape[0],
+        num_samples=objective.num_samples,
+        num_steps=max(run.num_steps for run in runs),
+        num_probes=traces.num_probes,
+        mode=objective.mode,
+        precision=str(hessian.dtype).removeprefix("torch."),
+        seed=settings.seed,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _run(
+    hessian: HessianOperator, settings: HessianSettings, blocks: Mapping[str, Tensor]
+) -> tuple[list[LanczosRun], TraceEstimate]:
+    """Spend the products: Lanczos runs, then probes of what the first run left open."""
+    source = generator(settings.seed)
+
+    def probe() -> Tensor:
+        dim, device = hessian.shape[0], hessian.device
+        return rademacher(dim, source, dtype=hessian.dtype, device=device)
+
+    runs = [lanczos(hessian, probe(), settings.num_steps, rtol=settings.eig_rtol)]
+    estimator = TraceEstimator(hessian, blocks, runs[0])
+    for _ in range(settings.num_runs - 1):
+        start = probe()
+        runs.append(lanczos(hessian, start, settings.num_steps, rtol=settings.eig_rtol))
+        estimator.add_run(runs[-1], start)
+    while estimator.num_probes < settings.num_probes:
+        if settings.trace_rtol is not None and estimator.num_probes >= LEAST_PROBES:
+            reached = estimator.estimate()
+            if reached.sem <= settings.trace_rtol * abs(reached.value):
+                break
+        estimator.add_probe(source)
+    return runs, estimator.estimate()
+
+
+def _extremes(runs: Sequence[LanczosRun]) -> tuple[Eigenvalue, Eigenvalue]:
+    """Return the smallest and the largest Ritz value of all runs.
+
+    A Ritz value never lies outside of the spectrum, so the outermost one is the best.
+    """
+    lowest = min(runs, key=lambda run: float(run.values[0]))
+    highest = max(runs, key=lambda run: float(run.values[-1]))
+    return (
+        Eigenvalue(float(lowest.values[0]), float(lowest.residuals[0])),
+        Eigenvalue(float(highest.values[-1]), float(highest.residuals[-1])),
+    )
+
+
+def _criteria(
+    hessian: HessianOperator,
+    runs: Sequence[LanczosRun],
+    extremes: tuple[Eigenvalue, Eigenvalue],
+    traces: TraceEstimate,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the criteria and their errors, at no further product."""
+    dim = hessian.shape[0]
+    values: dict[str, float] = {}
+    errors: dict[str, float] = {}
+
+    def over_runs(name: str, function: Callable[[Tensor, Tensor], float]) -> None:
+        singles = [function(run.values, run.weights) for run in runs]
+        spread = [
+            sampling_error(lambda w, run=run: function(run.values, w), run.weights, dim)  # type: ignore[misc]
+            for run in runs
+        ]
+        values[name] = sum(singles) / len(runs)
+        errors[name] = math.sqrt(sum(s * s for s in spread)) / len(runs)
+
+    over_runs("kh05", lambda t, w: criteria.negative_to_positive(t, w, 0.5))
+    over_runs("kh1", lambda t, w: criteria.negative_to_positive(t, w, 1.0))
+    over_runs("negative_mass", criteria.negative_mass)
+    over_runs("effective_dimension", lambda t, w: criteria.effective_dimension(t, w, dim))
+
+    # Ratios of extremes per run, as LLA averages them; the error comes from residuals.
+    ratios = [criteria.extreme_ratio(run.values) for run in runs]
+    bounds = [
+        _ratio_error(
+            float(run.values[0]), float(run.residuals[0]),
+            float(run.values[-1]), float(run.residuals[-1]),
+        )
+        for run in runs
+    ]  # fmt: skip
+    values["c_t"] = sum(ratios) / len(runs)
+    values["r_e"] = sum(map(abs, ratios)) / len(runs)
+    errors["c_t"] = errors["r_e"] = sum(bounds) / len(runs)
+    values["mainly_positive"] = criteria.mainly_positive(runs[0].values)
+    errors["mainly_positive"] = 0.0
+
+    # tr H^2 from the norms of all products: better than the quadrature, with a sem.
+    values["frobenius_norm"] = math.sqrt(traces.square)
+    errors["frobenius_norm"] = traces.square_sem / (2 * math.sqrt(max(traces.square, 1e-300)))
+    norm = max(extremes, key=abs)
+    if norm != 0:
+        values["stable_rank"] = traces.square / norm**2
+        errors["stable_rank"] = math.hypot(
+            traces.square_sem / norm**2, 2 * values["stable_rank"] * norm.residual / abs(norm)
+        )
+    else:
+        values["stable_rank"] = errors["stable_rank"] = math.nan
+
+    first = runs[0]
+    if first.num_steps >= NUM_TOP and float(first.values[-NUM_TOP]) > 0:
+        kth, kth_residual = float(first.values[-NUM_TOP]), float(first.residuals[-NUM_TOP])
+        values["eigenvalue_ratio"] = float(first.values[-1]) / kth
+        errors["eigenvalue_ratio"] = _ratio_error(
+            float(first.values[-1]), float(first.residuals[-1]), kth, kth_residual
+        )
+    else:
+        values["eigenvalue_ratio"] = errors["eigenvalue_ratio"] = math.nan
+    values["gradient_share"], errors["gradient_share"] = _gradient_share(hessian, first)
+    return values, errors
+
+
+def _ratio_error(top: float, top_error: float, bottom: float, bottom_error: float) -> float:
+    """Return the first-order error of ``top / bottom``, NaN where that is undefined."""
+    if not bottom > 0:
+        return math.nan
+    return math.hypot(top_error / bottom, top * bottom_error / bottom**2)
+
+
+def _gradient_share(hessian: HessianOperator, run: LanczosRun) -> tuple[float, float]:
+    """Return ``||P g||^2 / ||g||^2`` for the top eigenvectors, and a bound of its error.
+
+    Gur-Ari et al. 2018, section 2. By Davis and Kahan the projectors onto the Ritz vectors
+    and onto the eigenvectors differ by at most ``||residuals|| / gap``, and so does the
+    share, where ``gap`` separates the ``NUM_TOP`` largest eigenvalues from the rest.
+    """
+    square = float(hessian.gradient.square().sum(dtype=torch.float64))
+    if run.num_steps <= NUM_TOP or square == 0:
+        return math.nan, math.nan
+    top = list(range(run.num_steps - NUM_TOP, run.num_steps))
+    inside = run.vectors(top).T @ hessian.gradient
+    share = float(inside.square().sum(dtype=torch.float64)) / square
+    gap = float(run.values[-NUM_TOP] - run.values[-NUM_TOP - 1])
+    bound = float(run.residuals[top].norm()) / gap if gap > 0 else 1.0
+    return share, min(bound, 1.0)
+
+
+def _stability(
+    hessian: HessianOperator,
+    limit: StabilityLimit | None,
+    lambda_max: Eigenvalue,
+    settings: HessianSettings,
+) -> Eigenvalue:
+    """Return the optimizer's stability ratio: from lambda_max, or by a run of its own."""
+    if limit is None:
+        return Eigenvalue(math.nan, math.nan)
+    if limit.is_uniform:
+        scale = float(limit.diagonal[0])
+        return Eigenvalue(limit.ratio(lambda_max), scale * lambda_max.residual)
+    operator = ScaledOperator(hessian, limit.diagonal, limit.shift)
+    start = rademacher(
+        hessian.shape[0],
+        generator(settings.seed, 1),
+        dtype=hessian.dtype,
+        device=hessian.device,
+    )
+    run = lanczos(operator, start, settings.num_steps, rtol=STABILITY_RTOL, which="max")
+    return Eigenvalue(float(run.values[-1]), float(run.residuals[-1]))

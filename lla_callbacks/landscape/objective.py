@@ -1,0 +1,166 @@
+"""A module, batches and a loss, as one frozen and repeatable function of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lla_callbacks.landscape.batches import fresh, hold, sample_count, split
+from lla_callbacks.landscape.state import preserved, set_mode
+from lla_callbacks.landscape.twice_differentiable import twice_differentiable
+from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.linalg.hessian import HessianOperator, LossTerm
+
+Loss = Callable[[Any, Any], Tensor]
+Mode = Literal["batch", "eval"]
+
+# Graphs of all batches are kept for the whole run while they fit in this many bytes.
+# Choice: a small share of the memory of any machine that trains networks.
+GRAPH_MEMORY = 2 * 2**30
+
+
+class Objective:
+    """``L(weights) = sum_b n_b L_b / sum_b n_b`` on held batches, the same at every call.
+
+    Each evaluation runs inside :func:`~lla_callbacks.landscape.state.preserved`, so the
+    module is left as it was, and starts from the same random state, so that whatever is
+    random in the module is the same function each time.
+
+    Args:
+        module: Any module; its trainable parameters are the variables.
+        batches: Any iterable of batches; copies are held on the CPU.
+        loss: ``loss(module, batch)`` returns the scalar mean loss of one batch.
+        mode: Normalization mode. ``"batch"``: batch statistics, as in training.
+            ``"eval"``: running statistics.
+        dropout: Whether dropout stays on (with one fixed mask).
+        seed: Fixes whatever is random in a forward pass.
+        training: Train or eval mode of each submodule during training, where known.
+        microbatch_size: Split batches into parts of at most this many samples, to save
+            memory. Allowed where the loss is a mean over samples that do not see each
+            other; this is verified once, on the first batch.
+        graph_memory: Bytes that kept graphs may take; batches beyond that are
+            differentiated anew for every product (3 gradients instead of 2).
+
+    Attributes:
+        num_samples: Samples behind the loss.
+        num_batches: Batches behind the loss (parts, with ``microbatch_size``).
+
+    Raises:
+        ValueError: If a setting is not allowed or there is no batch.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Iterable[Any],
+        loss: Loss,
+        *,
+        mode: Mode = "batch",
+        dropout: bool = False,
+        seed: int = 0,
+        training: Mapping[nn.Module, bool] | None = None,
+        microbatch_size: int | None = None,
+        graph_memory: int = GRAPH_MEMORY,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
+        if microbatch_size is not None and microbatch_size < 1:
+            raise ValueError(f"microbatch_size is {microbatch_size}; give 1 or more, or None.")
+        self.module = module
+        self.mode: Mode = mode
+        self._loss = loss
+        self._dropout = dropout
+        self._seed = seed
+        self._training = training
+        self._graph_memory = graph_memory
+        self._batches = [hold(batch) for batch in batches]
+        if not self._batches:
+            raise ValueError("there is no batch to measure on: give at least one.")
+        parameters = self.parameters()
+        if not parameters:
+            raise ValueError(
+                f"{type(module).__name__} has no trainable parameter: unfreeze one first."
+            )
+        self._device = next(iter(parameters.values())).device
+        if microbatch_size is not None:
+            whole = self._batches
+            self._batches = [part for batch in whole for part in split(batch, microbatch_size)]
+            self._check_splittable(whole[0], list(split(whole[0], microbatch_size)))
+        self._counts = [sample_count(batch) for batch in self._batches]
+        self.num_samples = sum(self._counts)
+        self.num_batches = len(self._batches)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters by name; a shared one under its first name."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
+    def __call__(self) -> float:
+        """Return ``L`` at the present weights."""
+        with torch.inference_mode(False), torch.no_grad():
+            losses = [float(self._evaluate(batch)) for batch in self._batches]
+        return sum(w * v for w, v in zip(self._weights(), losses, strict=True))
+
+    def hessian(self, *, chunk_size: int = 1) -> HessianOperator:
+        """Return the Hessian of ``L`` at the present weights."""
+        keep = self._num_kept_graphs()
+        terms = [
+            LossTerm(lambda batch=batch: self._evaluate(batch), weight, keep=i < keep)  # type: ignore[misc]
+            for i, (batch, weight) in enumerate(zip(self._batches, self._weights(), strict=True))
+        ]
+        return HessianOperator(
+            terms, self.parameters(), chunk_size=chunk_size, context=self._context
+        )
+
+    def _weights(self) -> list[float]:
+        return [count / self.num_samples for count in self._counts]
+
+    def _context(self) -> AbstractContextManager[None]:
+        return twice_differentiable(dropout=self._dropout)
+
+    def _evaluate(self, batch: Any) -> Tensor:
+        """Return the loss of one held batch, with its graph if gradients are enabled."""
+        gradients = torch.is_grad_enabled()
+        with preserved(self.module, seed=self._seed), torch.set_grad_enabled(gradients):
+            set_mode(self.module, self.mode, dropout=self._dropout, training=self._training)
+            # Curvature in full precision: autocast would cost digits, not time, here.
+            with self._context(), torch.autocast(self._device.type, enabled=False):
+                return self._loss(self.module, fresh(batch, self._device))
+
+    def _num_kept_graphs(self) -> int:
+        """Return how many batches' graphs fit, judged by what one forward pass saves."""
+        if len(self._batches) == 1:
+            return 1
+        seen: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()
+
+        with torch.inference_mode(False), torch.enable_grad():
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                self._evaluate(self._batches[0])
+        weights = {p.untyped_storage().data_ptr() for p in self.parameters().values()}
+        saved = sum(size for pointer, size in seen.items() if pointer not in weights)
+        # The graph of a gradient holds the forward pass, the backward pass and their
+        # intermediates: about three times what the forward pass saves.
+        return max(1, int(self._graph_memory // (3 * saved + 1)))
+
+    def _check_splittable(self, whole: Any, parts: list[Any]) -> None:
+        counts = [sample_count(part) for part in parts]
+        with torch.inference_mode(False), torch.no_grad():
+            expected = float(self._evaluate(whole))
+            total = sum(float(self._evaluate(p)) * n for p, n in zip(parts, counts, strict=True))
+        found = total / sum(counts)
+        # Rounding differs between the two sums; a coupling of samples differs by far more.
+        if abs(found - expected) > 1e-4 * max(abs(expected), 1e-6):
+            raise MeasurementError(
+                f"microbatches change the loss from {expected:.6g} to {found:.6g}: the samples "
+                "of a batch see each other (batch statistics, a contrastive loss) or the loss "
+                "is not a mean over samples.",
+                "Leave out microbatch_size, or use mode='eval'.",
+            )

@@ -1,0 +1,236 @@
+"""Evaluate a module and leave no trace: everything a forward pass may change is restored."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+_TORCH_KEYS = frozenset(nn.Module().__dict__)
+
+
+@contextmanager
+def preserved(module: nn.Module, *, seed: int) -> Iterator[None]:
+    """Restore the module and every random stream on leaving, whatever happened inside.
+
+    Kept: random streams of python, numpy, torch's CPU and every initialised CUDA device
+    (inside, all start from ``seed``, so that two passes agree); buffers (clones are swapped
+    in, so that the originals keep value, identity and version); plain attributes of every
+    submodule, where torchmetrics keep their state and users their counters and lists;
+    gradients (parked); ``requires_grad``; train and eval modes; the gradient mode.
+
+    Not kept, since they cannot be seen: objects of the user's own classes, files, globals.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(preserved_random_streams(seed))
+        stack.enter_context(_preserved_attributes(module))
+        stack.enter_context(_preserved_buffers(module))
+        stack.enter_context(_preserved_gradients(module))
+        stack.enter_context(preserved_modes(module))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def weights_at(module: nn.Module, snapshot: Snapshot | None) -> Iterator[None]:
+    """Let a module have the weights and buffers of a snapshot; ``None`` changes nothing.
+
+    Parameters stay the same objects (optimizers and wrappers hold them) and get their
+    values, to the bit, back on leaving.
+    """
+    if snapshot is None:
+        yield
+        return
+    present = take_snapshot(module)
+    try:
+        _put(module, snapshot)
+        yield
+    finally:
+        _put(module, present)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Values of a module's trainable parameters and buffers at one moment, by name."""
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+
+
+def take_snapshot(module: nn.Module) -> Snapshot:
+    """Return copies of the trainable parameters and the buffers."""
+    return Snapshot(
+        {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad},
+        {n: b.detach().clone() for n, b in module.named_buffers()},
+    )
+
+
+def _put(module: nn.Module, snapshot: Snapshot) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in snapshot.parameters:
+                # .data: a graph that the user still holds does not see a new version.
+                parameter.data.copy_(snapshot.parameters[name])
+        for name, buffer in module.named_buffers():
+            if name in snapshot.buffers:
+                buffer.data.copy_(snapshot.buffers[name])
+
+
+@contextmanager
+def preserved_modes(module: nn.Module) -> Iterator[None]:
+    """Restore the train or eval mode of every submodule on leaving."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def set_mode(
+    module: nn.Module, mode: str, *, dropout: bool, training: Mapping[nn.Module, bool] | None
+) -> None:
+    """Put a module into a normalization mode, for use inside :func:`preserved`.
+
+    Args:
+        module: The module.
+        mode: ``"batch"``: as in training, normalization by batch statistics. ``"eval"``:
+            as in evaluation, normalization by running statistics.
+        dropout: Whether dropout stays as the mode has it; otherwise it is off.
+        training: How each submodule stands during training, where that is known (users
+            freeze parts by ``.eval()``); by default ``module.train()`` decides.
+    """
+    if mode == "eval":
+        for m in module.modules():
+            m.training = False
+        return
+    if training is None:
+        module.train()
+    else:
+        for m in module.modules():
+            m.training = training.get(m, True)
+    if not dropout:
+        for m in module.modules():
+            if isinstance(m, (_DropoutNd, nn.RNNBase)):
+                m.training = False
+
+
+@contextmanager
+def preserved_random_streams(seed: int) -> Iterator[None]:
+    """Restore every random stream on leaving; inside, all start from ``seed``."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed_all(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _preserved_attributes(module: nn.Module) -> Iterator[None]:
+    memo: dict[int, Any] = {}
+    saved: list[tuple[nn.Module, dict[str, Any]]] = []
+    try:
+        for m in module.modules():
+            originals = {key: value for key, value in m.__dict__.items() if _is_state(key)}
+            saved.append((m, originals))
+            # The copies go live, so that the originals come back untouched.
+            for key, value in originals.items():
+                m.__dict__[key] = _copy(value, memo)
+        yield
+    finally:
+        for m, originals in saved:
+            for key in [key for key in m.__dict__ if _is_state(key) and key not in originals]:
+                del m.__dict__[key]
+            m.__dict__.update(originals)
+
+
+def _is_state(key: str) -> bool:
+    return key not in _TORCH_KEYS
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy tensors, arrays and plain containers, keeping aliases; the rest stays itself."""
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    kind = type(value)
+    copied = value
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        copied = value.detach().clone() if value.is_leaf else value
+    elif isinstance(value, np.ndarray):
+        copied = value.copy()
+    elif isinstance(value, (random.Random, np.random.Generator, torch.Generator)):
+        copied = _copy_generator(value)
+    elif kind in (list, tuple, set, deque):
+        items = [_copy(item, memo) for item in value]
+        copied = deque(items, value.maxlen) if kind is deque else kind(items)
+    elif kind in (dict, OrderedDict, defaultdict):
+        copied = value.copy()
+        for key, item in value.items():
+            copied[key] = _copy(item, memo)
+    memo[id(value)] = copied
+    return copied
+
+
+def _copy_generator(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        copied = torch.Generator(device=value.device)
+        copied.set_state(value.get_state())
+        return copied
+    if isinstance(value, random.Random):
+        twin = random.Random()
+        twin.setstate(value.getstate())
+        return twin
+    twin_bits = type(value.bit_generator)()
+    twin_bits.state = value.bit_generator.state
+    return np.random.Generator(twin_bits)
+
+
+@contextmanager
+def _preserved_buffers(module: nn.Module) -> Iterator[None]:
+    saved: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+    clones: dict[int, Tensor] = {}
+    try:
+        for m in module.modules():
+            saved.append((m, dict(m._buffers)))
+            for name, buffer in m._buffers.items():
+                if buffer is not None:
+                    clone = clones.setdefault(id(buffer), buffer.detach().clone())
+                    m._buffers[name] = clone
+        yield
+    finally:
+        for m, buffers in saved:
+            m._buffers.clear()
+            m._buffers.update(buffers)
+
+
+@contextmanager
+def _preserved_gradients(module: nn.Module) -> Iterator[None]:
+    saved = [(p, p.grad, p.requires_grad) for p in module.parameters()]
+    try:
+        for p, _, _ in saved:
+            p.grad = None
+        yield
+    finally:
+        for p, gradient, requires_grad in saved:
+            p.requires_grad_(requires_grad)
+            p.grad = gradient

@@ -1,0 +1,27 @@
+"""What can go wrong while curvature is measured, each with its remedy."""
+
+from __future__ import annotations
+
+
+class MeasurementError(RuntimeError):
+    """A measurement that could not be completed.
+
+    Args:
+        message: What happened, naming what was seen.
+        remedy: What the user can do about it, in one sentence.
+
+    Attributes:
+        remedy: The same sentence, for callers that show it apart.
+    """
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(f"{message} {remedy}")
+        self.remedy = remedy
+
+
+class NonFiniteError(MeasurementError):
+    """A loss, a gradient or a Hessian-vector product is NaN or infinite."""
+
+
+class NoSecondDerivativeError(MeasurementError):
+    """An operation of the model cannot be differentiated twice."""

@@ -1,0 +1,180 @@
+"""Lanczos tridiagonalisation with full re-orthogonalisation, and its Ritz pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.linalg.operators import SymmetricOperator
+
+
+@dataclass(frozen=True)
+class LanczosRun:
+    """The factorisation ``A Q = Q T + beta q e_k'`` after ``k`` steps.
+
+    Attributes:
+        diagonal: ``alpha``, shape ``(k,)``, float64 on the CPU.
+        off_diagonal: ``beta`` between basis vectors, shape ``(k - 1,)``, float64, CPU.
+        basis: ``Q``, shape ``(k, dim)``: basis vectors as *rows*, in the operator's dtype.
+        next_vector: ``q``, the unit vector that would come next, shape ``(dim,)``; zeros
+            after a breakdown.
+        next_norm: ``beta``, its coefficient; 0 after a breakdown.
+        first_product: ``A z`` of the start vector ``z`` as given, shape ``(dim,)``.
+        start_norm: ``||z||``.
+        broke_down: Whether an invariant subspace was found. The Ritz pairs are then exact
+            eigenpairs, and the quadrature is exact for this start vector.
+    """
+
+    diagonal: Tensor
+    off_diagonal: Tensor
+    basis: Tensor
+    next_vector: Tensor
+    next_norm: float
+    first_product: Tensor
+    start_norm: float
+    broke_down: bool
+
+    @property
+    def num_steps(self) -> int:
+        """Depth ``k`` that was reached."""
+        return self.diagonal.numel()
+
+    @cached_property
+    def _eigh(self) -> tuple[Tensor, Tensor]:
+        tridiagonal = torch.diag(self.diagonal)
+        if self.num_steps > 1:
+            tridiagonal += torch.diag(self.off_diagonal, 1) + torch.diag(self.off_diagonal, -1)
+        values, vectors = torch.linalg.eigh(tridiagonal)
+        return values, vectors
+
+    @property
+    def values(self) -> Tensor:
+        """Ritz values, ascending, shape ``(k,)``: quadrature nodes too."""
+        return self._eigh[0]
+
+    @property
+    def weights(self) -> Tensor:
+        """Quadrature weights of the nodes, shape ``(k,)``, non-negative, sum 1.
+
+        ``sum_j w_j f(theta_j)`` approximates ``z' f(A) z / ||z||^2`` and is exact for
+        polynomials up to degree ``2 k - 1`` (Golub and Meurant 2010, theorem 6.2).
+        """
+        return self._eigh[1][0] ** 2
+
+    @property
+    def residuals(self) -> Tensor:
+        """``||A u - theta u||`` of each Ritz pair, shape ``(k,)``.
+
+        An eigenvalue lies within the residual of each Ritz value (Parlett 1998, theorem
+        4.5.1). The value is ``beta |s_k|`` (ibid., section 13.2), never below the rounding
+        error of the products, eps times the largest Ritz value.
+        """
+        rounding = torch.finfo(self.basis.dtype).eps * self.values.abs().max()
+        return (self.next_norm * self._eigh[1][-1].abs()).clamp(min=rounding)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Return ``T @ rows`` for rows of shape ``(k, ...)``, without forming ``T``."""
+        shape = (-1, *[1] * (rows.ndim - 1))
+        result = self.diagonal.to(rows).reshape(shape) * rows
+        off = self.off_diagonal.to(rows).reshape(shape)
+        result[:-1] += off * rows[1:]
+        result[1:] += off * rows[:-1]
+        return result
+
+    def vectors(self, which: Tensor | list[int]) -> Tensor:
+        """Return Ritz vectors as columns, ``(dim, len(which))``, indexed like ``values``."""
+        small = self._eigh[1][:, which].to(self.basis)
+        return self.basis.T @ small
+
+
+def lanczos(
+    operator: SymmetricOperator,
+    start: Tensor,
+    num_steps: int,
+    *,
+    rtol: float | None = None,
+    which: str = "both",
+) -> LanczosRun:
+    """Return the Lanczos factorisation of an operator from a start vector.
+
+    One product a step. Each new vector is orthogonalised twice against all earlier ones
+    ("twice is enough", Parlett 1998, section 6.9), so that no ghost eigenvalues appear
+    and the Ritz values at both ends are algebraic extremes; memory is ``num_steps``
+    vectors. The small problem is solved in float64 on the CPU.
+
+    Args:
+        operator: ``A``.
+        start: ``z``, shape ``(dim,)``, not zero.
+        num_steps: Largest depth; never more than ``dim`` steps are done.
+        rtol: Stop as soon as the residuals of the extreme Ritz pairs named by ``which``
+            are at most ``rtol`` times the largest Ritz value in magnitude. ``None`` runs
+            to full depth, which quantities that depend on the depth need.
+        which: ``"both"`` ends, or ``"max"`` alone.
+
+    Raises:
+        ValueError: If ``num_steps < 1`` or the start vector is zero or not finite.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; give 1 or more.")
+    if which not in ("both", "max"):
+        raise ValueError(f"which is {which!r}; give 'both' or 'max'.")
+    dim = operator.shape[0]
+    start = start.to(operator.device, operator.dtype)
+    start_norm = float(torch.linalg.vector_norm(start, dtype=torch.float64))
+    if not 0 < start_norm < float("inf"):
+        raise ValueError(f"the start vector has norm {start_norm}; give a finite non-zero one.")
+    depth = min(num_steps, dim)
+    basis = start.new_empty(depth, dim)
+    basis[0] = start / start_norm
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    first_product = start
+    eps = torch.finfo(operator.dtype).eps
+    while True:
+        k = len(diagonal)
+        product = operator @ basis[k]
+        if k == 0:
+            first_product = product * start_norm
+        known = basis[: k + 1]
+        scale = float(torch.linalg.vector_norm(product))
+        coefficients = known @ product
+        product = product - known.T @ coefficients
+        correction = known @ product
+        product = product - known.T @ correction
+        diagonal.append(float(coefficients[k] + correction[k]))
+        norm = float(torch.linalg.vector_norm(product))
+        # What is left of the product is rounding error: the subspace is invariant.
+        broke_down = norm <= 10 * eps * max(scale, _scale(diagonal, off_diagonal)) or k + 1 == dim
+        finished = broke_down or k + 1 == depth
+        run = None
+        if finished or rtol is not None:
+            run = LanczosRun(
+                diagonal=torch.tensor(diagonal, dtype=torch.float64),
+                off_diagonal=torch.tensor(off_diagonal, dtype=torch.float64),
+                basis=known,
+                next_vector=torch.zeros_like(product) if broke_down else product / norm,
+                next_norm=0.0 if broke_down else norm,
+                first_product=first_product,
+                start_norm=start_norm,
+                broke_down=broke_down,
+            )
+            if finished or _converged(run, rtol, which):
+                return run
+        off_diagonal.append(norm)
+        basis[k + 1] = product / norm
+
+
+def _scale(diagonal: list[float], off_diagonal: list[float]) -> float:
+    """Return a lower bound of the operator's norm from what is known of it."""
+    return max(map(abs, [*diagonal, *off_diagonal]), default=0.0)
+
+
+def _converged(run: LanczosRun, rtol: float | None, which: str) -> bool:
+    if rtol is None:
+        return False
+    ends = [-1] if which == "max" else [0, -1]
+    worst = max(float(run.residuals[end]) for end in ends)
+    return worst <= rtol * float(run.values.abs().max())

@@ -1,0 +1,164 @@
+"""The traces of A (whole and per block) and of A^2, with their standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.linalg.lanczos import LanczosRun
+from lla_callbacks.linalg.operators import SymmetricOperator
+from lla_callbacks.linalg.probes import rademacher
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """A trace with its uncertainty.
+
+    Attributes:
+        value: Estimate of ``tr A``.
+        sem: Its standard error (one standard deviation), never below the rounding error.
+        num_probes: Independent random vectors behind it.
+        blocks: Block name to ``(value, sem)`` of the trace over that block's coordinates.
+            The blocks' values add up to ``value`` if the blocks cover every coordinate.
+        square: Estimate of ``tr A^2 = ||A||_F^2``, from the norms of the same products.
+        square_sem: Its standard error.
+    """
+
+    value: float
+    sem: float
+    num_probes: int
+    square: float
+    square_sem: float
+    blocks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+class TraceEstimator:
+    """Hutchinson's estimator with the part that a Lanczos run already knows taken out.
+
+    With ``P = I - Q Q'`` for the run's basis ``Q``,
+
+        ``A = P A P + (Q Q' A + A Q Q' - Q T Q')``,
+
+    where the bracket's diagonal follows from ``A Q = Q T + beta q e_k'`` without another
+    product, and ``diag(P A P)`` is estimated by ``z * (P A P z)`` over Rademacher probes
+    ``z`` that are independent of ``Q`` (Lin 2017, section 3; Meyer et al. 2021, Hutch++,
+    section 2, with a Krylov basis in place of a sketch). The outliers of the spectrum,
+    which make the plain estimator noisy, lie in ``Q``. Without a run ``P = I``: the plain
+    estimator.
+
+    Args:
+        operator: ``A``.
+        blocks: Block name to positions (a slice or a 1-D integer tensor).
+        known: A Lanczos run whose start vector no probe will repeat.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        blocks: Mapping[str, slice | Tensor],
+        known: LanczosRun | None = None,
+    ) -> None:
+        self._operator = operator
+        self._known = known
+        self._basis = None if known is None else known.basis
+        # Row 0 is the whole, the others are the blocks.
+        self._blocks = dict(blocks)
+        self._exact = torch.zeros(1 + len(self._blocks), dtype=torch.float64)
+        self._samples: list[Tensor] = []
+        self._squares: list[float] = []
+        self._exact_square = 0.0
+        self._rounding = 0.0
+        if known is not None:
+            # Rows of (Q T)': what of A Q lies in the basis.
+            self._image = known.project(known.basis)
+            self._exact = self._sums(_known_diagonal(known, self._image))
+            self._exact[0] = known.diagonal.sum()
+            self._exact_square = float(
+                (known.diagonal**2).sum() + 2 * (known.off_diagonal**2).sum() + known.next_norm**2
+            )
+            eps = torch.finfo(known.basis.dtype).eps
+            self._rounding = eps * float(known.values.abs().max()) * math.sqrt(known.num_steps)
+
+    @property
+    def num_probes(self) -> int:
+        """Probes used so far."""
+        return len(self._samples)
+
+    def add_probe(self, source: torch.Generator) -> None:
+        """Draw one probe and spend one product on it."""
+        dim = self._operator.shape[0]
+        probe = rademacher(
+            dim, source, dtype=self._operator.dtype, device=self._operator.device
+        )
+        self._add(probe, self._operator @ self._project(probe))
+
+    def add_run(self, run: LanczosRun, start: Tensor) -> None:
+        """Use the first step of another Lanczos run as a probe, at no further product.
+
+        ``A P z = A z - A Q Q'z`` needs none, since ``A Q`` is known.
+
+        Args:
+            run: A run from another start vector than the known one's.
+            start: Its start vector, a Rademacher vector drawn independently.
+        """
+        product = run.first_product
+        if self._known is not None:
+            inside = self._known.basis @ start
+            product = product - self._image.T @ inside - self._known.next_vector * (
+                self._known.next_norm * inside[-1]
+            )
+        self._add(start, product)
+
+    def _project(self, vector: Tensor) -> Tensor:
+        if self._basis is None:
+            return vector
+        return vector - self._basis.T @ (self._basis @ vector)
+
+    def _add(self, probe: Tensor, product: Tensor) -> None:
+        self._samples.append(self._sums(probe * self._project(product)))
+        self._squares.append(float(product.square().sum(dtype=torch.float64)))
+
+    def _sums(self, diagonal: Tensor) -> Tensor:
+        """Return the sum over everything and over each block, float64, on the CPU."""
+        parts = [diagonal.sum(dtype=torch.float64)]
+        parts += [diagonal[index].sum(dtype=torch.float64) for index in self._blocks.values()]
+        return torch.stack(parts).cpu()
+
+    def estimate(self) -> TraceEstimate:
+        """Return the estimate from the probes so far; a sem is NaN below two probes."""
+        count = self.num_probes
+        if count == 0:
+            raise ValueError("an estimate needs at least one probe.")
+        samples = torch.stack(self._samples)
+        squares = torch.tensor(self._squares, dtype=torch.float64)
+        mean = self._exact + samples.mean(dim=0)
+        sem = (_variance(samples) / count + self._rounding**2).sqrt()
+        pairs = list(zip(mean.tolist(), sem.tolist(), strict=True))
+        square = self._exact_square + float(squares.mean())
+        square_rounding = 2 * self._rounding * math.sqrt(square)
+        return TraceEstimate(
+            value=pairs[0][0],
+            sem=pairs[0][1],
+            num_probes=count,
+            square=square,
+            square_sem=math.sqrt(float(_variance(squares)) / count + square_rounding**2),
+            blocks=dict(zip(self._blocks, pairs[1:], strict=True)),
+        )
+
+
+def _variance(samples: Tensor) -> Tensor:
+    """Return the unbiased variance over the first dimension, NaN for one sample."""
+    if len(samples) < 2:
+        return torch.full_like(samples[0], math.nan)
+    return samples.var(dim=0)
+
+
+def _known_diagonal(run: LanczosRun, image: Tensor) -> Tensor:
+    """Return the diagonal of ``Q Q'A + A Q Q' - Q T Q'``, shape ``(dim,)``."""
+    diagonal = (run.basis * image).sum(dim=0)
+    # What A Q has outside of the basis enters twice: from Q Q'A and from A Q Q'.
+    return diagonal + 2 * run.next_norm * run.basis[-1] * run.next_vector

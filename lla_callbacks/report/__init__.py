@@ -1,0 +1,1 @@
+"""Results turned into scalars, figures and files: no models, no Lightning."""

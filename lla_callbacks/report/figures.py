@@ -1,0 +1,271 @@
+"""Results as figures: the only file that draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator
+from torch import Tensor
+
+from lla_callbacks.landscape.measures import HessianMeasurement
+from lla_callbacks.linalg.density import broadened, default_width, spacing
+from lla_callbacks.report.scalars import BAND
+
+UP = "#2b6cb0"  # curvature upwards
+DOWN = "#dd6b20"  # curvature downwards
+INK = "#2d3748"
+PALE = "#a0aec0"
+DPI = 110
+MODES = {"batch": "batch statistics", "eval": "running statistics"}
+# More bars than this cannot be read; the layers with most curvature are kept.
+MOST_LAYERS = 30
+
+
+def density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figure:
+    """Return the spectral density on a true eigenvalue axis, with a close-up of the bulk.
+
+    The height is the estimated number of eigenvalues within one smoothing width, on a log
+    axis; a dotted line marks one eigenvalue. Eigenvalues that the Lanczos run resolved one
+    by one stand as pins of that height. Negative curvature is orange. The extreme
+    eigenvalues carry their residuals.
+    """
+    m = measurement
+    figure, (whole, bulk) = _subplots(1, 2, size=(9.2, 3.9), widths=[2, 1])
+    low, high = float(m.nodes.min()), float(m.nodes.max())
+    _draw_density(whole, m, *_padded(low, high, 0.06), default_width(m.nodes))
+    whole.set_title("whole spectrum", loc="left", color=INK)
+    _mark_extremes(whole, m)
+
+    inner_low, inner_high = _bulk(m)
+    width = max((inner_high - inner_low) / 50, 1e-12)
+    _draw_density(bulk, m, *_padded(inner_low, inner_high, 0.1), width, resolution=True)
+    bulk.set_title("close-up of the bulk", loc="left", color=INK)
+    # Where the close-up sits in the whole.
+    whole.axvspan(inner_low, inner_high, color=PALE, alpha=0.18, lw=0, zorder=0)
+    _finish(figure, m, title or "Hessian spectrum")
+    return figure
+
+
+def layer_figure(measurement: HessianMeasurement, *, title: str = "") -> Figure:
+    """Return each layer's trace as a bar with its error bar, in the module's order."""
+    m = measurement
+    names = list(m.layer_traces)
+    dropped = len(names) - MOST_LAYERS
+    if dropped > 0:
+        largest = sorted(names, key=lambda n: -abs(m.layer_traces[n].value))[:MOST_LAYERS]
+        names = [name for name in names if name in set(largest)]
+    values = np.array([m.layer_traces[name].value for name in names])
+    errors = BAND * np.nan_to_num(np.array([m.layer_traces[name].sem for name in names]))
+    figure, (axes,) = _subplots(1, 1, size=(7.2, 1.7 + 0.27 * len(names)))
+    rows = np.arange(len(names))
+    axes.barh(rows, values, color=np.where(values >= 0, UP, DOWN), height=0.72, zorder=2)
+    axes.errorbar(values, rows, xerr=errors, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
+    axes.axvline(0, color=INK, lw=0.8)
+    axes.set_yticks(rows, names)
+    axes.invert_yaxis()
+    axes.set_xlabel("trace of the layer's Hessian block  (bars: ±2 standard errors)")
+    axes.grid(axis="x", color=PALE, alpha=0.35, lw=0.6, zorder=0)
+    note = f"; {dropped} smaller layers not shown" if dropped > 0 else ""
+    _finish(figure, m, (title or "Curvature by layer") + note)
+    return figure
+
+
+def history_figure(
+    history: Sequence[tuple[int, HessianMeasurement]], *, title: str = ""
+) -> Figure:
+    """Return how the spectrum moved: density over steps as a map, extremes as lines on it.
+
+    The eigenvalue axis is linear near zero and logarithmic beyond, so that the bulk and
+    the outliers are both seen.
+
+    Args:
+        history: Pairs of optimizer step and measurement, at least one, steps ascending.
+        title: Above the figure.
+    """
+    steps = np.array([step for step, _ in history], dtype=float)
+    measurements = [m for _, m in history]
+    reach = max(float(m.nodes.abs().max()) for m in measurements) or 1.0
+    # Smaller eigenvalues than this share of the largest count as the middle of the map.
+    linear = 3e-3 * reach
+    low, high = (
+        math.asinh(end / linear)
+        for end in (min(float(m.nodes.min()) for m in measurements) * 1.3, reach * 1.3)
+    )
+    low = min(low, -1.0)
+    grid = torch.linspace(low, high, 260, dtype=torch.float64)
+    width = (high - low) / 36
+    columns = [
+        m.num_params * width * _spread(torch.asinh(m.nodes / linear), m, grid, width)
+        for m in measurements
+    ]
+    density = torch.stack(columns, dim=1).clamp(min=1e-2).numpy()
+    figure, (axes,) = _subplots(1, 1, size=(8.2, 4.2))
+    image = axes.pcolormesh(
+        _edges(steps), _edges(linear * np.sinh(grid.numpy())), density,
+        norm=LogNorm(0.1, max(10.0, float(density.max()))), cmap="viridis", rasterized=True,
+    )  # fmt: skip
+    axes.set_yscale("symlog", linthresh=linear)
+    decades = [10.0**k for k in range(math.ceil(math.log10(3 * linear)), math.ceil(math.log10(reach)) + 1)]
+    ticks = [-t for t in decades if t < -1.3 * float(np.sinh(low)) * linear] + [0.0] + decades
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(FixedLocator([]))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(linear * math.sinh(low), linear * math.sinh(high))
+    for key, color, label in (("lambda_max", "white", "λmax"), ("lambda_min", DOWN, "λmin")):
+        values = [float(getattr(m, key)) for m in measurements]
+        residuals = [getattr(m, key).residual for m in measurements]
+        axes.errorbar(
+            steps, values, yerr=residuals, color=color, lw=1.4, marker="o", ms=3, capsize=2,
+            label=label,
+        )  # fmt: skip
+    axes.set_xlim(_edges(steps)[0], _edges(steps)[-1])
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("eigenvalue")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, facecolor="#44546a",
+        labelcolor="white", framealpha=0.9, borderaxespad=0.2,
+    )  # fmt: skip
+    bar = figure.colorbar(image, ax=axes, pad=0.015)
+    bar.set_label("eigenvalues per band (log)")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    _finish(figure, measurements[-1], title or "How the spectrum moved")
+    return figure
+
+
+def _draw_density(
+    axes: Axes,
+    m: HessianMeasurement,
+    low: float,
+    high: float,
+    width: float,
+    *,
+    resolution: bool = False,
+) -> None:
+    grid = torch.linspace(low, high, 900, dtype=torch.float64)
+    # Times width and dimension: a number of eigenvalues, which means something to a reader.
+    scale = m.num_params * width * math.sqrt(2 * math.pi)
+    density = (
+        _spread(m.nodes, m, grid, width)
+        if resolution
+        else broadened(m.nodes, m.weights, grid, width)
+    )
+    counts = (scale * density).numpy()
+    x = grid.numpy()
+    floor = 0.1
+    for mask, color in ((x >= 0, UP), (x <= 0, DOWN)):
+        axes.fill_between(x[mask], floor, np.maximum(counts[mask], floor), color=color, alpha=0.35, lw=0)
+        axes.plot(x[mask], np.where(counts[mask] > floor, counts[mask], np.nan), color=color, lw=1.6)
+    axes.axhline(1, color=INK, lw=0.8, ls=":", zorder=1)
+    axes.axvline(0, color=INK, lw=0.6, alpha=0.5)
+    for value, color in _resolved(m, low, high, width):
+        axes.plot([value, value], [floor, 1], color=color, lw=1.2, zorder=3)
+        axes.plot([value], [1], "o", color=color, ms=4.5, zorder=4)
+    axes.set_yscale("log")
+    axes.set_ylim(floor, max(10.0, float(counts.max())) * 4)
+    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    axes.yaxis.set_minor_locator(LogLocator(subs=()))
+    axes.set_xlim(low, high)
+    axes.set_xlabel("eigenvalue")
+    axes.xaxis.set_major_locator(MaxNLocator(6 if high - low > 0 else 3))
+    axes.set_ylabel(f"eigenvalues within {width:.2g}")
+
+
+def _spread(nodes: Tensor, m: HessianMeasurement, grid: Tensor, width: float) -> Tensor:
+    """Return the density with each node as wide as the quadrature is uncertain about it.
+
+    Without this a shallow run draws gaps into a bulk that has none.
+    """
+    widths = torch.cat([spacing(part) for part in nodes.split(m.run_sizes)])
+    return broadened(nodes, m.weights, grid, (0.5 * widths).clamp(min=width))
+
+
+def _resolved(
+    m: HessianMeasurement, low: float, high: float, width: float
+) -> list[tuple[float, str]]:
+    """Return single eigenvalues that converged, with their colours.
+
+    A node is one when its residual is far below the smoothing width and its weight is that
+    of a few eigenvalues at most (a weight is random, so it is not asked to be exactly one).
+    """
+    weights = m.weights[: m.run_sizes[0]] * len(m.run_sizes) * m.num_params
+    return [
+        (float(value), UP if value >= 0 else DOWN)
+        for value, residual, weight in zip(
+            m.eigenvalues, m.eigenvalue_residuals, weights, strict=True
+        )
+        if low <= value <= high and residual < 0.1 * width and weight < 8
+    ]
+
+
+def _mark_extremes(axes: Axes, m: HessianMeasurement) -> None:
+    marks = [(m.lambda_max, UP, "λmax"), (m.lambda_min, DOWN, "λmin")]
+    for row, (value, color, label) in enumerate(marks):
+        color = color if label == "λmax" or value < 0 else UP
+        axes.axvline(float(value), color=color, lw=1, ls="--", alpha=0.8)
+        axes.axvspan(
+            float(value) - value.residual, float(value) + value.residual, color=color, alpha=0.2, lw=0
+        )
+        axes.text(
+            0.95, 0.98 - 0.075 * row, f"{label} = {float(value):.4g} ± {value.residual:.0e}",
+            transform=axes.transAxes, ha="right", va="top", fontsize=9, color=color,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
+        )  # fmt: skip
+
+
+def _bulk(m: HessianMeasurement) -> tuple[float, float]:
+    """Return the range of nodes around zero that holds 99 % of the weight."""
+    order = torch.argsort(m.nodes.abs())
+    share = torch.cumsum(m.weights[order], dim=0)
+    count = int((share < 0.99).sum()) + 1
+    inner = m.nodes[order[:count]]
+    low, high = min(float(inner.min()), 0.0), max(float(inner.max()), 0.0)
+    if high == low:
+        high = low + 1e-12
+    return low, high
+
+
+def _padded(low: float, high: float, share: float) -> tuple[float, float]:
+    span = (high - low) or max(abs(high), 1e-6)
+    return low - share * span, high + share * span
+
+
+def _edges(centres: np.ndarray) -> np.ndarray:
+    """Return cell edges halfway between centres."""
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    middles = (centres[:-1] + centres[1:]) / 2
+    first, last = centres[0] - (middles[0] - centres[0]), centres[-1] + (centres[-1] - middles[-1])
+    return np.concatenate([[first], middles, [last]])
+
+
+def _subplots(
+    rows: int, columns: int, *, size: tuple[float, float], widths: list[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
+    for axes in grid.flat:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(PALE)
+        axes.tick_params(colors=INK, labelsize=8)
+        axes.xaxis.label.set_color(INK)
+        axes.yaxis.label.set_color(INK)
+    return figure, list(grid.flat)
+
+
+def _finish(figure: Figure, m: HessianMeasurement, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.supxlabel(
+        f"{m.num_params:,} parameters · {m.num_samples:,} samples · {MODES.get(m.mode, m.mode)} · "
+        f"{len(m.run_sizes)} × {m.num_steps} Lanczos steps, {m.num_probes} probes · "
+        f"{m.precision} · seed {m.seed}",
+        x=0.01, ha="left", fontsize=7.5, color="#718096",
+    )  # fmt: skip

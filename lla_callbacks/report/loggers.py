@@ -1,0 +1,69 @@
+"""Scalars and figures to whatever logger is there, by what it can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+def write_scalars(logger: Any, values: Mapping[str, float], step: int) -> None:
+    """Log scalars at a step; every Lightning logger has ``log_metrics``."""
+    logger.log_metrics(dict(values), step=step)
+
+
+def write_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
+    """Log one figure at a step.
+
+    TensorBoard, W&B, MLflow and Comet loggers get it in their own way, told apart by their
+    methods, so that either Lightning namespace and third-party loggers work. Any other
+    logger with a folder gets a PNG file at ``<log_dir>/figures/<tag>/step_00000100.png``.
+    """
+    experiment = getattr(logger, "experiment", None)
+    if callable(getattr(experiment, "add_figure", None)):
+        experiment.add_figure(tag, figure, step, close=False)
+        # Live: a browser should see it now, not at the writer's next flush.
+        flush = getattr(experiment, "flush", None)
+        if callable(flush):
+            flush()
+    elif callable(getattr(logger, "log_image", None)):
+        logger.log_image(key=tag, images=[_as_image(figure)], step=step)
+    elif callable(getattr(experiment, "log_figure", None)):
+        run_id = getattr(logger, "run_id", None)
+        if run_id is not None:
+            experiment.log_figure(run_id, figure, f"{tag}/step_{step:08d}.png")
+        else:
+            experiment.log_figure(figure_name=tag, figure=figure, step=step)
+    else:
+        folder = folder_of(logger)
+        if folder is not None:
+            path = folder / "figures" / tag / f"step_{step:08d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path)
+
+
+def write_layout(logger: Any, layout: Mapping[str, Any]) -> None:
+    """Store a TensorBoard layout of custom charts; other loggers have none."""
+    experiment = getattr(logger, "experiment", None)
+    if callable(getattr(experiment, "add_custom_scalars", None)):
+        experiment.add_custom_scalars(dict(layout))
+
+
+def folder_of(logger: Any) -> Path | None:
+    """Return the folder that a logger writes this run to, if it has one."""
+    for attribute in ("log_dir", "save_dir"):
+        folder = getattr(logger, attribute, None)
+        if isinstance(folder, (str, Path)) and str(folder):
+            return Path(folder)
+    return None
+
+
+def _as_image(figure: Figure) -> Any:
+    from PIL import Image
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer)

@@ -1,0 +1,68 @@
+"""Results as scalars by tag: the only place that spells tags."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lla_callbacks.landscape.measures import HessianMeasurement
+
+# Half-width of the error bands, in standard errors: about 95 % where errors are normal.
+BAND = 2.0
+
+
+def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> dict[str, float]:
+    """Return tag to value; what is not finite is left out, so that curves show a gap.
+
+    Tags: ``<name>/lambda_max``, ``<name>/trace``, ``<name>/trace_sem``, one per criterion,
+    ``<name>_layers/<layer>/trace`` and its sem, ``<name>_errors/<criterion>``, and lower and
+    upper ends of error bands under ``<name>_bands/``, for charts that draw a band.
+    """
+    m = measurement
+    values: dict[str, float] = {
+        f"{name}/lambda_max": float(m.lambda_max),
+        f"{name}/lambda_min": float(m.lambda_min),
+        f"{name}/trace": m.trace,
+        f"{name}/trace_sem": m.trace_sem,
+        f"{name}/loss": m.loss,
+        f"{name}/gradient_norm": m.gradient_norm,
+        f"{name}/num_matvecs": float(m.num_matvecs),
+        f"{name}/seconds": m.seconds,
+        f"{name}_errors/lambda_max": m.lambda_max.residual,
+        f"{name}_errors/lambda_min": m.lambda_min.residual,
+    }
+    bands = {
+        "lambda_max": (float(m.lambda_max), m.lambda_max.residual),
+        "lambda_min": (float(m.lambda_min), m.lambda_min.residual),
+        "trace": (m.trace, BAND * m.trace_sem),
+        "kh05": (m.criteria["kh05"], BAND * m.criteria_errors["kh05"]),
+    }
+    for tag, value in m.criteria.items():
+        values[f"{name}/{tag}"] = float(value)
+        values[f"{name}_errors/{tag}"] = m.criteria_errors[tag]
+    for tag, (value, half_width) in bands.items():
+        values[f"{name}_bands/{tag}_lower"] = value - half_width
+        values[f"{name}_bands/{tag}_upper"] = value + half_width
+    for layer, trace in m.layer_traces.items():
+        values[f"{name}_layers/{layer}/trace"] = trace.value
+        values[f"{name}_layers/{layer}/trace_sem"] = trace.sem
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def custom_scalars_layout(name: str = "hessian") -> dict[str, Any]:
+    """Return a TensorBoard layout: each value and its error band in one chart."""
+
+    def band(tag: str) -> list[Any]:
+        ends = [f"{name}_bands/{tag}_lower", f"{name}_bands/{tag}_upper"]
+        return ["Margin", [f"{name}/{tag}", *ends]]
+
+    return {
+        name: {
+            "trace (band: 2 standard errors)": band("trace"),
+            "lambda_max (band: residual)": band("lambda_max"),
+            "lambda_min (band: residual)": band("lambda_min"),
+            "KH05 (band: 2 standard errors)": band("kh05"),
+            "stability (1 is the edge)": ["Multiline", [f"{name}/stability"]],
+            "trace by layer": ["Multiline", [f"{name}_layers/.*/trace$"]],
+        }
+    }

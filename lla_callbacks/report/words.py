@@ -1,0 +1,93 @@
+"""Results in words, for people who have not read the papers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lla_callbacks.landscape.measures import HessianMeasurement
+
+
+def describe(measurement: HessianMeasurement) -> str:
+    """Return what one measurement found, in a few lines with their uncertainty."""
+    m = measurement
+    c = m.criteria
+    lines = [
+        f"Hessian of {m.num_params:,} parameters on {m.num_samples:,} samples, mode "
+        f"'{m.mode}': {m.num_matvecs} products in {m.seconds:.2g} s.",
+        f"  largest eigenvalue  {with_error(float(m.lambda_max), m.lambda_max.residual)}"
+        "  (the sharpest direction; the +- is its residual)",
+        f"  smallest eigenvalue {with_error(float(m.lambda_min), m.lambda_min.residual)}"
+        "  (below zero: a direction that curves down)",
+        f"  trace               {with_error(m.trace, m.trace_sem)}"
+        "  (all curvature added up; the +- is one standard error)",
+        f"  spectrum            {m.spectrum_type}; about {c['negative_mass']:.1%} of the "
+        f"eigenvalues are negative; KH05 {c['kh05']:.3g} at depth {m.num_steps}",
+    ]
+    if math.isfinite(c["gradient_share"]):
+        lines.append(
+            f"  gradient            {c['gradient_share']:.0%} of its square lies along the "
+            "five sharpest directions"
+        )
+    if math.isfinite(c["stability"]):
+        lines.append(
+            f"  stability           {c['stability']:.2g} of the optimizer's limit (1 is the "
+            "edge, where full-batch steps start to overshoot)"
+        )
+    if m.layer_traces:
+        name, trace = max(m.layer_traces.items(), key=lambda item: item[1].value)
+        lines.append(
+            f"  layers              most curvature in {name}: trace "
+            f"{with_error(trace.value, trace.sem)}"
+        )
+    return "\n".join(lines)
+
+
+def describe_change(history: Sequence[tuple[int, HessianMeasurement]]) -> str:
+    """Return how curvature moved over a run, from its first to its last measurement."""
+    if len(history) < 2:
+        return ""
+    (first_step, first), (last_step, last) = history[0], history[-1]
+    spread = math.hypot(first.trace_sem, last.trace_sem)
+    moved = abs(last.trace - first.trace) > 2 * spread
+    direction = "rose" if last.trace > first.trace else "fell"
+    sharpest_step, sharpest = max(history, key=lambda item: float(item[1].lambda_max))
+    lines = [
+        f"From step {first_step} to {last_step} the trace "
+        + (
+            f"{direction} from {with_error(first.trace, first.trace_sem)} to "
+            f"{with_error(last.trace, last.trace_sem)}."
+            if moved
+            else f"did not move by more than its error ({first.trace:.3g} to {last.trace:.3g})."
+        ),
+        f"The largest eigenvalue went from {float(first.lambda_max):.3g} to "
+        f"{float(last.lambda_max):.3g}; its highest measured value was "
+        f"{float(sharpest.lambda_max):.3g}, at step {sharpest_step}.",
+    ]
+    stable = [(s, m.criteria["stability"]) for s, m in history]
+    crossed = [step for step, value in stable if value > 1]
+    if crossed:
+        lines.append(
+            f"Stability was above 1 at {len(crossed)} of {len(history)} measurements: at those "
+            "weights a full-batch step would overshoot along the sharpest direction."
+        )
+    elif any(math.isfinite(value) for _, value in stable):
+        highest = max(value for _, value in stable if math.isfinite(value))
+        lines.append(f"Stability stayed below 1 wherever it was measured (highest {highest:.2g}).")
+    return "\n".join(lines)
+
+
+def with_error(value: float, error: float) -> str:
+    """Return a number with as many digits as its error justifies, ``12.3 +- 0.4``."""
+    if not math.isfinite(value):
+        return "undefined"
+    if not math.isfinite(error) or error <= 0:
+        return f"{value:.4g}"
+    # Two digits of the error; a value that is known better than six digits is cut there.
+    digits = 1 - math.floor(math.log10(error))
+    if value:
+        digits = min(digits, 5 - math.floor(math.log10(abs(value))))
+    if digits < 0:
+        return f"{value:.3g} +- {error:.1g}"
+    shown = f"{error:.{digits}f}" if error >= 5 * 10.0**-digits else f"{error:.0e}"
+    return f"{value:.{digits}f} +- {shown}"

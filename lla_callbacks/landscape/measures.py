@@ -307,6 +307,8 @@ def _criteria(
     over_runs("kh05", lambda t, w: criteria.negative_to_positive(t, w, 0.5))
     over_runs("kh1", lambda t, w: criteria.negative_to_positive(t, w, 1.0))
     over_runs("negative_mass", criteria.negative_mass)
+    resolution = max(criteria.negative_mass_bound(run.values, run.weights) for run in runs)
+    errors["negative_mass"] = math.hypot(errors["negative_mass"], resolution)
     over_runs("effective_dimension", lambda t, w: criteria.effective_dimension(t, w, dim))
 
     # Ratios of extremes per run, as LLA averages them; the error comes from residuals.

@@ -79,14 +79,17 @@ class HessianOperator(SymmetricOperator):
         self._terms = tuple(terms)
         self._chunk_size = chunk_size
         self._context = context
-        self._graphs: list[list[Tensor | None] | None] = []
+        # The kept batches' gradients are added up once, so that one backward pass serves all.
+        self._kept: list[Tensor | None] = [None] * len(self.space.tensors)
+        self._released = False
         self.loss = 0.0
         self.gradient = torch.zeros(self.space.dim, dtype=self.dtype, device=self.device)
         for term in self._terms:
             value, gradients = self._differentiate(term)
             self.loss += term.weight * value
             self.gradient += term.weight * self.space.flatten(gradients)
-            self._graphs.append(gradients if term.keep else None)
+            if term.keep:
+                self._keep(gradients, term.weight)
         if not torch.isfinite(self.gradient).all():
             raise NonFiniteError(
                 "the gradient of the loss is not finite.",
@@ -99,7 +102,15 @@ class HessianOperator(SymmetricOperator):
 
     def release(self) -> None:
         """Drop the kept graphs and their memory; the operator cannot multiply any more."""
-        self._graphs = []
+        self._kept, self._released = [], True
+
+    def _keep(self, gradients: list[Tensor | None], weight: float) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            for i, gradient in enumerate(gradients):
+                # A gradient without a graph is constant in the parameters: its rows are zero.
+                if gradient is not None and gradient.requires_grad:
+                    known, share = self._kept[i], weight * gradient
+                    self._kept[i] = share if known is None else known + share
 
     def _differentiate(self, term: LossTerm) -> tuple[float, list[Tensor | None]]:
         """Return the loss of one batch and its gradients, differentiable once more."""
@@ -134,15 +145,13 @@ class HessianOperator(SymmetricOperator):
             columns: ``(size, k)``, where ``size`` counts the chosen parameters' elements.
             chosen: Positions of parameters in ``space.names``, ascending.
         """
-        if not self._graphs:
+        if self._released:
             raise RuntimeError("this operator was released; build a new one.")
         total = torch.zeros_like(columns)
-        for term, kept in zip(self._terms, self._graphs, strict=True):
-            gradients = kept if kept is not None else self._differentiate(term)[1]
-            for start in range(0, columns.shape[1], self._chunk_size):
-                stop = start + self._chunk_size
-                part = self._backward(gradients, columns[:, start:stop], chosen)
-                total[:, start:stop] += term.weight * part
+        self._accumulate(total, columns, chosen, self._kept)
+        for term in self._terms:
+            if not term.keep:
+                self._accumulate(total, columns, chosen, self._differentiate(term)[1], term.weight)
         if not torch.isfinite(total).all():
             raise NonFiniteError(
                 "a Hessian-vector product is not finite although the loss is.",
@@ -151,17 +160,29 @@ class HessianOperator(SymmetricOperator):
             )
         return total
 
+    def _accumulate(
+        self,
+        total: Tensor,
+        columns: Tensor,
+        chosen: Sequence[int],
+        gradients: list[Tensor | None],
+        weight: float = 1.0,
+    ) -> None:
+        """Add ``weight`` times the product of some gradients' graph, chunk by chunk."""
+        for start in range(0, columns.shape[1], self._chunk_size):
+            part = slice(start, start + self._chunk_size)
+            total[:, part] += weight * self._backward(gradients, columns[:, part], chosen)
+
     def _backward(
         self, gradients: list[Tensor | None], columns: Tensor, chosen: Sequence[int]
     ) -> Tensor:
-        """Return one batch's product, ``(size, k)``, by one backward pass."""
+        """Return the product of one gradient graph, ``(size, k)``, by one backward pass."""
         likes = [self.space.tensors[i] for i in chosen]
         sizes = [like.numel() for like in likes]
         num_columns = columns.shape[1]
         outputs, cotangents = [], []
         for i, like, part in zip(chosen, likes, columns.split(sizes), strict=True):
             gradient = gradients[i]
-            # A gradient without a graph is constant in the parameters: its rows are zero.
             if gradient is not None and gradient.requires_grad:
                 outputs.append(gradient)
                 cotangents.append(part.T.reshape(num_columns, *like.shape).to(gradient.dtype))

@@ -21,8 +21,8 @@ def describe(measurement: HessianMeasurement) -> str:
         "  (below zero: a direction that curves down)",
         f"  trace               {with_error(m.trace, m.trace_sem)}"
         "  (all curvature added up; the +- is one standard error)",
-        f"  spectrum            {m.spectrum_type}; about {c['negative_mass']:.1%} of the "
-        f"eigenvalues are negative; KH05 {c['kh05']:.3g} at depth {m.num_steps}",
+        f"  spectrum            {m.spectrum_type}; KH05 "
+        f"{with_error(c['kh05'], m.criteria_errors['kh05'])} at depth {m.num_steps}",
     ]
     if math.isfinite(c["gradient_share"]):
         lines.append(

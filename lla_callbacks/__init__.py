@@ -5,13 +5,13 @@ from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.functions import measure_hessian
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.report.hessian_report import HessianReport
-
-__version__ = "0.1.0"
+from lla_callbacks.version import __version__
 
 __all__ = [
     "HessianMonitor",
     "HessianReport",
     "MeasurementError",
+    "__version__",
     "economy",
     "measure_hessian",
     "paper",

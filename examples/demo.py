@@ -9,9 +9,9 @@ Then open the page that the last line names.
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
-import lightning_utilities  # noqa: F401 - one namespace is enough, whichever is installed
 import torch
 from image_data import load_images
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class SmallConvNet(pl.LightningModule):
                     nn.BatchNorm2d(b),
                     nn.ReLU(),
                 )
-                for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+                for i, (a, b) in enumerate(pairwise(widths))
             )
         )
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(32, 10))

@@ -37,8 +37,12 @@ class ResNet20(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = nn.Sequential(*(BasicBlock(16, 16, 1) for _ in range(3)))
-        self.layer2 = nn.Sequential(*(BasicBlock(16 if i == 0 else 32, 32, 2 - (i > 0)) for i in range(3)))
-        self.layer3 = nn.Sequential(*(BasicBlock(32 if i == 0 else 64, 64, 2 - (i > 0)) for i in range(3)))
+        self.layer2 = nn.Sequential(
+            *(BasicBlock(16 if i == 0 else 32, 32, 2 - (i > 0)) for i in range(3))
+        )
+        self.layer3 = nn.Sequential(
+            *(BasicBlock(32 if i == 0 else 64, 64, 2 - (i > 0)) for i in range(3))
+        )
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +70,12 @@ class SmallTransformer(nn.Module):
 def mlp() -> nn.Sequential:
     """A tanh network on 8x8 images, 64-256-256-10."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10)
+        nn.Flatten(),
+        nn.Linear(64, 256),
+        nn.Tanh(),
+        nn.Linear(256, 256),
+        nn.Tanh(),
+        nn.Linear(256, 10),
     )
 
 

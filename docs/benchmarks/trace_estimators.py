@@ -41,13 +41,16 @@ def pool_of(op: HessianOperator, count: int, seed: int) -> tuple[Tensor, Tensor]
     return probes, op @ probes
 
 
-def deviation(basis: Tensor, probes: Tensor, products: Tensor) -> float:
-    """Standard deviation of one probe once a basis (columns) is projected out."""
+def deviation(basis: Tensor, small: Tensor, probes: Tensor, products: Tensor) -> float:
+    """Standard deviation of one probe once a basis Q (columns) is projected out.
+
+    ``small`` is Q'HQ.
+    """
     inside = basis.T @ probes
     # P H P z = P (H z - H Q Q'z); H Q Q'z is avoided through symmetry: (P z)' H (P z) =
     # z'Hz - 2 (Q Q'z)'Hz + (Q Q'z)' H (Q Q'z).
     quadratic = (probes * products).sum(0) - 2 * (inside * (basis.T @ products)).sum(0)
-    return float((quadratic + (inside * (deviation.small @ inside)).sum(0)).std())
+    return float((quadratic + (inside * (small @ inside)).sum(0)).std())
 
 
 def x_trace(op: HessianOperator, omega: Tensor, image: Tensor) -> float:
@@ -83,8 +86,10 @@ def study(name: str, op: HessianOperator, pool: int, x_repeats: int) -> None:
         for s in range(2)
     ]
     trace = float(samples.mean())
-    print(f"\n{name}: n={op.shape[0]}, tr H = {trace:.4g} +- {plain / pool**0.5:.2g}, "
-          f"one plain probe deviates by {plain:.3g}; lambda_max {float(runs[0].values[-1]):.4g}")  # fmt: skip
+    print(
+        f"\n{name}: n={op.shape[0]}, tr H = {trace:.4g} +- {plain / pool**0.5:.2g}, one plain "
+        f"probe deviates by {plain:.3g}; lambda_max {float(runs[0].values[-1]):.4g}"
+    )
     for budget in (12, 30, 60):
         row = [f"plain {plain / budget**0.5:.3g}"]
         for depth in sorted({budget // 3, budget // 2, 2 * budget // 3, 4 * budget // 5}):
@@ -92,21 +97,17 @@ def study(name: str, op: HessianOperator, pool: int, x_repeats: int) -> None:
             for run in runs:
                 tridiagonal = torch.diag(run.diagonal)
                 tridiagonal += torch.diag(run.off_diagonal, 1) + torch.diag(run.off_diagonal, -1)
-                deviation.small = tridiagonal[:depth, :depth].to(op.dtype)
-                per_probe += deviation(run.basis[:depth].T, probes, products) / len(runs)
-            row.append(
-                f"krylov {depth}+{budget - depth} {per_probe / (budget - depth) ** 0.5:.3g}"
-            )
+                small = tridiagonal[:depth, :depth].to(op.dtype)
+                per_probe += deviation(run.basis[:depth].T, small, probes, products) / len(runs)
+            row.append(f"krylov {depth}+{budget - depth} {per_probe / (budget - depth) ** 0.5:.3g}")
         third = budget // 3
         sketch = torch.linalg.qr(products[:, :third])[0]
-        deviation.small = sketch.T @ (op @ sketch)
-        rest = deviation(sketch, probes[:, third:], products[:, third:])
+        small = sketch.T @ (op @ sketch)
+        rest = deviation(sketch, small, probes[:, third:], products[:, third:])
         row.append(f"hutch++ {rest / third**0.5:.3g}")
         half = budget // 2
-        errors = [
-            x_trace(op, probes[:, i * half : (i + 1) * half], products[:, i * half : (i + 1) * half]) - trace
-            for i in range(x_repeats)
-        ]
+        parts = [slice(i * half, (i + 1) * half) for i in range(x_repeats)]
+        errors = [x_trace(op, probes[:, part], products[:, part]) - trace for part in parts]
         if errors:
             row.append(f"xtrace {(sum(e * e for e in errors) / len(errors)) ** 0.5:.3g}")
         print(f"  {budget:3d} products: " + " | ".join(row), flush=True)
@@ -129,7 +130,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with cifar10/ and pretrained/")
     arguments = parser.parse_args()
     x, y = digits(1437)
-    for label, make, lr in (("conv+bn", conv_bn, 0.05), ("tanh mlp", mlp, 0.1), ("transformer", SmallTransformer, 0.01)):
+    for label, make, lr in (
+        ("conv+bn", conv_bn, 0.05),
+        ("tanh mlp", mlp, 0.1),
+        ("transformer", SmallTransformer, 0.01),
+    ):
         torch.manual_seed(0)
         module = make()
         done = 0
@@ -145,7 +150,11 @@ def main() -> None:
         study("resnet-20, step 0", operator_of(module, images[:32], labels[:32]), 100, 0)
         train(module, images, labels, 100, 0.05)
         study("resnet-20, step 100", operator_of(module, images[:32], labels[:32]), 100, 0)
-        state = torch.load(arguments.data / "pretrained" / "resnet20-12fca82f.th", map_location="cpu", weights_only=True)["state_dict"]
+        state = torch.load(
+            arguments.data / "pretrained" / "resnet20-12fca82f.th",
+            map_location="cpu",
+            weights_only=True,
+        )["state_dict"]
         module.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
         study("resnet-20, pretrained", operator_of(module, images[:32], labels[:32]), 100, 0)
 

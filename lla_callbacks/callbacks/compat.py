@@ -29,8 +29,10 @@ def _bases(path: str, name: str) -> tuple[type, ...]:
 
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning import Callback as Callback
+    from pytorch_lightning.utilities.exceptions import (
+        MisconfigurationException as MisconfigurationException,
+    )
 else:
     # The packages are mirrored copies without inheritance; a class of both passes both.
     Callback = type("Callback", _bases("", "Callback"), {})
@@ -88,7 +90,7 @@ def progress(trainer: Any, description: str, total: int) -> Iterator[Callable[[i
     """
     bar = getattr(trainer, "progress_bar_callback", None)
     if bar is None or not trainer.is_global_zero or not getattr(bar, "is_enabled", False):
-        yield lambda count=1: None
+        yield _ignore
         return
     live = getattr(bar, "progress", None)
     if live is not None and hasattr(live, "add_task"):
@@ -116,6 +118,10 @@ def progress(trainer: Any, description: str, total: int) -> Iterator[Callable[[i
         yield line.update
     finally:
         line.close()
+
+
+def _ignore(count: int = 1) -> None:
+    """Advance a bar that is not shown."""
 
 
 def _rich_task(bar: Any, live: Any, description: str, total: int) -> Any:

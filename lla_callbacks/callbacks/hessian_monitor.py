@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -24,7 +24,7 @@ from lla_callbacks.callbacks.schedule import DEFAULT_OVERHEAD, Budget, Schedule
 from lla_callbacks.landscape.batches import hold, sample_count
 from lla_callbacks.landscape.layers import layer_parameters
 from lla_callbacks.landscape.measures import HessianSettings, measure
-from lla_callbacks.landscape.objective import Objective
+from lla_callbacks.landscape.objective import Mode, Objective
 from lla_callbacks.landscape.stability import StabilityLimit, stability_limit
 from lla_callbacks.landscape.state import (
     Snapshot,
@@ -109,7 +109,7 @@ class HessianMonitor(Callback):
         num_steps: int = HessianSettings.num_steps,
         num_runs: int = HessianSettings.num_runs,
         num_samples: int = 512,
-        mode: Literal["batch", "eval"] = "batch",
+        mode: Mode = "batch",
         dropout: bool = False,
         loss: Callable[[Any, Any], Tensor] | None = None,
         dataloader: Any = None,
@@ -142,8 +142,8 @@ class HessianMonitor(Callback):
         _check_positive("num_samples", num_samples)
         if microbatch_size is not None:
             _check_positive("microbatch_size", microbatch_size)
-        if mode not in ("batch", "eval"):
-            raise ValueError(f"mode is {mode!r}; give 'batch' or 'eval'.")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
         if loss is not None and not callable(loss):
             raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
         if max_overhead is not None and not (
@@ -161,7 +161,7 @@ class HessianMonitor(Callback):
         if not name or not isinstance(name, str):
             raise ValueError(f"name is {name!r}; give the first part of the tags, a string.")
         self.num_samples = num_samples
-        self.mode = mode
+        self.mode: Mode = mode
         self.dropout = dropout
         self.loss = loss
         self.dataloader = dataloader
@@ -179,7 +179,7 @@ class HessianMonitor(Callback):
     @property
     def state_key(self) -> str:
         """Tell several monitors of one Trainer apart."""
-        return self._generate_state_key(name=self.name)
+        return str(self._generate_state_key(name=self.name))
 
     def _reset(self) -> None:
         self._batches: list[Any] = []
@@ -216,9 +216,8 @@ class HessianMonitor(Callback):
                 "checkpoint."
             )
         if self.settings.layers is not None:
-            space = ParameterSpace({n: p for n, p in pl_module.named_parameters() if p.requires_grad})
             try:
-                layer_parameters(pl_module, space, self.settings.layers)
+                layer_parameters(pl_module, _space(pl_module), self.settings.layers)
             except ValueError as error:
                 raise MisconfigurationException(f"HessianMonitor: {error}") from error
 
@@ -234,7 +233,7 @@ class HessianMonitor(Callback):
             self._training = {m: m.training for m in pl_module.modules()}
             self._measure_start(trainer, pl_module)
         for logger in self._loggers(trainer):
-            self._guarded(lambda logger=logger: self._introduce(trainer, logger), "logging")
+            self._guarded("logging", self._introduce, trainer, logger)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -318,9 +317,8 @@ class HessianMonitor(Callback):
         if not self._batches:
             self._training = {m: m.training for m in module.modules()}
         self._batches.append(hold(batch))
-        self._complete = (
-            self._num_held() >= self.num_samples or len(self._batches) >= trainer.num_training_batches
-        )
+        enough = self._num_held() >= self.num_samples
+        self._complete = enough or len(self._batches) >= trainer.num_training_batches
         if self._complete:
             self._measure_start(trainer, module)
         elif self._start is None:
@@ -383,7 +381,7 @@ class HessianMonitor(Callback):
                     module,
                     self._batches,
                     trainer_loss(trainer, self.loss),
-                    mode=self.mode,  # type: ignore[arg-type]
+                    mode=self.mode,
                     dropout=self.dropout,
                     seed=settings.seed,
                     training=self._training,
@@ -400,7 +398,7 @@ class HessianMonitor(Callback):
         if report is not None:
             self.history.append((step, report))
             values = hessian_scalars(report, self.name)
-            self._guarded(lambda: self._show(trainer, report, step), "drawing or saving")
+            self._guarded("drawing or saving", self._show, trainer, report, step)
         self.budget.spend(time.monotonic() - began)
         if report is not None:
             values[f"{self.name}/seconds"] = time.monotonic() - began
@@ -408,9 +406,7 @@ class HessianMonitor(Callback):
             for tag, value in values.items():
                 trainer.callback_metrics[tag] = torch.tensor(value)
             for logger in self._loggers(trainer):
-                self._guarded(
-                    lambda logger=logger: write_scalars(logger, values, step), "logging"
-                )
+                self._guarded("logging", write_scalars, logger, values, step)
         return values
 
     def _limit(self, trainer: Any, module: nn.Module) -> StabilityLimit | None:
@@ -418,8 +414,7 @@ class HessianMonitor(Callback):
         optimizers = trainer.optimizers
         if len(optimizers) != 1:
             return None
-        space = ParameterSpace({n: p for n, p in module.named_parameters() if p.requires_grad})
-        return stability_limit(optimizers[0], space)
+        return stability_limit(optimizers[0], _space(module))
 
     # -- report -------------------------------------------------------------------------
 
@@ -459,9 +454,9 @@ class HessianMonitor(Callback):
             for tag, figure in drawn.items():
                 write_figure(logger, f"{self.name}/{tag}", figure, step)
 
-    def _guarded(self, action: Callable[[], None], what: str) -> None:
+    def _guarded(self, what: str, action: Callable[..., None], *arguments: Any) -> None:
         try:
-            action()
+            action(*arguments)
         except Exception as error:  # noqa: BLE001 - a broken logger must not end the run
             self._warn(error, what)
 
@@ -476,6 +471,10 @@ class HessianMonitor(Callback):
             f"HessianMonitor: {what} failed and leaves a gap; training goes on. "
             f"{cause}: {error}{remedy}"
         )
+
+
+def _space(module: nn.Module) -> ParameterSpace:
+    return ParameterSpace({n: p for n, p in module.named_parameters() if p.requires_grad})
 
 
 def _runs(trainer: Any, function: str) -> bool:

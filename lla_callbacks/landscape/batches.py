@@ -61,12 +61,12 @@ def split(batch: Any, size: int) -> Iterator[Any]:
             f"a batch of type {type(batch).__name__} cannot be split: leave out microbatch_size."
         )
     for start in range(0, count, size):
-        yield _map(
-            batch,
-            lambda t, start=start: (
-                t[start : start + size] if t.ndim and t.shape[0] == count else t
-            ),
-        )
+        part = slice(start, start + size)
+
+        def cut(tensor: Tensor, part: slice = part) -> Tensor:
+            return tensor[part] if tensor.ndim and tensor.shape[0] == count else tensor
+
+        yield _map(batch, cut)
 
 
 def _map(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:

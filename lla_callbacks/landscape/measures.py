@@ -45,6 +45,7 @@ class Eigenvalue(float):
     residual: float
 
     def __new__(cls, value: float, residual: float) -> Eigenvalue:
+        """Return the eigenvalue with its residual."""
         made = super().__new__(cls, value)
         made.residual = residual
         return made
@@ -330,7 +331,7 @@ def _criteria(
     values["frobenius_norm"] = math.sqrt(traces.square)
     errors["frobenius_norm"] = traces.square_sem / (2 * math.sqrt(max(traces.square, 1e-300)))
     norm = max(extremes, key=abs)
-    if norm != 0:
+    if float(norm) != 0:
         values["stable_rank"] = traces.square / norm**2
         errors["stable_rank"] = math.hypot(
             traces.square_sem / norm**2, 2 * values["stable_rank"] * norm.residual / abs(norm)

@@ -141,9 +141,9 @@ class Objective:
             seen[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()
 
-        with torch.inference_mode(False), torch.enable_grad():
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                self._evaluate(self._batches[0])
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with torch.inference_mode(False), torch.enable_grad(), hooks:
+            self._evaluate(self._batches[0])
         weights = {p.untyped_storage().data_ptr() for p in self.parameters().values()}
         saved = sum(size for pointer, size in seen.items() if pointer not in weights)
         # The graph of a gradient holds the forward pass, the backward pass and their

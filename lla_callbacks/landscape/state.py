@@ -128,7 +128,7 @@ def set_mode(
 def preserved_random_streams(seed: int) -> Iterator[None]:
     """Restore every random stream on leaving; inside, all start from ``seed``."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = _cuda_states()
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -142,6 +142,13 @@ def preserved_random_streams(seed: int) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def _cuda_states() -> list[Tensor]:
+    """Return the random states of the CUDA devices, none where CUDA was never used."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
+    return torch.cuda.get_rng_state_all()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def replay_training_step(module: nn.Module, batch: Any, batch_idx: int = 0) -> T
         if hasattr(m, "training_step"):
             m.__dict__["log"] = _silence
             m.__dict__["log_dict"] = _silence
-    step = module.training_step
+    step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
     names = list(inspect.signature(step).parameters.values())
     positional = [p for p in names if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     variadic = any(p.kind is p.VAR_POSITIONAL for p in names)

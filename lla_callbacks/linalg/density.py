@@ -49,9 +49,7 @@ def default_width(nodes: Tensor) -> float:
     return 0.01 * span if span > 0 else max(1e-2 * float(nodes.abs().max()), 1e-12)
 
 
-def sampling_error(
-    function: Callable[[Tensor], float], weights: Tensor, dim: int
-) -> float:
+def sampling_error(function: Callable[[Tensor], float], weights: Tensor, dim: int) -> float:
     """Return the standard error of a function of the weights of *one* quadrature.
 
     A weight is the share of a random vector's squared norm that lies in the eigenspaces

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.errors import NoSecondDerivativeError, NonFiniteError
+from lla_callbacks.linalg.errors import NonFiniteError, NoSecondDerivativeError
 from lla_callbacks.linalg.operators import SymmetricOperator
 from lla_callbacks.linalg.space import ParameterSpace
 
@@ -112,9 +112,14 @@ class HessianOperator(SymmetricOperator):
                     known, share = self._kept[i], weight * gradient
                     self._kept[i] = share if known is None else known + share
 
+    @contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        with torch.inference_mode(False), torch.enable_grad(), self._context():
+            yield
+
     def _differentiate(self, term: LossTerm) -> tuple[float, list[Tensor | None]]:
         """Return the loss of one batch and its gradients, differentiable once more."""
-        with torch.inference_mode(False), torch.enable_grad(), self._context():
+        with self._differentiating():
             loss = term.evaluate()
             if loss.numel() != 1 or not loss.requires_grad:
                 raise ValueError(
@@ -129,7 +134,7 @@ class HessianOperator(SymmetricOperator):
                     "Lower the learning rate, clip gradients, or look for bad samples in "
                     "the held batches.",
                 )
-            with _explain_missing_derivative():
+            with _explaining_missing_derivative():
                 gradients = torch.autograd.grad(
                     loss.reshape(()), self.space.tensors, create_graph=True, allow_unused=True
                 )
@@ -181,7 +186,7 @@ class HessianOperator(SymmetricOperator):
         sizes = [like.numel() for like in likes]
         num_columns = columns.shape[1]
         outputs, cotangents = [], []
-        for i, like, part in zip(chosen, likes, columns.split(sizes), strict=True):
+        for i, like, part in zip(chosen, likes, torch.split(columns, sizes), strict=True):
             gradient = gradients[i]
             if gradient is not None and gradient.requires_grad:
                 outputs.append(gradient)
@@ -189,16 +194,15 @@ class HessianOperator(SymmetricOperator):
         if not outputs:
             return torch.zeros_like(columns)
         batched = num_columns > 1
-        with torch.inference_mode(False), torch.enable_grad(), self._context():
-            with _explain_missing_derivative():
-                products = torch.autograd.grad(
-                    outputs,
-                    likes,
-                    cotangents if batched else [vector[0] for vector in cotangents],
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=batched,
-                )
+        with self._differentiating(), _explaining_missing_derivative():
+            products = torch.autograd.grad(
+                outputs,
+                likes,
+                cotangents if batched else [vector[0] for vector in cotangents],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
         rows = [
             columns.new_zeros(size, num_columns)
             if product is None
@@ -231,20 +235,18 @@ class HessianBlockOperator(SymmetricOperator):
         return self._hessian.product(columns, self._chosen)
 
 
-class _explain_missing_derivative:
+@contextmanager
+def _explaining_missing_derivative() -> Iterator[None]:
     """Turn autograd's complaint about a missing second derivative into a named one."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, (RuntimeError, NotImplementedError)):
-            return
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
         text = str(error)
         signs = ("is not implemented", "double backward", "create_graph", "once_differentiable")
-        if any(sign in text for sign in signs):
-            raise NoSecondDerivativeError(
-                f"an operation has no second derivative ({text.splitlines()[0]}).",
-                "Give loss=callable(module, batch) that avoids it, or replace it by "
-                "elementary operations.",
-            ) from error
+        if not any(sign in text for sign in signs):
+            raise
+        raise NoSecondDerivativeError(
+            f"an operation has no second derivative ({text.splitlines()[0]}).",
+            "Give loss=callable(module, batch) that avoids it, or replace it by elementary "
+            "operations.",
+        ) from error

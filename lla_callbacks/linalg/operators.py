@@ -115,7 +115,7 @@ class BlockOperator(SymmetricOperator):
 
     def __init__(self, operator: SymmetricOperator, index: slice | Tensor) -> None:
         rows = torch.arange(operator.shape[0], device=operator.device)[index]
-        if rows.unique().numel() != rows.numel():
+        if len(set(rows.tolist())) != rows.numel():
             raise ValueError("a block must not name a coordinate twice.")
         super().__init__(rows.numel(), operator.dtype, operator.device)
         self.operator = operator

@@ -91,9 +91,7 @@ class TraceEstimator:
     def add_probe(self, source: torch.Generator) -> None:
         """Draw one probe and spend one product on it."""
         dim = self._operator.shape[0]
-        probe = rademacher(
-            dim, source, dtype=self._operator.dtype, device=self._operator.device
-        )
+        probe = rademacher(dim, source, dtype=self._operator.dtype, device=self._operator.device)
         self._add(probe, self._operator @ self._project(probe))
 
     def add_run(self, run: LanczosRun, start: Tensor) -> None:
@@ -108,8 +106,10 @@ class TraceEstimator:
         product = run.first_product
         if self._known is not None:
             inside = self._known.basis @ start
-            product = product - self._image.T @ inside - self._known.next_vector * (
-                self._known.next_norm * inside[-1]
+            product = (
+                product
+                - self._image.T @ inside
+                - self._known.next_vector * (self._known.next_norm * inside[-1])
             )
         self._add(start, product)
 

@@ -76,9 +76,7 @@ def layer_figure(measurement: HessianMeasurement, *, title: str = "") -> Figure:
     return figure
 
 
-def history_figure(
-    history: Sequence[tuple[int, HessianMeasurement]], *, title: str = ""
-) -> Figure:
+def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: str = "") -> Figure:
     """Return how the spectrum moved: density over steps as a map, extremes as lines on it.
 
     The eigenvalue axis is linear near zero and logarithmic beyond, so that the bulk and
@@ -111,8 +109,10 @@ def history_figure(
         norm=LogNorm(0.1, max(10.0, float(density.max()))), cmap="viridis", rasterized=True,
     )  # fmt: skip
     axes.set_yscale("symlog", linthresh=linear)
-    decades = [10.0**k for k in range(math.ceil(math.log10(3 * linear)), math.ceil(math.log10(reach)) + 1)]
-    ticks = [-t for t in decades if t < -1.3 * float(np.sinh(low)) * linear] + [0.0] + decades
+    powers = range(math.ceil(math.log10(3 * linear)), math.ceil(math.log10(reach)) + 1)
+    decades = [10.0**k for k in powers]
+    lowest = linear * math.sinh(low)
+    ticks = [*(-t for t in decades if t < -1.3 * lowest), 0.0, *decades]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(FixedLocator([]))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -134,7 +134,7 @@ def history_figure(
     )  # fmt: skip
     bar = figure.colorbar(image, ax=axes, pad=0.015)
     bar.set_label("eigenvalues per band (log)")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     _finish(figure, measurements[-1], title or "How the spectrum moved")
     return figure
 
@@ -160,8 +160,10 @@ def _draw_density(
     x = grid.numpy()
     floor = 0.1
     for mask, color in ((x >= 0, UP), (x <= 0, DOWN)):
-        axes.fill_between(x[mask], floor, np.maximum(counts[mask], floor), color=color, alpha=0.35, lw=0)
-        axes.plot(x[mask], np.where(counts[mask] > floor, counts[mask], np.nan), color=color, lw=1.6)
+        height = counts[mask]
+        seen = np.where(height > floor, height, np.nan)
+        axes.fill_between(x[mask], floor, np.maximum(height, floor), color=color, alpha=0.35, lw=0)
+        axes.plot(x[mask], seen, color=color, lw=1.6)
     axes.axhline(1, color=INK, lw=0.8, ls=":", zorder=1)
     axes.axvline(0, color=INK, lw=0.6, alpha=0.5)
     for value, color in _resolved(m, low, high, width):
@@ -182,7 +184,7 @@ def _spread(nodes: Tensor, m: HessianMeasurement, grid: Tensor, width: float) ->
 
     Without this a shallow run draws gaps into a bulk that has none.
     """
-    widths = torch.cat([spacing(part) for part in nodes.split(m.run_sizes)])
+    widths = torch.cat([spacing(part) for part in torch.split(nodes, list(m.run_sizes))])
     return broadened(nodes, m.weights, grid, (0.5 * widths).clamp(min=width))
 
 
@@ -209,9 +211,8 @@ def _mark_extremes(axes: Axes, m: HessianMeasurement) -> None:
     for row, (value, color, label) in enumerate(marks):
         color = color if label == "λmax" or value < 0 else UP
         axes.axvline(float(value), color=color, lw=1, ls="--", alpha=0.8)
-        axes.axvspan(
-            float(value) - value.residual, float(value) + value.residual, color=color, alpha=0.2, lw=0
-        )
+        low, high = float(value) - value.residual, float(value) + value.residual
+        axes.axvspan(low, high, color=color, alpha=0.2, lw=0)
         axes.text(
             0.95, 0.98 - 0.075 * row, f"{label} = {float(value):.4g} ± {value.residual:.0e}",
             transform=axes.transAxes, ha="right", va="top", fontsize=9, color=color,

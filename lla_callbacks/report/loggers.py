@@ -22,7 +22,7 @@ def write_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
     methods, so that either Lightning namespace and third-party loggers work. Any other
     logger with a folder gets a PNG file at ``<log_dir>/figures/<tag>/step_00000100.png``.
     """
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if callable(getattr(experiment, "add_figure", None)):
         experiment.add_figure(tag, figure, step, close=False)
         # Live: a browser should see it now, not at the writer's next flush.
@@ -47,7 +47,7 @@ def write_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
 
 def write_layout(logger: Any, layout: Mapping[str, Any]) -> None:
     """Store a TensorBoard layout of custom charts; other loggers have none."""
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if callable(getattr(experiment, "add_custom_scalars", None)):
         experiment.add_custom_scalars(dict(layout))
 

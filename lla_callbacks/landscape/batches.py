@@ -17,9 +17,12 @@ def sample_count(batch: Any) -> int:
     Objects that are no plain container (a graph batch, say) answer with ``num_graphs`` or
     ``len``. A batch without either counts as one sample.
     """
-    for tensor in tensors_of(batch):
+    tensors = tensors_of(batch)
+    for tensor in tensors:
         if tensor.ndim:
             return int(tensor.shape[0])
+    if tensors:
+        return 1
     for attribute in ("num_graphs", "batch_size"):
         if isinstance(getattr(batch, attribute, None), int):
             return int(getattr(batch, attribute))

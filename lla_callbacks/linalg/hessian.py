@@ -138,6 +138,7 @@ class HessianOperator(SymmetricOperator):
                 gradients = torch.autograd.grad(
                     loss.reshape(()), self.space.tensors, create_graph=True, allow_unused=True
                 )
+                _refuse_dead_ends(gradients)
         return value, list(gradients)
 
     def _matmat(self, columns: Tensor) -> Tensor:
@@ -233,6 +234,24 @@ class HessianBlockOperator(SymmetricOperator):
 
     def _matmat(self, columns: Tensor) -> Tensor:
         return self._hessian.product(columns, self._chosen)
+
+
+def _refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
+    """Raise if a gradient's graph ends where a function forbids a second derivative.
+
+    Autograd raises only when it runs such a node, and it runs none that leads to no
+    parameter: the missing part of the product would silently count as zero.
+    """
+    reached = {g.grad_fn for g in gradients if g is not None and g.grad_fn is not None}
+    waiting = list(reached)
+    while waiting:
+        node = waiting.pop()
+        if node.name().rpartition("::")[2] == "Error":
+            raise RuntimeError("a function is marked once_differentiable")
+        for below, _ in node.next_functions:
+            if below is not None and below not in reached:
+                reached.add(below)
+                waiting.append(below)
 
 
 @contextmanager

@@ -89,5 +89,6 @@ def with_error(value: float, error: float) -> str:
         digits = min(digits, 5 - math.floor(math.log10(abs(value))))
     if digits < 0:
         return f"{value:.3g} +- {error:.1g}"
-    shown = f"{error:.{digits}f}" if error >= 5 * 10.0**-digits else f"{error:.0e}"
+    plain = error >= 1e-4 and error >= 5 * 10.0**-digits
+    shown = f"{error:.{digits}f}" if plain else f"{error:.0e}"
     return f"{value:.{digits}f} +- {shown}"

@@ -1,0 +1,23 @@
+"""What every test needs: float64 on request, one seed, no display, the real data's folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder with real data sets; tests that need it skip where it is absent."""
+    folder = os.environ.get("LLA_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LLA_DATA names no folder with mnist/ and pretrained/ in it")
+    return Path(folder)

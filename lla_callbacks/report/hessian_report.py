@@ -26,12 +26,12 @@ class HessianReport(HessianMeasurement):
 
         >>> import torch
         >>> from lla_callbacks import measure_hessian
-        >>> x, y = torch.eye(3), torch.ones(3, 1)
+        >>> x, y = torch.diag(torch.tensor([1.0, 2.0, 3.0])), torch.ones(3, 1)
         >>> def loss(module, batch):
         ...     return (module(batch[0]) - batch[1]).square().mean()
         >>> report = measure_hessian(torch.nn.Linear(3, 1, bias=False), [(x, y)], loss=loss)
         >>> round(report.lambda_max, 4), round(report.trace, 4)
-        (0.6667, 2.0)
+        (6.0, 9.3333)
     """
 
     @classmethod

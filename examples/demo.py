@@ -99,7 +99,7 @@ def main() -> None:
     print(history[-1][1].summary())
     print("\n" + describe_change(history))
     print(f"\nMeasuring took {callbacks[0].budget.overhead:.0%} of the training time. See it all:\n"
-          f"    tensorboard --logdir {arguments.logs} --samples_per_plugin images=0")  # fmt: skip
+          f"    tensorboard --logdir {arguments.logs} --samples_per_plugin images=1000")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -425,9 +425,9 @@ class HessianMonitor(Callback):
         if callable(getattr(logger.experiment, "add_figure", None)) and self.figures:
             # A child of Lightning's own logger, so that users see it as they see Lightning's.
             logging.getLogger(type(trainer).__module__).info(
-                f"HessianMonitor: open TensorBoard with --samples_per_plugin images=0 to keep "
+                f"HessianMonitor: open TensorBoard with --samples_per_plugin images=1000 to keep "
                 f"every figure (it shows ten a tag otherwise): tensorboard --logdir "
-                f"{folder_of(logger)} --samples_per_plugin images=0"
+                f"{folder_of(logger)} --samples_per_plugin images=1000"
             )
         if self.custom_scalars:
             write_layout(logger, custom_scalars_layout(self.name))

@@ -21,7 +21,7 @@ UP = "#2b6cb0"  # curvature upwards
 DOWN = "#dd6b20"  # curvature downwards
 INK = "#2d3748"
 PALE = "#a0aec0"
-DPI = 110
+DPI = 125
 MODES = {"batch": "batch statistics", "eval": "running statistics"}
 # More bars than this cannot be read; the layers with most curvature are kept.
 MOST_LAYERS = 30
@@ -36,7 +36,7 @@ def density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figur
     eigenvalues carry their residuals.
     """
     m = measurement
-    figure, (whole, bulk) = _subplots(1, 2, size=(9.2, 3.9), widths=[2, 1])
+    figure, (whole, bulk) = _subplots(1, 2, size=(8.0, 3.5), widths=[2, 1])
     low, high = float(m.nodes.min()), float(m.nodes.max())
     _draw_density(whole, m, *_padded(low, high, 0.06), default_width(m.nodes))
     whole.set_title("whole spectrum", loc="left", color=INK)
@@ -62,7 +62,7 @@ def layer_figure(measurement: HessianMeasurement, *, title: str = "") -> Figure:
         names = [name for name in names if name in set(largest)]
     values = np.array([m.layer_traces[name].value for name in names])
     errors = BAND * np.nan_to_num(np.array([m.layer_traces[name].sem for name in names]))
-    figure, (axes,) = _subplots(1, 1, size=(7.2, 1.7 + 0.27 * len(names)))
+    figure, (axes,) = _subplots(1, 1, size=(6.4, 1.7 + 0.27 * len(names)))
     rows = np.arange(len(names))
     axes.barh(rows, values, color=np.where(values >= 0, UP, DOWN), height=0.72, zorder=2)
     axes.errorbar(values, rows, xerr=errors, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
@@ -103,7 +103,7 @@ def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: 
         for m in measurements
     ]
     density = torch.stack(columns, dim=1).clamp(min=1e-2).numpy()
-    figure, (axes,) = _subplots(1, 1, size=(8.2, 4.2))
+    figure, (axes,) = _subplots(1, 1, size=(7.2, 3.8))
     image = axes.pcolormesh(
         _edges(steps), _edges(linear * np.sinh(grid.numpy())), density,
         norm=LogNorm(0.1, max(10.0, float(density.max()))), cmap="viridis", rasterized=True,

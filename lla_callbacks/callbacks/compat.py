@@ -46,7 +46,9 @@ else:
 @contextlib.contextmanager
 def muted_loggers(trainer: Any) -> Iterator[None]:
     """Put dummy loggers in the place of a Trainer's own, for users who write to them."""
-    namespace = type(trainer).__module__.rpartition(".trainer.")[0]
+    # The class may be the user's own, so its bases are asked.
+    modules = [base.__module__ for base in type(trainer).__mro__]
+    namespace = next(n for n in _NAMESPACES if any(m.startswith(f"{n}.trainer.") for m in modules))
     dummy = importlib.import_module(f"{namespace}.loggers.logger").DummyLogger
     loggers = trainer.loggers
     trainer.loggers = [dummy() for _ in loggers]
@@ -74,6 +76,18 @@ def shards_parameters(trainer: Any, module: nn.Module) -> bool:
     if any(sign in strategy for sign in ("FSDP", "DeepSpeed", "ModelParallel")):
         return True
     return any("FSDP" in type(m).__name__ for m in module.modules())
+
+
+def prepared(trainer: Any, module: Any, batch: Any) -> Any:
+    """Return a batch of the user's own loader as the training loop would hand it over.
+
+    Converted to the precision, transferred, and through the module's transfer hooks.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    before = getattr(module, "_on_before_batch_transfer", None)
+    if before is not None:
+        batch = before(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def is_barebones(trainer: Any) -> bool:

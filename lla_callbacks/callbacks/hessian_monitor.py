@@ -10,12 +10,13 @@ from typing import Any, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lla_callbacks.callbacks.compat import (
     Callback,
     MisconfigurationException,
     is_barebones,
+    prepared,
     progress,
     shards_parameters,
 )
@@ -90,6 +91,10 @@ class HessianMonitor(Callback):
             error bands. Turn it off if you store a layout of your own.
         name: First part of every tag; give each monitor its own.
 
+    Attributes:
+        history: Pairs of step and :class:`HessianReport`, all of the last fit.
+        report: The last one of all, also of a stand-alone validate or test.
+
     Raises:
         ValueError: If a setting is not allowed; the message says what is.
 
@@ -111,7 +116,7 @@ class HessianMonitor(Callback):
         num_samples: int = 512,
         mode: Mode = "batch",
         dropout: bool = False,
-        loss: Callable[[Any, Any], Tensor] | None = None,
+        loss: Callable[[Any, Any], Any] | None = None,
         dataloader: Any = None,
         seed: int = 0,
         max_overhead: float | None = None,
@@ -174,6 +179,7 @@ class HessianMonitor(Callback):
             max_overhead = DEFAULT_OVERHEAD
         self.budget = Budget(max_overhead)
         self.history: list[tuple[int, HessianReport]] = []
+        self.report: HessianReport | None = None
         self._reset()
 
     @property
@@ -190,6 +196,11 @@ class HessianMonitor(Callback):
         self._due = False
         self._last_step = -1
         self._warned: set[str] = set()
+
+    def _forget(self) -> None:
+        """Drop what belongs to a finished run and would keep its module alive."""
+        self._batches = []
+        self._start = self._training = None
 
     # -- when ---------------------------------------------------------------------------
 
@@ -215,11 +226,10 @@ class HessianMonitor(Callback):
                 "Train with devices=1, or call measure_hessian(module, batches) on a "
                 "checkpoint."
             )
-        if self.settings.layers is not None:
-            try:
-                layer_parameters(pl_module, _space(pl_module), self.settings.layers)
-            except ValueError as error:
-                raise MisconfigurationException(f"HessianMonitor: {error}") from error
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Not in setup: the module's own setup and configure_model may still make layers.
+        self._check_layers(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._reset()
@@ -229,17 +239,19 @@ class HessianMonitor(Callback):
             rank_zero_warn("HessianMonitor does nothing with Trainer(barebones=True).")
             return
         if self.dataloader is not None:
-            self._hold_loader(self.dataloader)
             self._training = {m: m.training for m in pl_module.modules()}
-            self._measure_start(trainer, pl_module)
+            self._guarded("reading dataloader", self._hold_loader, trainer, pl_module)
+            if self._complete:
+                self._measure_start(trainer, pl_module)
         for logger in self._loggers(trainer):
             self._guarded("logging", self._introduce, trainer, logger)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._complete and not is_barebones(trainer) and batch is not None:
-            self._hold(trainer, pl_module, batch)
+        if self._complete or self.dataloader is not None or is_barebones(trainer):
+            return
+        self._guarded("holding a batch", self._hold, trainer, pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -248,7 +260,8 @@ class HessianMonitor(Callback):
             return
         step = trainer.global_step
         if step != self._last_step and step > 0 and self.schedule.after_step(step):
-            self._due = True
+            # What falls due while batches are still being held is dropped, not caught up with.
+            self._due = self._complete
         self._fire_if_due(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -265,7 +278,7 @@ class HessianMonitor(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if not is_barebones(trainer) and self._complete and trainer.global_step != self._last_step:
             self._measure(trainer, pl_module, trainer.global_step)
-        self._batches = []
+        self._forget()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._start_evaluation(trainer, "validate")
@@ -292,46 +305,69 @@ class HessianMonitor(Callback):
     def _start_evaluation(self, trainer: Any, function: str) -> None:
         """Begin a stand-alone validate or test; validation inside fit is left alone."""
         if _runs(trainer, function):
+            self._check_layers(trainer, trainer.lightning_module)
             self._reset()
-            self.history = []
             self.budget.start()
             if self.dataloader is not None:
-                self._hold_loader(self.dataloader)
+                self._guarded(
+                    "reading dataloader", self._hold_loader, trainer, trainer.lightning_module
+                )
 
     def _hold_evaluation(self, trainer: Any, batch: Any, function: str) -> None:
-        if _runs(trainer, function) and not self._complete:
-            self._batches.append(hold(batch))
-            self._complete = self._num_held() >= self.num_samples
+        if _runs(trainer, function) and not self._complete and self.dataloader is None:
+            self._guarded("holding a batch", self._keep, batch)
 
     def _finish_evaluation(self, trainer: Any, pl_module: Any, function: str) -> None:
         if _runs(trainer, function) and self._batches:
-            values = self._measure(trainer, pl_module, trainer.global_step)
-            # Hand them to the loop as well, which prints and returns them.
-            pl_module.log_dict(values, logger=False, batch_size=1)
-            self._batches = []
+            values = self._measure(trainer, pl_module, trainer.global_step, function=function)
+            # The loop hands them to the loggers, prints them and returns them.
+            pl_module.log_dict(values, batch_size=1)
+            self._forget()
+
+    def _check_layers(self, trainer: Any, module: nn.Module) -> None:
+        if self.settings.layers is None or is_barebones(trainer):
+            return
+        try:
+            layer_parameters(module, _space(module), self.settings.layers)
+        except ValueError as error:
+            raise MisconfigurationException(f"HessianMonitor: {error}") from error
 
     # -- what ---------------------------------------------------------------------------
 
     def _hold(self, trainer: Any, module: nn.Module, batch: Any) -> None:
         """Keep one training batch; measure the start once there are enough."""
-        if not self._batches:
+        if self._training is None:
             self._training = {m: m.training for m in module.modules()}
-        self._batches.append(hold(batch))
-        enough = self._num_held() >= self.num_samples
-        self._complete = enough or len(self._batches) >= trainer.num_training_batches
+        # Steps that take the iterator themselves are announced without a batch at first.
+        if batch is not None:
+            self._keep(batch)
+            if len(self._batches) >= trainer.num_training_batches:
+                self._complete = True
         if self._complete:
             self._measure_start(trainer, module)
         elif self._start is None:
             # The start is measured on all held batches, so its weights are kept until then.
             self._start = (take_snapshot(module), self._limit(trainer, module), trainer.global_step)
 
-    def _hold_loader(self, loader: Iterable[Any]) -> None:
-        # Iterating draws from torch's stream; the run must not notice.
-        with preserved_random_streams(self.settings.seed):
-            for batch in loader:
-                self._batches.append(hold(batch))
-                if self._num_held() >= self.num_samples:
-                    break
+    def _keep(self, batch: Any) -> None:
+        self._batches.append(hold(batch))
+        self._complete = self._num_held() >= self.num_samples
+
+    def _hold_loader(self, trainer: Any, module: nn.Module) -> None:
+        loader: Any = self.dataloader
+        sources = [getattr(loader, "generator", None)]
+        sources.append(getattr(getattr(loader, "sampler", None), "generator", None))
+        states = [(source, source.get_state()) for source in sources if source is not None]
+        try:
+            # Iterating draws from random streams; the run must not notice.
+            with preserved_random_streams(self.settings.seed):
+                for batch in loader:
+                    self._keep(prepared(trainer, module, batch))
+                    if self._complete:
+                        break
+        finally:
+            for source, state in states:
+                source.set_state(state)
         self._complete = True
 
     def _num_held(self) -> int:
@@ -349,7 +385,9 @@ class HessianMonitor(Callback):
             self._measure(trainer, module, step, at=snapshot, limit=limit)
 
     def _fire_if_due(self, trainer: Any, module: nn.Module) -> None:
-        if not self._due or not self._complete or trainer.global_step == self._last_step:
+        if trainer.global_step == self._last_step:
+            self._due = False
+        if not self._due or not self._complete:
             return
         if self.budget.allows():
             self._due = False
@@ -363,6 +401,7 @@ class HessianMonitor(Callback):
         *,
         at: Snapshot | None = None,
         limit: StabilityLimit | None = None,
+        function: str = "fit",
     ) -> dict[str, float]:
         """Measure and report once; return the scalars, none if it failed."""
         began = time.monotonic()
@@ -396,17 +435,21 @@ class HessianMonitor(Callback):
             self._warn(error, "a measurement")
         values: dict[str, float] = {}
         if report is not None:
-            self.history.append((step, report))
+            self.report = report
+            if function == "fit":
+                self.history.append((step, report))
             values = hessian_scalars(report, self.name)
-            self._guarded("drawing or saving", self._show, trainer, report, step)
+            self._save(trainer, report, "step" if function == "fit" else function, step)
+            self._guarded("drawing", self._draw, trainer, report, step, function == "fit")
         self.budget.spend(time.monotonic() - began)
         if report is not None:
             values[f"{self.name}/seconds"] = time.monotonic() - began
             values[f"{self.name}/overhead"] = self.budget.overhead
-            for tag, value in values.items():
-                trainer.callback_metrics[tag] = torch.tensor(value)
-            for logger in self._loggers(trainer):
-                self._guarded("logging", write_scalars, logger, values, step)
+            if function == "fit":
+                for tag, value in values.items():
+                    trainer.callback_metrics[tag] = torch.tensor(value)
+                for logger in self._loggers(trainer):
+                    self._guarded("logging", write_scalars, logger, values, step)
         return values
 
     def _limit(self, trainer: Any, module: nn.Module) -> StabilityLimit | None:
@@ -432,29 +475,30 @@ class HessianMonitor(Callback):
         if self.custom_scalars:
             write_layout(logger, custom_scalars_layout(self.name))
 
-    def _show(self, trainer: Any, report: HessianReport, step: int) -> None:
-        """Write arrays and figures."""
-        loggers = self._loggers(trainer)
-        if self.save_arrays and loggers:
-            folders = {folder_of(logger) for logger in loggers} - {None}
-            for folder in folders:
+    def _save(self, trainer: Any, report: HessianReport, stem: str, step: int) -> None:
+        if self.save_arrays:
+            for folder in {folder_of(logger) for logger in self._loggers(trainer)} - {None}:
                 assert isinstance(folder, Path)
-                report.save(folder / self.name / f"step_{step:08d}.npz")
+                path = folder / self.name / f"{stem}_{step:08d}.npz"
+                self._guarded("saving arrays", report.save, path)
+
+    def _draw(self, trainer: Any, report: HessianReport, step: int, in_fit: bool) -> None:
+        loggers = self._loggers(trainer)
         if not self.figures or not loggers:
             return
         drawn = {
             "density": report.figure(title=f"Hessian spectrum at step {step}"),
             "layer_traces": report.layer_figure(title=f"Curvature by layer at step {step}"),
         }
-        if len(self.history) > 1:
-            drawn["history"] = history_figure(
-                self.history, title=f"How the spectrum moved, up to step {step}"
-            )
+        if in_fit and len(self.history) > 1:
+            title = f"How the spectrum moved, up to step {step}"
+            drawn["history"] = history_figure(self.history, title=title)
         for logger in loggers:
             for tag, figure in drawn.items():
-                write_figure(logger, f"{self.name}/{tag}", figure, step)
+                arguments = (logger, f"{self.name}/{tag}", figure, step)
+                self._guarded("drawing", write_figure, *arguments)
 
-    def _guarded(self, what: str, action: Callable[..., None], *arguments: Any) -> None:
+    def _guarded(self, what: str, action: Callable[..., object], *arguments: Any) -> None:
         try:
             action(*arguments)
         except Exception as error:  # noqa: BLE001 - a broken logger must not end the run

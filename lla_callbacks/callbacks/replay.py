@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import muted_loggers, true_precision_context
 from lla_callbacks.landscape.objective import Loss
-from lla_callbacks.landscape.training_step import replay_training_step
+from lla_callbacks.landscape.training_step import mute, replay_training_step
 
 
 def trainer_loss(trainer: Any, loss: Loss | None) -> Loss:
@@ -22,6 +22,8 @@ def trainer_loss(trainer: Any, loss: Loss | None) -> Loss:
     inner = replay_training_step if loss is None else loss
 
     def evaluate(module: nn.Module, batch: Any) -> Tensor:
+        # The user's own loss may log as well, through a method of the module.
+        mute(module)
         with muted_loggers(trainer), true_precision_context(trainer):
             return inner(module, batch)
 

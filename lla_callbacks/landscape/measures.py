@@ -110,8 +110,14 @@ class HessianSettings:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < 1):
                 raise ValueError(f"{name} is {value!r}; give a number between 0 and 1, or None.")
-        if isinstance(self.layers, str) or (
-            self.layers is not None and not all(isinstance(x, str) for x in self.layers)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}; give a whole number below 2**63.")
+        names = self.layers
+        if names is not None and (
+            isinstance(names, str)
+            or not isinstance(names, Sequence)
+            or not names
+            or not all(isinstance(name, str) for name in names)
         ):
             raise ValueError(
                 f"layers is {self.layers!r}; give a list of module paths or patterns, such as "

@@ -81,7 +81,9 @@ def _entry(
     optimizer: torch.optim.Optimizer, group: dict[str, object], state: dict[str, object]
 ) -> tuple[Tensor | float, float] | None:
     """Return ``(D, shift)`` of one parameter, or None where it is not known."""
-    lr, decay = _number(group["lr"]), _number(group.get("weight_decay", 0.0))
+    if group.get("lr") is None:
+        return None
+    lr, decay = _number(group["lr"]), _number(group.get("weight_decay") or 0.0)
     if isinstance(optimizer, torch.optim.SGD):
         beta, dampening = _number(group["momentum"]), _number(group["dampening"])
         if beta == 0:

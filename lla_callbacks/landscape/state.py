@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy, deepcopy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+
+from lla_callbacks.linalg.errors import MeasurementError
 
 _TORCH_KEYS = frozenset(nn.Module().__dict__)
 
@@ -23,15 +27,22 @@ def preserved(module: nn.Module, *, seed: int) -> Iterator[None]:
 
     Kept: random streams of python, numpy, torch's CPU and every initialised CUDA device
     (inside, all start from ``seed``, so that two passes agree); buffers (clones are swapped
-    in, so that the originals keep value, identity and version); plain attributes of every
-    submodule, where torchmetrics keep their state and users their counters and lists;
-    gradients (parked); ``requires_grad``; train and eval modes; the gradient mode.
+    in, so that the originals keep value, identity and version) and frozen parameters
+    likewise; plain attributes of every submodule, where torchmetrics keep their state and
+    users their counters and lists; gradients (parked); ``requires_grad``; train and eval
+    modes; the gradient mode.
 
     Not kept, since they cannot be seen: objects of the user's own classes, files, globals.
+
+    Raises:
+        MeasurementError: If the trainable weights were changed inside. They are restored,
+            but what was computed is not a function of them.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_random_streams(seed))
         stack.enter_context(_preserved_attributes(module))
+        stack.enter_context(_unchanged_weights(module))
+        stack.enter_context(_preserved_frozen_parameters(module))
         stack.enter_context(_preserved_buffers(module))
         stack.enter_context(_preserved_gradients(module))
         stack.enter_context(preserved_modes(module))
@@ -60,16 +71,16 @@ def weights_at(module: nn.Module, snapshot: Snapshot | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Values of a module's trainable parameters and buffers at one moment, by name."""
+    """Values of a module's parameters and buffers at one moment, by name."""
 
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
 
 
 def take_snapshot(module: nn.Module) -> Snapshot:
-    """Return copies of the trainable parameters and the buffers."""
+    """Return copies of the parameters and the buffers."""
     return Snapshot(
-        {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad},
+        {n: p.detach().clone() for n, p in module.named_parameters()},
         {n: b.detach().clone() for n, b in module.named_buffers()},
     )
 
@@ -175,41 +186,81 @@ def _is_state(key: str) -> bool:
 
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    """Copy tensors, arrays and plain containers, keeping aliases; the rest stays itself."""
-    known = memo.get(id(value))
-    if known is not None:
-        return known
-    kind = type(value)
+    """Copy tensors, arrays, generators and containers, keeping aliases; the rest stays itself."""
+    if id(value) in memo:
+        return memo[id(value)]
     copied = value
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         copied = value.detach().clone() if value.is_leaf else value
     elif isinstance(value, np.ndarray):
         copied = value.copy()
-    elif isinstance(value, (random.Random, np.random.Generator, torch.Generator)):
-        copied = _copy_generator(value)
-    elif kind in (list, tuple, set, deque):
-        items = [_copy(item, memo) for item in value]
-        copied = deque(items, value.maxlen) if kind is deque else kind(items)
-    elif kind in (dict, OrderedDict, defaultdict):
-        copied = value.copy()
+    elif isinstance(value, torch.Generator):
+        copied = torch.Generator(device=value.device)
+        copied.set_state(value.get_state())
+    elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
+        copied = deepcopy(value)
+    elif isinstance(value, (list, set, deque)):
+        copied = copy(value)
+        copied.clear()
+        memo[id(value)] = copied
+        for item in value:
+            (copied.add if isinstance(copied, set) else copied.append)(_inner(item, memo))
+    elif isinstance(value, dict):
+        copied = copy(value)
         for key, item in value.items():
-            copied[key] = _copy(item, memo)
+            dict.__setitem__(copied, key, _inner(item, memo))
+    elif isinstance(value, tuple):
+        items = [_inner(item, memo) for item in value]
+        copied = value._make(items) if hasattr(value, "_make") else type(value)(items)
+    elif isinstance(value, SimpleNamespace):
+        copied = SimpleNamespace(**_copy(vars(value), memo))
     memo[id(value)] = copied
     return copied
 
 
-def _copy_generator(value: Any) -> Any:
-    if isinstance(value, torch.Generator):
-        copied = torch.Generator(device=value.device)
-        copied.set_state(value.get_state())
-        return copied
-    if isinstance(value, random.Random):
-        twin = random.Random()
-        twin.setstate(value.getstate())
-        return twin
-    twin_bits = type(value.bit_generator)()
-    twin_bits.state = value.bit_generator.state
-    return np.random.Generator(twin_bits)
+def _inner(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy what lies inside a container: also modules, which no submodule list names."""
+    if isinstance(value, nn.Module) and id(value) not in memo:
+        memo[id(value)] = deepcopy(value)
+    return _copy(value, memo)
+
+
+@contextmanager
+def _unchanged_weights(module: nn.Module) -> Iterator[None]:
+    """Restore trainable weights that were changed inside, and say so."""
+    saved = [(p, p.detach().clone()) for p in module.parameters() if p.requires_grad]
+    changed = False
+    try:
+        yield
+    finally:
+        for p, value in saved:
+            # NaNs are kept as they are, so equality is asked of the bits.
+            if not torch.equal(p.detach().view(torch.uint8), value.view(torch.uint8)):
+                p.data.copy_(value)
+                changed = True
+    if changed:
+        raise MeasurementError(
+            "the loss changes the trainable weights while it is computed, so it has no Hessian.",
+            "Give loss=callable(module, batch) that leaves them alone.",
+        )
+
+
+@contextmanager
+def _preserved_frozen_parameters(module: nn.Module) -> Iterator[None]:
+    """Swap clones in for parameters that are not trained, such as a target network's."""
+    saved: list[tuple[nn.Module, str, nn.Parameter]] = []
+    clones: dict[int, nn.Parameter] = {}
+    try:
+        for m in module.modules():
+            for name, p in m._parameters.items():
+                if p is not None and not p.requires_grad:
+                    saved.append((m, name, p))
+                    clone = nn.Parameter(p.detach().clone(), requires_grad=False)
+                    m._parameters[name] = clones.setdefault(id(p), clone)
+        yield
+    finally:
+        for m, name, p in saved:
+            m._parameters[name] = p
 
 
 @contextmanager

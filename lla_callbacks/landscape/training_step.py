@@ -18,9 +18,8 @@ class SkippedBatchError(MeasurementError):
 def replay_training_step(module: nn.Module, batch: Any, batch_idx: int = 0) -> Tensor:
     """Return the loss that ``module.training_step`` computes on a batch.
 
-    Logging is muted on every LightningModule inside. Call it within
-    :func:`lla_callbacks.landscape.state.preserved`, which takes the mute and everything
-    else that the step changes away again.
+    Call it within :func:`lla_callbacks.landscape.state.preserved`, which takes the mute and
+    everything else that the step changes away again.
 
     Args:
         module: A LightningModule, known by its methods alone.
@@ -32,10 +31,7 @@ def replay_training_step(module: nn.Module, batch: Any, batch_idx: int = 0) -> T
         SkippedBatchError: If the step returns ``None`` for this batch.
     """
     check_replayable(module)
-    for m in module.modules():
-        if hasattr(m, "training_step"):
-            m.__dict__["log"] = _silence
-            m.__dict__["log_dict"] = _silence
+    mute(module)
     step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
     names = list(inspect.signature(step).parameters.values())
     positional = [p for p in names if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -59,6 +55,13 @@ def replay_training_step(module: nn.Module, batch: Any, batch_idx: int = 0) -> T
             "that returns a scalar tensor."
         )
     return loss
+
+
+def mute(module: nn.Module) -> None:
+    """Silence ``log`` and ``log_dict`` of every LightningModule inside a module."""
+    for m in module.modules():
+        if hasattr(m, "training_step"):
+            m.__dict__["log"] = m.__dict__["log_dict"] = _silence
 
 
 def check_replayable(module: nn.Module) -> None:

@@ -54,10 +54,13 @@ def write_layout(logger: Any, layout: Mapping[str, Any]) -> None:
 
 def folder_of(logger: Any) -> Path | None:
     """Return the folder that a logger writes this run to, if it has one."""
-    for attribute in ("log_dir", "save_dir"):
-        folder = getattr(logger, attribute, None)
-        if isinstance(folder, (str, Path)) and str(folder):
-            return Path(folder)
+    folder = getattr(logger, "log_dir", None)
+    if isinstance(folder, (str, Path)) and str(folder):
+        return Path(folder)
+    folder = getattr(logger, "save_dir", None)
+    if isinstance(folder, (str, Path)) and str(folder):
+        # One folder for all runs: told apart by the run's own name.
+        return Path(folder).joinpath(*(str(p) for p in (logger.name, logger.version) if p))
     return None
 
 

@@ -99,7 +99,7 @@ def main() -> None:
     print(history[-1][1].summary())
     print("\n" + describe_change(history))
     print(
-        f"\nMeasuring took {callbacks[0].budget.spent:.0f} s, more than training so small a network."
+        f"\nMeasuring took {callbacks[0].budget.spent:.0f} s; training so small a network, less."
         "\nWithout a schedule of its own, HessianMonitor() keeps itself under 5 %."
         "\n\nSee it all:\n"
         f"    tensorboard --logdir {arguments.logs} --samples_per_plugin images=1000"

@@ -175,7 +175,7 @@ def _draw_density(
     axes.yaxis.set_minor_locator(LogLocator(subs=()))
     axes.set_xlim(low, high)
     axes.set_xlabel("eigenvalue")
-    axes.xaxis.set_major_locator(MaxNLocator(6 if high - low > 0 else 3))
+    axes.xaxis.set_major_locator(MaxNLocator(4 if resolution else 6))
     axes.set_ylabel(f"eigenvalues within {width:.2g}")
 
 

@@ -56,13 +56,14 @@ def custom_scalars_layout(name: str = "hessian") -> dict[str, Any]:
         ends = [f"{name}_bands/{tag}_lower", f"{name}_bands/{tag}_upper"]
         return ["Margin", [f"{name}/{tag}", *ends]]
 
-    charts = {
-        "trace (band: 2 standard errors)": band("trace"),
-        "lambda_max (band: residual)": band("lambda_max"),
-        "lambda_min (band: residual)": band("lambda_min"),
-        "KH05 (band: 2 standard errors)": band("kh05"),
-        "stability (1 is the edge)": ["Multiline", [f"{name}/stability"]],
-        "trace by layer": ["Multiline", [f"{name}_layers/.*/trace$"]],
+    # TensorBoard shows line charts first, then charts with bands from the last to the first.
+    return {
+        name: {
+            "stability (1 is the edge)": ["Multiline", [f"{name}/stability"]],
+            "trace by layer": ["Multiline", [f"{name}_layers/.*/trace$"]],
+            "KH05 (band: 2 standard errors)": band("kh05"),
+            "lambda_min (band: residual)": band("lambda_min"),
+            "lambda_max (band: residual)": band("lambda_max"),
+            "trace (band: 2 standard errors)": band("trace"),
+        }
     }
-    # TensorBoard shows the last chart first.
-    return {name: dict(reversed(charts.items()))}

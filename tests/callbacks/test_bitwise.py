@@ -12,7 +12,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
-from lla_callbacks.callbacks import hessian_monitor, replay
+from lla_callbacks.callbacks import monitor as monitor_module
+from lla_callbacks.callbacks import replay
 from lla_callbacks.landscape import state
 
 from .modules import (
@@ -191,7 +192,7 @@ def weights_left_behind(module, snapshot):
         (state, "preserved_random_streams", nothing_guarded, "/state/net.0.weight"),
         (state, "preserved_modes", nothing_guarded, "/state/net.0.weight"),
         (replay, "muted_loggers", nothing_guarded, "/scalars/direct"),
-        (hessian_monitor, "weights_at", weights_left_behind, "/state/net.0.weight"),
+        (monitor_module, "weights_at", weights_left_behind, "/state/net.0.weight"),
     ],
     ids=["buffers", "attributes", "random", "modes", "loggers", "weights"],
 )

@@ -9,7 +9,8 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lla_callbacks.callbacks import hessian_monitor, schedule
+from lla_callbacks.callbacks import monitor as monitor_module
+from lla_callbacks.callbacks import schedule
 from lla_callbacks.callbacks.schedule import Budget, Schedule
 
 from .modules import (
@@ -38,7 +39,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    for module in (schedule, hessian_monitor):
+    for module in (schedule, monitor_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=made.monotonic))
     return made
 

@@ -1,0 +1,68 @@
+"""The batches that a monitor measures on, kept through a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lla_callbacks.callbacks.compat import prepared
+from lla_callbacks.landscape.batches import hold, sample_count
+from lla_callbacks.landscape.state import preserved_random_streams
+
+
+class HeldBatches:
+    """Copies of whole batches on the CPU, until they have a number of samples.
+
+    Args:
+        num_samples: How many are enough.
+
+    Attributes:
+        batches: What is held so far.
+        complete: Whether it is enough.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.batches: list[Any] = []
+        self.complete = False
+        self._count = 0
+
+    def add(self, batch: Any, *, most: float = float("inf")) -> None:
+        """Hold one more batch.
+
+        Args:
+            batch: Any structure of tensors.
+            most: Number of batches there are: then all is held that can be.
+        """
+        self.batches.append(hold(batch))
+        self._count += sample_count(batch)
+        self.complete = self._count >= self.num_samples or len(self.batches) >= most
+
+    def add_loader(self, trainer: Any, module: Any, loader: Any, seed: int) -> None:
+        """Hold the first batches of a user's own loader, which must not notice.
+
+        Iterating draws from the global random streams and from a loader's own generator;
+        both are put back.
+        """
+        sources = [getattr(loader, "generator", None)]
+        sources.append(getattr(getattr(loader, "sampler", None), "generator", None))
+        states = [(source, source.get_state()) for source in sources if source is not None]
+        try:
+            with preserved_random_streams(seed):
+                for batch in loader:
+                    self.add(prepared(trainer, module, batch))
+                    if self.complete:
+                        break
+        finally:
+            for source, state in states:
+                source.set_state(state)
+        self.complete = True
+
+
+def check_loader(loader: Any) -> None:
+    """Raise a ValueError if this is neither an iterable of batches nor None."""
+    if loader is not None and not isinstance(loader, Iterable):
+        raise ValueError(
+            f"dataloader is {type(loader).__name__}; give an iterable of batches, or None for "
+            "the first training batches."
+        )

@@ -1,0 +1,469 @@
+"""What every monitor shares: when to measure, on what, and where results go."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+from lla_callbacks.callbacks.compat import (
+    Callback,
+    MisconfigurationException,
+    is_barebones,
+    progress,
+    shards_parameters,
+)
+from lla_callbacks.callbacks.held_batches import HeldBatches, check_loader
+from lla_callbacks.callbacks.replay import trainer_loss
+from lla_callbacks.callbacks.schedule import DEFAULT_OVERHEAD, Budget, Schedule
+from lla_callbacks.landscape.objective import Mode, Objective
+from lla_callbacks.landscape.stability import StabilityLimit, stability_limit
+from lla_callbacks.landscape.state import Snapshot, take_snapshot, weights_at
+from lla_callbacks.landscape.training_step import check_replayable
+from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a measurement is of.
+
+    Attributes:
+        step: Optimizer steps that the weights have seen.
+        function: ``"fit"``, or a stand-alone ``"validate"`` or ``"test"``.
+        limit: The optimizer's stability limit then, where it is known.
+        snapshot: The weights then, if they are no longer the module's.
+    """
+
+    step: int
+    function: str = "fit"
+    limit: StabilityLimit | None = None
+    snapshot: Snapshot | None = None
+
+
+class Monitor(Callback):
+    """Measures something of the held objective, and leaves training bitwise unchanged.
+
+    A subclass says what is measured and how it is shown; this class says when, on which
+    batches and weights, keeps to the budget, and turns trouble into a warning and a gap.
+
+    Args:
+        every_n_epochs: Measure at the end of every n-th training epoch.
+        every_n_train_steps: Measure every n optimizer steps.
+        num_samples: Hold the first training batches until they have this many samples.
+        mode: Normalization mode.
+        dropout: Whether dropout stays on.
+        loss: ``loss(module, batch)``; ``None`` replays ``training_step``.
+        dataloader: Batches to measure on instead of the first training batches.
+        seed: Fixes whatever is random.
+        max_overhead: Largest share of training time; see
+            :class:`~lla_callbacks.HessianMonitor`.
+        microbatch_size: Evaluate batches in parts of at most this many samples.
+        figures: Whether figures are drawn.
+        save_arrays: Whether results are written beside the logs.
+        custom_scalars: Whether TensorBoard gets a layout.
+        name: First part of every tag.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_epochs: int | None,
+        every_n_train_steps: int | None,
+        num_samples: int,
+        mode: Mode,
+        dropout: bool,
+        loss: Callable[[Any, Any], Any] | None,
+        dataloader: Any,
+        seed: int,
+        max_overhead: float | None,
+        microbatch_size: int | None,
+        figures: bool,
+        save_arrays: bool,
+        custom_scalars: bool,
+        name: str,
+    ) -> None:
+        super().__init__()
+        default_schedule = every_n_epochs is None and every_n_train_steps is None
+        self.schedule = Schedule(every_n_train_steps, 1 if default_schedule else every_n_epochs)
+        _check_positive("num_samples", num_samples)
+        if microbatch_size is not None:
+            _check_positive("microbatch_size", microbatch_size)
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
+        if loss is not None and not callable(loss):
+            raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
+        if max_overhead is not None and not (
+            isinstance(max_overhead, (int, float)) and max_overhead > 0
+        ):
+            raise ValueError(
+                f"max_overhead is {max_overhead!r}; give a positive share of training time, "
+                "such as 0.05, or None."
+            )
+        check_loader(dataloader)
+        if not name or not isinstance(name, str):
+            raise ValueError(f"name is {name!r}; give the first part of the tags, a string.")
+        self.num_samples = num_samples
+        self.mode: Mode = mode
+        self.dropout = dropout
+        self.loss = loss
+        self.dataloader = dataloader
+        self.seed = seed
+        self.microbatch_size = microbatch_size
+        self.figures = figures
+        self.save_arrays = save_arrays
+        self.custom_scalars = custom_scalars
+        self.name = name
+        if max_overhead is None and default_schedule:
+            max_overhead = DEFAULT_OVERHEAD
+        self.budget = Budget(max_overhead)
+        self._reset()
+
+    # -- what a subclass gives ----------------------------------------------------------
+
+    @abstractmethod
+    def _measure(
+        self,
+        objective: Objective,
+        moment: Moment,
+        *,
+        quick: bool,
+        progress: Callable[[str, int], AbstractContextManager[Callable[[int], object]]],
+    ) -> Any:
+        """Return a result; ``quick`` asks for every line of code and little work.
+
+        ``progress(description, total)`` opens a bar and yields its ``advance(count)``.
+        """
+
+    @abstractmethod
+    def _keep(self, result: Any, moment: Moment) -> None:
+        """Take note of a result."""
+
+    @abstractmethod
+    def _scalars(self, result: Any) -> dict[str, float]:
+        """Return the result as finite scalars by tag."""
+
+    @abstractmethod
+    def _figures(self, result: Any, moment: Moment) -> Mapping[str, Any]:
+        """Return the result as figures by the tag's last part."""
+
+    def _layout(self) -> Mapping[str, Any]:
+        """Return a TensorBoard layout of custom charts, if there is one."""
+        return {}
+
+    def _check(self, module: nn.Module) -> None:
+        """Raise a ValueError if the settings do not fit the module."""
+
+    # -- when ---------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Tell several monitors of one Trainer apart."""
+        return str(self._generate_state_key(name=self.name))
+
+    def _reset(self) -> None:
+        self._held = HeldBatches(self.num_samples)
+        self._start: Moment | None = None
+        self._start_pending = True
+        self._training: dict[nn.Module, bool] | None = None
+        self._due = False
+        self._last_step = -1
+        self._warned: set[str] = set()
+
+    def _forget(self) -> None:
+        """Drop what belongs to a finished run and would keep its module alive."""
+        self._held = HeldBatches(self.num_samples)
+        self._start = self._training = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before anything starts."""
+        if is_barebones(trainer):
+            return
+        kind = type(self).__name__
+        if self.loss is None and stage in ("fit", "validate", "test"):
+            try:
+                check_replayable(pl_module)
+            except TypeError as error:
+                raise MisconfigurationException(f"{kind}: {error}") from error
+        if shards_parameters(trainer, pl_module):
+            raise MisconfigurationException(
+                f"{kind} cannot differentiate twice through parameters sharded by "
+                f"{type(trainer.strategy).__name__}. Train with one process, or load the "
+                "checkpoint into a plain module and call measure_hessian(module, batches)."
+            )
+        if getattr(trainer, "world_size", 1) > 1:
+            raise MisconfigurationException(
+                f"{kind} measures in one process, and this Trainer has "
+                f"{trainer.world_size}: each would see the Hessian of its own batches only. "
+                "Train with devices=1, or call measure_hessian(module, batches) on a "
+                "checkpoint."
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Not in setup: the module's own setup and configure_model may still make layers.
+        self._check_module(trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._reset()
+        self.budget.start()
+        if is_barebones(trainer):
+            rank_zero_warn(f"{type(self).__name__} does nothing with Trainer(barebones=True).")
+            return
+        if self.dataloader is not None:
+            self._training = {m: m.training for m in pl_module.modules()}
+            self._hold_loader(trainer, pl_module)
+            if self._held.complete:
+                self._fire_start(trainer, pl_module)
+        for logger in self._loggers(trainer):
+            self._guarded("logging", self._introduce, trainer, logger)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._held.complete or self.dataloader is not None or is_barebones(trainer):
+            return
+        self._guarded("holding a batch", self._hold, trainer, pl_module, batch)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if is_barebones(trainer):
+            return
+        step = trainer.global_step
+        if step != self._last_step and step > 0 and self.schedule.after_step(step):
+            # What falls due while batches are still being held is dropped, not caught up with.
+            self._due = self._held.complete
+        self._fire_if_due(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if is_barebones(trainer):
+            return
+        if not self._held.complete and self._held.batches:
+            # An epoch is all there is: further batches would repeat its samples.
+            self._held.complete = True
+            self._fire_start(trainer, pl_module)
+        if self.schedule.after_epoch(trainer.current_epoch):
+            self._due = True
+        self._fire_if_due(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._held.complete and trainer.global_step != self._last_step:
+            self._fire(trainer, pl_module, self._now(trainer, pl_module))
+        self._forget()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._start_evaluation(trainer, pl_module, "validate")
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._hold_evaluation(trainer, batch, "validate")
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish_evaluation(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._start_evaluation(trainer, pl_module, "test")
+
+    def on_test_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._hold_evaluation(trainer, batch, "test")
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish_evaluation(trainer, pl_module, "test")
+
+    def _start_evaluation(self, trainer: Any, module: Any, function: str) -> None:
+        """Begin a stand-alone validate or test; validation inside fit is left alone."""
+        if _runs(trainer, function):
+            self._check_module(trainer, module)
+            self._reset()
+            self.budget.start()
+            if self.dataloader is not None:
+                self._hold_loader(trainer, module)
+
+    def _hold_evaluation(self, trainer: Any, batch: Any, function: str) -> None:
+        if _runs(trainer, function) and not self._held.complete and self.dataloader is None:
+            self._guarded("holding a batch", self._held.add, batch)
+
+    def _finish_evaluation(self, trainer: Any, module: Any, function: str) -> None:
+        if _runs(trainer, function) and self._held.batches:
+            values = self._fire(trainer, module, self._now(trainer, module, function))
+            # The loop hands them to the loggers, prints them and returns them.
+            module.log_dict(values, batch_size=1)
+            self._forget()
+
+    # -- on what ------------------------------------------------------------------------
+
+    def _check_module(self, trainer: Any, module: nn.Module) -> None:
+        if is_barebones(trainer):
+            return
+        try:
+            self._check(module)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+
+    def _hold(self, trainer: Any, module: nn.Module, batch: Any) -> None:
+        """Keep one training batch; measure the start once there are enough."""
+        if self._training is None:
+            self._training = {m: m.training for m in module.modules()}
+        # Steps that take the iterator themselves are announced without a batch at first.
+        if batch is not None:
+            self._held.add(batch, most=trainer.num_training_batches)
+        if self._held.complete:
+            self._fire_start(trainer, module)
+        elif self._start is None:
+            # The start is measured on all held batches, so its weights are kept until then.
+            self._start = self._now(trainer, module, snapshot=take_snapshot(module))
+
+    def _hold_loader(self, trainer: Any, module: Any) -> None:
+        add = self._held.add_loader
+        self._guarded("reading dataloader", add, trainer, module, self.dataloader, self.seed)
+
+    def _now(
+        self, trainer: Any, module: nn.Module, function: str = "fit", **settings: Any
+    ) -> Moment:
+        optimizers = trainer.optimizers
+        limit = stability_limit(optimizers[0], space_of(module)) if len(optimizers) == 1 else None
+        return Moment(trainer.global_step, function, limit, **settings)
+
+    def _fire_start(self, trainer: Any, module: nn.Module) -> None:
+        if self._start_pending:
+            self._start_pending = False
+            moment = self._start or self._now(trainer, module)
+            self._start = None
+            self._fire(trainer, module, moment)
+
+    def _fire_if_due(self, trainer: Any, module: nn.Module) -> None:
+        if trainer.global_step == self._last_step:
+            self._due = False
+        if self._due and self._held.complete and self.budget.allows():
+            self._due = False
+            self._fire(trainer, module, self._now(trainer, module))
+
+    def _fire(self, trainer: Any, module: nn.Module, moment: Moment) -> dict[str, float]:
+        """Measure and report once; return the scalars, none if it failed."""
+        began = time.monotonic()
+        self._last_step = moment.step
+        values: dict[str, float] = {}
+        result = None
+        try:
+            with weights_at(module, moment.snapshot):
+                objective = Objective(
+                    module,
+                    self._held.batches,
+                    trainer_loss(trainer, self.loss),
+                    mode=self.mode,
+                    dropout=self.dropout,
+                    seed=self.seed,
+                    training=self._training,
+                    microbatch_size=self.microbatch_size,
+                )
+                result = self._measure(
+                    objective,
+                    moment,
+                    # A smoke test should run every line, not take long.
+                    quick=bool(trainer.fast_dev_run),
+                    progress=lambda text, total: progress(trainer, text, total),
+                )
+        except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
+            self._warn(error, "a measurement")
+        if result is not None:
+            self._keep(result, moment)
+            values = self._scalars(result)
+            self._save(trainer, result, moment)
+            self._guarded("drawing", self._draw, trainer, result, moment)
+        self.budget.spend(time.monotonic() - began)
+        if result is not None:
+            values[f"{self.name}/seconds"] = time.monotonic() - began
+            if moment.function == "fit":
+                values[f"{self.name}/overhead"] = self.budget.overhead
+                for tag, value in values.items():
+                    trainer.callback_metrics[tag] = torch.tensor(value)
+                for logger in self._loggers(trainer):
+                    self._guarded("logging", write_scalars, logger, values, moment.step)
+        return values
+
+    # -- where to -----------------------------------------------------------------------
+
+    def _loggers(self, trainer: Any) -> list[Any]:
+        return [] if trainer.fast_dev_run or not trainer.is_global_zero else trainer.loggers
+
+    def _introduce(self, trainer: Any, logger: Any) -> None:
+        if callable(getattr(logger.experiment, "add_figure", None)) and self.figures:
+            # A child of Lightning's own logger, so that users see it as they see Lightning's.
+            logging.getLogger(type(trainer).__module__).info(
+                f"{type(self).__name__}: TensorBoard shows ten figures a tag; to keep all, open "
+                f"it by: tensorboard --logdir {folder_of(logger)} "
+                "--samples_per_plugin images=1000"
+            )
+        if self.custom_scalars and self._layout():
+            write_layout(logger, self._layout())
+
+    def _save(self, trainer: Any, result: Any, moment: Moment) -> None:
+        if self.save_arrays:
+            stem = "step" if moment.function == "fit" else moment.function
+            for folder in {folder_of(logger) for logger in self._loggers(trainer)} - {None}:
+                assert isinstance(folder, Path)
+                path = folder / self.name / f"{stem}_{moment.step:08d}.npz"
+                self._guarded("saving arrays", result.save, path)
+
+    def _draw(self, trainer: Any, result: Any, moment: Moment) -> None:
+        loggers = self._loggers(trainer)
+        if not self.figures or not loggers:
+            return
+        for tag, figure in self._figures(result, moment).items():
+            for logger in loggers:
+                arguments = (logger, f"{self.name}/{tag}", figure, moment.step)
+                self._guarded("drawing", write_figure, *arguments)
+
+    def _guarded(self, what: str, action: Callable[..., object], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:  # noqa: BLE001 - a broken logger must not end the run
+            self._warn(error, what)
+
+    def _warn(self, error: Exception, what: str) -> None:
+        """Warn once a cause, with the remedy."""
+        cause = type(error).__name__
+        if cause in self._warned:
+            return
+        self._warned.add(cause)
+        remedy = "" if isinstance(error, MeasurementError) else " " + _remedy(error)
+        rank_zero_warn(
+            f"{type(self).__name__}: {what} failed and leaves a gap; training goes on. "
+            f"{cause}: {error}{remedy}"
+        )
+
+
+def space_of(module: nn.Module) -> ParameterSpace:
+    """Return the layout of a module's trainable parameters."""
+    return ParameterSpace({n: p for n, p in module.named_parameters() if p.requires_grad})
+
+
+def _runs(trainer: Any, function: str) -> bool:
+    """Return whether the Trainer was called for this and not for a fit."""
+    return bool(trainer.state.fn == function and not is_barebones(trainer))
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return "Lower num_samples or num_steps, or set microbatch_size."
+    if isinstance(error, OSError):
+        return "Free disk space, or set save_arrays=False and figures=False."
+    return "Give loss=callable(module, batch) if the training step cannot be replayed here."
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; give a whole number of at least 1.")

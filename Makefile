@@ -7,7 +7,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 .PHONY: demo test lint types tests clean
 
 demo: $(VENV)/.demo
-	cd examples && ../$(BIN)/python demo.py --logs ../logs $(ARGS)
+	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint types tests
 

@@ -9,6 +9,8 @@ Then open the page that the last line names.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -94,6 +96,8 @@ def main() -> None:
     )
 
     history = callbacks[0].history
+    beside = Path(sys.executable).with_name("tensorboard")
+    tensorboard = os.path.relpath(beside) if beside.exists() else "tensorboard"
     print(f"\nAfter {trainer.global_step} steps, test accuracy "
           f"{float(trainer.callback_metrics['val_accuracy']):.1%}.\n")  # fmt: skip
     print(history[-1][1].summary())
@@ -102,7 +106,7 @@ def main() -> None:
         f"\nMeasuring took {callbacks[0].budget.spent:.0f} s; training so small a network, less."
         "\nWithout a schedule of its own, HessianMonitor() keeps itself under 5 %."
         "\n\nSee it all:\n"
-        f"    tensorboard --logdir {arguments.logs} --samples_per_plugin images=1000"
+        f"    {tensorboard} --logdir {arguments.logs} --samples_per_plugin images=1000"
     )
 
 

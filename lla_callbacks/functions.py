@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lla_callbacks.landscape.batches import first_samples
 from lla_callbacks.landscape.measures import HessianSettings, measure
-from lla_callbacks.landscape.objective import Loss, Mode, Objective
+from lla_callbacks.landscape.objective import GRAPH_MEMORY, Loss, Mode, Objective
 from lla_callbacks.landscape.stability import stability_limit
 from lla_callbacks.landscape.training_step import check_replayable, replay_training_step
 from lla_callbacks.linalg.space import ParameterSpace
@@ -30,7 +31,9 @@ def measure_hessian(
     eig_rtol: float | None = None,
     trace_rtol: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    num_samples: int | None = None,
     microbatch_size: int | None = None,
+    graph_memory: int = GRAPH_MEMORY,
     chunk_size: int = 1,
     seed: int = 0,
 ) -> HessianReport:
@@ -42,7 +45,9 @@ def measure_hessian(
 
     Args:
         module: Any module; a LightningModule needs no ``loss``.
-        batches: Any iterable of batches.
+        batches: Any iterable of batches. Copies of all of them are held on the CPU, or of the
+            first ones up to ``num_samples``. A batch counts as many samples as its first
+            tensor is long.
         loss: ``loss(module, batch)`` returns the scalar mean loss of one batch. ``None``
             replays the module's ``training_step``.
         mode: ``"batch"``: normalization by batch statistics, as in training. ``"eval"``:
@@ -56,7 +61,10 @@ def measure_hessian(
         eig_rtol: Stop a run early at this relative residual of both extremes.
         trace_rtol: Stop probing early at this relative standard error.
         optimizer: Gives the criterion ``stability``.
+        num_samples: Take batches until they have this many samples; ``None`` takes all.
         microbatch_size: Evaluate batches in parts of at most this many samples.
+        graph_memory: Bytes that kept gradient graphs may take; batches beyond that cost 3
+            gradients a product instead of 2.
         chunk_size: Vectors in one backward pass.
         seed: Fixes every random vector.
 
@@ -79,14 +87,17 @@ def measure_hessian(
     if loss is None:
         check_replayable(module)
         loss = replay_training_step
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; give 1 or more, or None for all.")
     objective = Objective(
         module,
-        batches,
+        batches if num_samples is None else first_samples(batches, num_samples),
         loss,
         mode=mode,
         dropout=dropout,
         seed=seed,
         microbatch_size=microbatch_size,
+        graph_memory=graph_memory,
     )
     limit = None
     if optimizer is not None:

@@ -54,7 +54,16 @@ def violations(path: Path, source: str) -> list[str]:
     return found
 
 
-STANDARD = ("__future__", "abc", "collections", "contextlib", "dataclasses", "functools", "math")
+STANDARD = (
+    "__future__",
+    "abc",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "functools",
+    "hashlib",
+    "math",
+)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)

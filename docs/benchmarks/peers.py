@@ -1,8 +1,8 @@
 """How much do other tools spend on what one ``measure_hessian`` call reports?
 
 Run: ``pip install -e ".[peers]"``, remove torchvision if it does not match the torch build, then
-``OMP_WAIT_POLICY=PASSIVE python docs/benchmarks/peers.py --data FOLDER`` (about 20 minutes on
-two cores; spinning threads would ruin every time where cores are shared). FOLDER holds
+``OMP_WAIT_POLICY=PASSIVE python docs/benchmarks/peers.py --data FOLDER`` (20 to 30 minutes
+on two cores; spinning threads would ruin every time where cores are shared). FOLDER holds
 ``cifar10/`` and ``pretrained/``. The report is: both extreme eigenvalues with residuals of at
 most 1 % of the largest, the trace with the standard error that ours reached, and a spectral
 density from one start vector and 30 Lanczos steps. Peers get the settings that need the fewest
@@ -42,6 +42,7 @@ NETWORKS = ("mlp", "transformer", "resnet20", "resnet20-batch")
 TOOLS = ("lla_callbacks", "pyhessian", "curvlinops", "hessian-eigenthings")
 RTOL = 0.01  # residuals wanted, as a share of lambda_max
 STEPS = 30  # Lanczos steps of the density
+PROBES = 15  # trace probes of our run, which sets the accuracy for all
 SKETCH = 40  # widest sketch that is tried for Hutch++ and XTrace
 Batch = tuple[Tensor, Tensor]
 
@@ -139,7 +140,9 @@ def eigenthings_operator(module: nn.Module, batch: Batch, mode: str) -> Any:
 
 
 def report_lla(module: nn.Module, batch: Batch, mode: str, plan: dict[str, Any]) -> dict[str, Any]:
-    r = measure_hessian(module, [batch], loss=loss_of, mode=mode)  # defaults: 30 steps, 15 probes
+    r = measure_hessian(
+        module, [batch], loss=loss_of, mode=mode, num_steps=STEPS, num_probes=PROBES
+    )
     extremes = [(float(e), e.residual) for e in (r.lambda_max, r.lambda_min)]
     return {"pairs": extremes, "trace": r.trace, "sem": r.trace_sem, "products": r.num_matvecs}
 
@@ -334,7 +337,7 @@ def time_products(
                 assert float(difference.norm() / (native @ v).norm()) < 1e-2, f"{tool} differs"
             except (RuntimeError, NotImplementedError) as error:  # that this tool cannot do it
                 calls = {name: call for name, call in calls.items() if not name.startswith(tool)}
-                failures[tool] = str(error).splitlines()[0].split(". ")[0][:90]
+                failures[tool] = str(error).splitlines()[0].split(". ")[0][:200]
     calls["native"] = lambda: native @ v
     times: dict[str, list[float]] = {name: [] for name in ("gradient", *calls)}
     began = time.perf_counter()
@@ -400,7 +403,10 @@ def compare(network: str, data: Path, cap: float, quick: bool) -> None:
     times, failures = time_products(copy.deepcopy(module), batch, mode, 2 if quick else 25)
     gradient = times["gradient"]
     with sdpa_kernel(SDPBackend.MATH):
-        ours = measure_hessian(copy.deepcopy(module), [batch], loss=loss_of, mode=mode)
+        ours = measure_hessian(
+            copy.deepcopy(module), [batch], loss=loss_of, mode=mode,
+            num_steps=STEPS, num_probes=PROBES,
+        )  # fmt: skip
         double = copy.deepcopy(module).double()
         truth = measure_hessian(
             double, [(batch[0].double(), batch[1])], loss=loss_of, mode=mode,

@@ -61,8 +61,10 @@ class HeldBatches:
 
 def check_loader(loader: Any) -> None:
     """Raise a ValueError if this is neither an iterable of batches nor None."""
-    if loader is not None and not isinstance(loader, Iterable):
+    if loader is None:
+        return
+    if isinstance(loader, (str, bytes)) or not isinstance(loader, Iterable):
         raise ValueError(
-            f"dataloader is {type(loader).__name__}; give an iterable of batches, or None for "
-            "the first training batches."
+            f"dataloader is of type {type(loader).__name__}; give an iterable of batches, or "
+            "None for the first training batches."
         )

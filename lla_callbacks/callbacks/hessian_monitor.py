@@ -11,7 +11,7 @@ from torch import nn
 from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
 from lla_callbacks.landscape.layers import layer_parameters
 from lla_callbacks.landscape.measures import HessianSettings, measure
-from lla_callbacks.landscape.objective import Mode, Objective
+from lla_callbacks.landscape.objective import GRAPH_MEMORY, Mode, Objective
 from lla_callbacks.report.figures import history_figure
 from lla_callbacks.report.hessian_report import HessianReport
 from lla_callbacks.report.scalars import custom_scalars_layout, hessian_scalars
@@ -35,8 +35,9 @@ class HessianMonitor(Monitor):
 
     Args:
         every_n_epochs: Measure at the end of every n-th training epoch.
-        every_n_train_steps: Measure every n optimizer steps. With neither, every epoch
-            that ``max_overhead`` has room for.
+        every_n_train_steps: Measure every n optimizer steps, from when the held batches are
+            there (after ``num_samples`` samples). With neither, every epoch that
+            ``max_overhead`` has room for.
         layers: Paths or patterns of the modules whose traces are told apart; ``None``
             takes every module that owns parameters.
         num_probes: Random probes of the trace; see
@@ -55,10 +56,14 @@ class HessianMonitor(Monitor):
         max_overhead: Postpone measurements that would take more than this share of training
             time. ``None``: 0.05 if no schedule is given (choice: one in twenty seconds is
             not felt), no limit if one is, so that an explicit schedule is kept. The first
-            and the last measurement always happen.
-        eig_rtol: Stop Lanczos early at this relative residual of both extremes.
+            and the last measurement always happen, so a run that is short beside them
+            spends more.
+        eig_rtol: Stop Lanczos early at this relative residual of both extremes. KH05 then
+            has the depth that ``hessian/num_steps`` says.
         trace_rtol: Stop probing early at this relative standard error.
         microbatch_size: Evaluate batches in parts of at most this many samples.
+        graph_memory: Bytes that kept gradient graphs may take (2 GiB by default); batches
+            beyond that cost 3 gradients a product instead of 2.
         figures: Whether figures are drawn.
         save_arrays: Whether every result is written to
             ``<log_dir>/hessian/step_00000100.npz`` (TensorBoard thins images out).
@@ -77,7 +82,7 @@ class HessianMonitor(Monitor):
 
         >>> from pytorch_lightning import Trainer
         >>> from lla_callbacks import HessianMonitor
-        >>> trainer = Trainer(callbacks=[HessianMonitor()], logger=False, max_epochs=1)
+        >>> trainer = Trainer(callbacks=[HessianMonitor()], max_epochs=1)
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class HessianMonitor(Monitor):
         eig_rtol: float | None = None,
         trace_rtol: float | None = None,
         microbatch_size: int | None = None,
+        graph_memory: int = GRAPH_MEMORY,
         figures: bool = True,
         save_arrays: bool = True,
         custom_scalars: bool = True,
@@ -123,6 +129,7 @@ class HessianMonitor(Monitor):
             seed=seed,
             max_overhead=max_overhead,
             microbatch_size=microbatch_size,
+            graph_memory=graph_memory,
             figures=figures,
             save_arrays=save_arrays,
             custom_scalars=custom_scalars,

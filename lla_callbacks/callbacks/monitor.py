@@ -25,13 +25,14 @@ from lla_callbacks.callbacks.compat import (
 from lla_callbacks.callbacks.held_batches import HeldBatches, check_loader
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.schedule import DEFAULT_OVERHEAD, Budget, Schedule
-from lla_callbacks.landscape.objective import Mode, Objective
+from lla_callbacks.landscape.objective import Mode, Objective, check_dropout
 from lla_callbacks.landscape.stability import StabilityLimit, stability_limit
 from lla_callbacks.landscape.state import Snapshot, take_snapshot, weights_at
 from lla_callbacks.landscape.training_step import check_replayable
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
+from lla_callbacks.report.scalars import cost_scalars
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Monitor(Callback):
         max_overhead: Largest share of training time; see
             :class:`~lla_callbacks.HessianMonitor`.
         microbatch_size: Evaluate batches in parts of at most this many samples.
+        graph_memory: Bytes that kept graphs may take.
         figures: Whether figures are drawn.
         save_arrays: Whether results are written beside the logs.
         custom_scalars: Whether TensorBoard gets a layout.
@@ -88,6 +90,7 @@ class Monitor(Callback):
         seed: int,
         max_overhead: float | None,
         microbatch_size: int | None,
+        graph_memory: int,
         figures: bool,
         save_arrays: bool,
         custom_scalars: bool,
@@ -99,12 +102,24 @@ class Monitor(Callback):
         _check_positive("num_samples", num_samples)
         if microbatch_size is not None:
             _check_positive("microbatch_size", microbatch_size)
+        _check_positive("graph_memory", graph_memory)
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
+        for flag, value in {
+            "dropout": dropout,
+            "figures": figures,
+            "save_arrays": save_arrays,
+            "custom_scalars": custom_scalars,
+        }.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{flag} is {value!r}; give True or False.")
+        check_dropout(mode, dropout)
         if loss is not None and not callable(loss):
             raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
         if max_overhead is not None and not (
-            isinstance(max_overhead, (int, float)) and max_overhead > 0
+            isinstance(max_overhead, (int, float))
+            and not isinstance(max_overhead, bool)
+            and max_overhead > 0
         ):
             raise ValueError(
                 f"max_overhead is {max_overhead!r}; give a positive share of training time, "
@@ -120,6 +135,7 @@ class Monitor(Callback):
         self.dataloader = dataloader
         self.seed = seed
         self.microbatch_size = microbatch_size
+        self.graph_memory = graph_memory
         self.figures = figures
         self.save_arrays = save_arrays
         self.custom_scalars = custom_scalars
@@ -169,6 +185,7 @@ class Monitor(Callback):
     @property
     def state_key(self) -> str:
         """Tell several monitors of one Trainer apart."""
+        # Lightning's documented way of writing such a key.
         return str(self._generate_state_key(name=self.name))
 
     def _reset(self) -> None:
@@ -178,7 +195,7 @@ class Monitor(Callback):
         self._training: dict[nn.Module, bool] | None = None
         self._due = False
         self._last_step = -1
-        self._warned: set[str] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     def _forget(self) -> None:
         """Drop what belongs to a finished run and would keep its module alive."""
@@ -190,6 +207,12 @@ class Monitor(Callback):
         if is_barebones(trainer):
             return
         kind = type(self).__name__
+        for other in trainer.callbacks:
+            if other is not self and isinstance(other, Monitor) and other.name == self.name:
+                raise MisconfigurationException(
+                    f"two monitors are named {self.name!r} and would write the same tags: give "
+                    "one of them another name=."
+                )
         if self.loss is None and stage in ("fit", "validate", "test"):
             try:
                 check_replayable(pl_module)
@@ -258,7 +281,7 @@ class Monitor(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._held.complete and trainer.global_step != self._last_step:
-            self._fire(trainer, pl_module, self._now(trainer, pl_module))
+            self._fire(trainer, pl_module)
         self._forget()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -298,7 +321,7 @@ class Monitor(Callback):
 
     def _finish_evaluation(self, trainer: Any, module: Any, function: str) -> None:
         if _runs(trainer, function) and self._held.batches:
-            values = self._fire(trainer, module, self._now(trainer, module, function))
+            values = self._fire(trainer, module, function=function)
             # The loop hands them to the loggers, prints them and returns them.
             module.log_dict(values, batch_size=1)
             self._forget()
@@ -324,24 +347,22 @@ class Monitor(Callback):
             self._fire_start(trainer, module)
         elif self._start is None:
             # The start is measured on all held batches, so its weights are kept until then.
-            self._start = self._now(trainer, module, snapshot=take_snapshot(module))
+            limit = self._limit(trainer, module)
+            self._start = Moment(trainer.global_step, "fit", limit, take_snapshot(module))
 
     def _hold_loader(self, trainer: Any, module: Any) -> None:
         add = self._held.add_loader
         self._guarded("reading dataloader", add, trainer, module, self.dataloader, self.seed)
 
-    def _now(
-        self, trainer: Any, module: nn.Module, function: str = "fit", **settings: Any
-    ) -> Moment:
+    def _limit(self, trainer: Any, module: nn.Module) -> StabilityLimit | None:
+        """Return the optimizer's stability limit, where there is one optimizer."""
         optimizers = trainer.optimizers
-        limit = stability_limit(optimizers[0], space_of(module)) if len(optimizers) == 1 else None
-        return Moment(trainer.global_step, function, limit, **settings)
+        return stability_limit(optimizers[0], space_of(module)) if len(optimizers) == 1 else None
 
     def _fire_start(self, trainer: Any, module: nn.Module) -> None:
         if self._start_pending:
             self._start_pending = False
-            moment = self._start or self._now(trainer, module)
-            self._start = None
+            moment, self._start = self._start, None
             self._fire(trainer, module, moment)
 
     def _fire_if_due(self, trainer: Any, module: nn.Module) -> None:
@@ -349,15 +370,23 @@ class Monitor(Callback):
             self._due = False
         if self._due and self._held.complete and self.budget.allows():
             self._due = False
-            self._fire(trainer, module, self._now(trainer, module))
+            self._fire(trainer, module)
 
-    def _fire(self, trainer: Any, module: nn.Module, moment: Moment) -> dict[str, float]:
-        """Measure and report once; return the scalars, none if it failed."""
+    def _fire(
+        self,
+        trainer: Any,
+        module: nn.Module,
+        moment: Moment | None = None,
+        function: str = "fit",
+    ) -> dict[str, float]:
+        """Measure and report once, by default now; return the scalars, none if it failed."""
         began = time.monotonic()
-        self._last_step = moment.step
+        self._last_step = moment.step if moment else trainer.global_step
         values: dict[str, float] = {}
-        result = None
         try:
+            if moment is None:
+                limit = self._limit(trainer, module)
+                moment = Moment(trainer.global_step, function, limit)
             with weights_at(module, moment.snapshot):
                 objective = Objective(
                     module,
@@ -368,6 +397,7 @@ class Monitor(Callback):
                     seed=self.seed,
                     training=self._training,
                     microbatch_size=self.microbatch_size,
+                    graph_memory=self.graph_memory,
                 )
                 result = self._measure(
                     objective,
@@ -376,22 +406,21 @@ class Monitor(Callback):
                     quick=bool(trainer.fast_dev_run),
                     progress=lambda text, total: progress(trainer, text, total),
                 )
-        except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
-            self._warn(error, "a measurement")
-        if result is not None:
             self._keep(result, moment)
             values = self._scalars(result)
-            self._save(trainer, result, moment)
-            self._guarded("drawing", self._draw, trainer, result, moment)
+        except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
+            self._warn(error, "a measurement")
+            self.budget.spend(time.monotonic() - began)
+            return {}
+        self._guarded("saving arrays", self._save, trainer, result, moment)
+        self._guarded("drawing", self._draw, trainer, result, moment)
         self.budget.spend(time.monotonic() - began)
-        if result is not None:
-            values[f"{self.name}/seconds"] = time.monotonic() - began
-            if moment.function == "fit":
-                values[f"{self.name}/overhead"] = self.budget.overhead
-                for tag, value in values.items():
-                    trainer.callback_metrics[tag] = torch.tensor(value)
-                for logger in self._loggers(trainer):
-                    self._guarded("logging", write_scalars, logger, values, moment.step)
+        values |= cost_scalars(self.name, time.monotonic() - began, self.budget.overhead)
+        if moment.function == "fit":
+            for tag, value in values.items():
+                trainer.callback_metrics[tag] = torch.tensor(value)
+            for logger in self._loggers(trainer):
+                self._guarded("logging", write_scalars, logger, values, moment.step)
         return values
 
     # -- where to -----------------------------------------------------------------------
@@ -406,6 +435,7 @@ class Monitor(Callback):
                 f"{type(self).__name__}: TensorBoard shows ten figures a tag; to keep all, open "
                 f"it by: tensorboard --logdir {folder_of(logger)} "
                 "--samples_per_plugin images=1000"
+                + (f" (numbers are in {self.name}/*.npz there)" if self.save_arrays else "")
             )
         if self.custom_scalars and self._layout():
             write_layout(logger, self._layout())
@@ -436,10 +466,10 @@ class Monitor(Callback):
     def _warn(self, error: Exception, what: str) -> None:
         """Warn once a cause, with the remedy."""
         cause = type(error).__name__
-        if cause in self._warned:
+        if (what, cause) in self._warned:
             return
-        self._warned.add(cause)
-        remedy = "" if isinstance(error, MeasurementError) else " " + _remedy(error)
+        self._warned.add((what, cause))
+        remedy = "" if isinstance(error, MeasurementError) else " " + _remedy(error, what)
         rank_zero_warn(
             f"{type(self).__name__}: {what} failed and leaves a gap; training goes on. "
             f"{cause}: {error}{remedy}"
@@ -456,12 +486,22 @@ def _runs(trainer: Any, function: str) -> bool:
     return bool(trainer.state.fn == function and not is_barebones(trainer))
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(error: Exception, what: str) -> str:
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return "Lower num_samples or num_steps, or set microbatch_size."
     if isinstance(error, OSError):
         return "Free disk space, or set save_arrays=False and figures=False."
-    return "Give loss=callable(module, batch) if the training step cannot be replayed here."
+    return _REMEDIES.get(what, "Set figures=False or custom_scalars=False to do without.")
+
+
+_REMEDIES = {
+    "a measurement": (
+        "Give loss=callable(module, batch) if the training step cannot be replayed here."
+    ),
+    "holding a batch": "Give dataloader= with batches of tensors in plain containers.",
+    "reading dataloader": "Mend the dataloader, or leave it out to hold training batches.",
+    "saving arrays": "Set save_arrays=False to do without.",
+}
 
 
 def _check_positive(name: str, value: Any) -> None:

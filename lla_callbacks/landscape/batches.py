@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from typing import Any
 
@@ -29,10 +29,20 @@ def sample_count(batch: Any) -> int:
     return len(batch) if hasattr(batch, "__len__") else 1
 
 
+def first_samples(batches: Iterable[Any], num_samples: int) -> Iterator[Any]:
+    """Yield whole batches until they have at least this many samples."""
+    count = 0
+    for batch in batches:
+        yield batch
+        count += sample_count(batch)
+        if count >= num_samples:
+            return
+
+
 def tensors_of(batch: Any) -> list[Tensor]:
     """Return every tensor in a batch of nested containers, in order."""
     found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append)
+    apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
     return found
 
 

@@ -23,10 +23,11 @@ MAINLY_POSITIVE_ABOVE = -0.6
 def extreme_ratio(nodes: Tensor) -> float:
     """Return ``theta_min / theta_max``, LLA's ``C_t`` (Gabdullin 2025); its magnitude is ``r_e``.
 
-    NaN where ``theta_max <= 0``: the ratio would turn positive and mean nothing.
+    NaN where no eigenvalue is positive beyond rounding: the ratio would mean nothing.
     """
     largest = float(nodes[-1])
-    return float(nodes[0]) / largest if largest > 0 else math.nan
+    threshold = ROUNDING * float(nodes.abs().max())
+    return float(nodes[0]) / largest if largest > threshold else math.nan
 
 
 def negative_to_positive(nodes: Tensor, weights: Tensor, power: float) -> float:
@@ -44,12 +45,12 @@ def negative_to_positive(nodes: Tensor, weights: Tensor, power: float) -> float:
     return float(mass[nodes < -threshold].sum()) / positive if positive > 0 else math.nan
 
 
-def mainly_positive(nodes: Tensor) -> float:
+def mainly_positive(ratio: float) -> float:
     """Return 1 for LLA's "mainly positive" spectrum type, 0 for "mainly negative".
 
-    By ``C_t >= -0.6``. Expect 0 at initialisation, where spectra are nearly symmetric.
+    By ``C_t >= -0.6`` (:func:`extreme_ratio`). Expect 0 at initialisation, where spectra are
+    nearly symmetric.
     """
-    ratio = extreme_ratio(nodes)
     return math.nan if math.isnan(ratio) else float(ratio >= MAINLY_POSITIVE_ABOVE)
 
 
@@ -74,26 +75,12 @@ def negative_mass_bound(nodes: Tensor, weights: Tensor) -> float:
     return max(last, first)
 
 
-def frobenius_norm(nodes: Tensor, weights: Tensor, dim: int) -> float:
-    """Return ``||H||_F = sqrt(dim sum w theta^2)``."""
-    return math.sqrt(dim * float((weights * nodes**2).sum()))
-
-
-def stable_rank(nodes: Tensor, weights: Tensor, dim: int) -> float:
-    """Return ``||H||_F^2 / ||H||_2^2``: how many eigenvalues carry the spectrum.
-
-    NaN for the zero matrix.
-    """
-    norm = float(nodes.abs().max())
-    return frobenius_norm(nodes, weights, dim) ** 2 / norm**2 if norm > 0 else math.nan
-
-
 def effective_dimension(nodes: Tensor, weights: Tensor, dim: int, precision: float = 1.0) -> float:
     """Return ``N_eff = dim sum_{theta>0} w theta / (theta + z)``, ``z = precision``.
 
-    The number of directions that the loss determines better than a Gaussian prior of
-    precision ``z`` does (MacKay 1992; Maddox et al. 2020, equation 3). ``z`` is in units of
-    the mean loss's curvature; 1 is Maddox et al.'s choice.
+    The number of directions in which the loss curves more than ``z`` (MacKay 1992; Maddox
+    et al. 2020). For a mean loss over N samples ``z`` stands for a Gaussian prior of
+    precision ``N z``. Default 1: the unit of the loss's own curvature (choice).
     """
     positive = nodes.clamp(min=0)
     return dim * float((weights * positive / (positive + precision)).sum())

@@ -81,7 +81,15 @@ def _entry(
     optimizer: torch.optim.Optimizer, group: dict[str, object], state: dict[str, object]
 ) -> tuple[Tensor | float, float] | None:
     """Return ``(D, shift)`` of one parameter, or None where it is not known."""
-    if group.get("lr") is None:
+    needed = {
+        torch.optim.SGD: ("momentum", "dampening", "nesterov"),
+        torch.optim.Adam: ("betas", "eps", "amsgrad"),
+        torch.optim.AdamW: ("betas", "eps", "amsgrad"),
+        torch.optim.RMSprop: ("momentum", "centered", "eps"),
+    }
+    # A subclass may do without the settings that its parent's rule needs.
+    keys = [key for kind, names in needed.items() if isinstance(optimizer, kind) for key in names]
+    if group.get("lr") is None or any(key not in group for key in keys):
         return None
     lr, decay = _number(group["lr"]), _number(group.get("weight_decay") or 0.0)
     if isinstance(optimizer, torch.optim.SGD):
@@ -91,11 +99,12 @@ def _entry(
         factor = 1 + 2 * beta if group["nesterov"] else 1 - dampening
         return lr * factor / (2 * (1 + beta)), decay
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        if "step" not in state:
+        moment = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+        if "step" not in state or moment not in state:
             return None
         beta1, beta2 = (_number(b) for b in group["betas"])  # type: ignore[attr-defined]
         step = _number(state["step"])
-        second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        second = state[moment]
         assert isinstance(second, Tensor)
         root = (second.double() / (1 - beta2**step)).sqrt()
         preconditioner = (root + _number(group["eps"])) * (1 - beta1**step)

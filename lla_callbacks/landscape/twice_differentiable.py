@@ -18,8 +18,9 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
     """Within this context, forward passes use forms that differentiate twice.
 
     * Batch, layer and instance normalization are composed of elementary operations:
-      torch's own double-backward formulas are slow (a product on a ResNet-20 took 1.7
-      times longer) and their third derivatives are wrong (pytorch issue 186256).
+      torch's own double-backward formulas are slow (a product on a ResNet-20 took 1.4
+      times as long in eval mode and twice as long in batch mode) and their third
+      derivatives are wrong (pytorch issue 186256).
     * Attention uses the math kernel; the fused ones have no second derivative.
     * Compiled modules run eagerly: compiled backward passes cannot be differentiated.
     * Dropout does nothing, unless ``dropout`` asks for it.

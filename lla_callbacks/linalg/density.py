@@ -53,8 +53,10 @@ def sampling_error(function: Callable[[Tensor], float], weights: Tensor, dim: in
     """Return the standard error of a function of the weights of *one* quadrature.
 
     A weight is the share of a random vector's squared norm that lies in the eigenspaces
-    which its node stands for: ``w_j ~ chi^2(dim p_j) / dim`` for a share ``p_j`` of all
-    eigenvalues, so ``Var w_j = 2 p_j / dim``, and jointly a Dirichlet law. To first order
+    which its node stands for. For a Gaussian vector ``w_j ~ chi^2(dim p_j) / dim`` for a
+    share ``p_j`` of all eigenvalues, so ``Var w_j = 2 p_j / dim``, and jointly a Dirichlet
+    law; for random signs this holds nearly, as long as eigenvectors are spread over many
+    coordinates, and is too large where they are not. To first order
 
         ``Var f = (2 / dim) sum_j w_j (f_j - fbar)^2``, ``f_j = df/dw_j``, ``fbar = sum w_j f_j``.
 

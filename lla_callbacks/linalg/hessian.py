@@ -76,6 +76,7 @@ class HessianOperator(SymmetricOperator):
             raise ValueError(f"chunk_size is {chunk_size}; give 1 or more.")
         self.space = ParameterSpace(parameters)
         super().__init__(self.space.dim, self.space.dtype, self.space.device)
+        self.eps = torch.finfo(self.space.precision).eps
         self._terms = tuple(terms)
         self._chunk_size = chunk_size
         self._context = context
@@ -229,6 +230,7 @@ class HessianBlockOperator(SymmetricOperator):
         if rows.numel() == 0:
             raise ValueError("a block needs at least one parameter.")
         super().__init__(rows.numel(), hessian.dtype, hessian.device)
+        self.eps = hessian.eps
         self._hessian = hessian
         self._chosen = [i for i, name in enumerate(hessian.space.names) if name in set(names)]
 

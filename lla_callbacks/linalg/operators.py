@@ -21,6 +21,7 @@ class SymmetricOperator(ABC):
         device: Where vectors live.
 
     Attributes:
+        eps: Relative rounding of a product's arithmetic.
         listener: Called with the number of products after each call, for progress bars.
     """
 
@@ -28,6 +29,7 @@ class SymmetricOperator(ABC):
         self.shape = (dim, dim)
         self.dtype = dtype
         self.device = device
+        self.eps = torch.finfo(dtype).eps
         self.num_matvecs = 0
         self.listener: Callable[[int], object] | None = None
 
@@ -93,6 +95,7 @@ class ScaledOperator(SymmetricOperator):
                 f"entry; its shape is {tuple(diagonal.shape)}."
             )
         super().__init__(operator.shape[0], operator.dtype, operator.device)
+        self.eps = operator.eps
         self.operator = operator
         self._root = diagonal.to(operator.device, operator.dtype).sqrt()[:, None]
         self._shift = torch.as_tensor(shift, dtype=self.dtype, device=self.device)
@@ -102,26 +105,3 @@ class ScaledOperator(SymmetricOperator):
     def _matmat(self, columns: Tensor) -> Tensor:
         scaled = self._root * columns
         return self._root * (self.operator @ scaled + self._shift * scaled)
-
-
-class BlockOperator(SymmetricOperator):
-    """The principal sub-matrix of ``A`` that belongs to one block of coordinates.
-
-    Args:
-        operator: ``A``.
-        index: Positions of the block, a 1-D integer tensor without repetition, or a
-            slice of the flat vector.
-    """
-
-    def __init__(self, operator: SymmetricOperator, index: slice | Tensor) -> None:
-        rows = torch.arange(operator.shape[0], device=operator.device)[index]
-        if len(set(rows.tolist())) != rows.numel():
-            raise ValueError("a block must not name a coordinate twice.")
-        super().__init__(rows.numel(), operator.dtype, operator.device)
-        self.operator = operator
-        self._rows = rows
-
-    def _matmat(self, columns: Tensor) -> Tensor:
-        embedded = columns.new_zeros(self.operator.shape[0], columns.shape[1])
-        embedded[self._rows] = columns
-        return (self.operator @ embedded)[self._rows]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -9,16 +11,11 @@ from torch import Tensor
 def generator(seed: int, *keys: int) -> torch.Generator:
     """Return a CPU generator that depends on the seed and every key, and on nothing else.
 
-    Neighbouring seeds and keys give unrelated streams (they are mixed by numpy's
-    ``SeedSequence`` rule of hashing, here through torch's own Mersenne seeding of a hash).
+    Seed and keys are hashed, so that neighbouring ones give unrelated streams, none of them
+    the stream of ``torch.manual_seed(seed)``.
     """
-    mixed = seed & (2**63 - 1)
-    for key in keys:
-        # The multiplier and shifts are SplitMix64's, whose outputs pass as independent.
-        mixed = (mixed ^ (key + 0x9E3779B97F4A7C15 + (mixed << 6) + (mixed >> 2))) & (2**64 - 1)
-        mixed = (mixed * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        mixed ^= mixed >> 31
-    return torch.Generator().manual_seed(mixed & (2**63 - 1))
+    digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def rademacher(
@@ -26,7 +23,7 @@ def rademacher(
 ) -> Tensor:
     """Return independent signs ``+1`` or ``-1``, shape ``(dim,)``.
 
-    Among unbiased probes they have the least variance:
+    Among probes with independent entries they have the least variance:
     ``Var(z' A z) = 2 (||A||_F^2 - sum_i a_ii^2)`` (Hutchinson 1990, section 2).
     """
     signs = torch.randint(0, 2, (dim,), generator=source, dtype=torch.int8)

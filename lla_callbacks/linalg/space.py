@@ -22,6 +22,8 @@ class ParameterSpace:
         names: Names in order.
         tensors: Tensors in order.
         dim: Length of the flat vector.
+        dtype: Of flat vectors.
+        precision: The coarsest dtype among the parameters: that of the arithmetic.
         slices: Name to the slice of the flat vector.
 
     Raises:
@@ -53,6 +55,9 @@ class ParameterSpace:
                 "the module to one."
             )
         self.device = devices.pop()
+        self.precision = max(
+            (tensor.dtype for tensor in self.tensors), key=lambda dtype: torch.finfo(dtype).eps
+        )
         wide = any(tensor.dtype == torch.float64 for tensor in self.tensors)
         self.dtype = torch.float64 if wide else torch.float32
         self.slices: dict[str, slice] = {}
@@ -78,10 +83,6 @@ class ParameterSpace:
             vector[self.slices[name]].reshape(like.shape).to(like.dtype)
             for name, like in zip(self.names, self.tensors, strict=True)
         )
-
-    def as_dict(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return the vector ``(dim,)`` as tensors by parameter name."""
-        return dict(zip(self.names, self.unflatten(vector), strict=True))
 
     def index(self, names: Iterable[str]) -> Tensor:
         """Return the positions of some parameters in the flat vector, ascending."""

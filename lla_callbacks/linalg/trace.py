@@ -80,8 +80,9 @@ class TraceEstimator:
             self._exact_square = float(
                 (known.diagonal**2).sum() + 2 * (known.off_diagonal**2).sum() + known.next_norm**2
             )
-            eps = torch.finfo(known.basis.dtype).eps
-            self._rounding = eps * float(known.values.abs().max()) * math.sqrt(known.num_steps)
+            self._rounding = (
+                known.eps * float(known.values.abs().max()) * math.sqrt(known.num_steps)
+            )
 
     @property
     def num_probes(self) -> int:

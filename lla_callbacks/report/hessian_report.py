@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HessianReport(HessianMeasurement):
     """What :func:`~lla_callbacks.measure_hessian` returns.
 

@@ -27,6 +27,7 @@ def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> d
         f"{name}/loss": m.loss,
         f"{name}/gradient_norm": m.gradient_norm,
         f"{name}/num_matvecs": float(m.num_matvecs),
+        f"{name}/num_steps": float(m.num_steps),
         f"{name}/seconds": m.seconds,
         f"{name}_errors/lambda_max": m.lambda_max.residual,
         f"{name}_errors/lambda_min": m.lambda_min.residual,
@@ -46,6 +47,12 @@ def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> d
     for layer, trace in m.layer_traces.items():
         values[f"{name}_layers/{layer}/trace"] = trace.value
         values[f"{name}_layers/{layer}/trace_sem"] = trace.sem
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def cost_scalars(name: str, seconds: float, overhead: float) -> dict[str, float]:
+    """Return what a firing cost in all, and the share of training time so far."""
+    values = {f"{name}/seconds": seconds, f"{name}/overhead": overhead}
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 

@@ -1,5 +1,6 @@
 """What fails in a measurement costs one warning and a gap, never the run."""
 
+import math
 import re
 
 import pytest
@@ -22,6 +23,7 @@ from .modules import (
     monitor,
     outcome,
     plain_loss,
+    quiet_trainer,
     scalars,
     steps,
 )
@@ -417,7 +419,14 @@ def test_layers_may_be_made_by_the_module_hooks(tmp_path, make_module):
         ({"num_samples": None}, "num_samples is None; give a whole number of at least 1"),
         ({"mode": "train"}, "mode is 'train'; give .*batch.* eval"),
         ({"loss": "mse"}, r"loss is 'mse'; give loss\(module, batch\) -> scalar"),
-        ({"dataloader": 5}, "dataloader is int; give an iterable of batches"),
+        ({"dataloader": 5}, "dataloader is of type int; give an iterable of batches"),
+        ({"dataloader": "train"}, "dataloader is of type str; give an iterable of batches"),
+        ({"max_overhead": True}, "max_overhead is True; give a positive share"),
+        ({"figures": "no"}, "figures is 'no'; give True or False"),
+        ({"save_arrays": None}, "save_arrays is None; give True or False"),
+        ({"mode": "eval", "dropout": True}, "dropout is True in mode 'eval'"),
+        ({"graph_memory": 0}, "graph_memory is 0; give a whole number"),
+        ({"seed": 2**63}, "give a whole number below"),
         ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
         ({"max_overhead": 0}, "max_overhead is 0; give a positive share of training time"),
         ({"max_overhead": "5%"}, "max_overhead is '5%'; give a positive share"),
@@ -439,3 +448,57 @@ def test_bad_argument_is_named_with_what_is_allowed(setting, message):
 def test_unknown_argument_is_refused():
     with pytest.raises(TypeError, match="num_step"):
         HessianMonitor(num_step=3)
+
+
+class Complex(Plain):
+    """Has a parameter that has no Hessian here."""
+
+    def __init__(self):
+        super().__init__()
+        self.phase = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+
+
+class BareSGD(torch.optim.SGD):
+    """Keeps fewer settings than its parent's rule needs."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr)
+        for group in self.param_groups:
+            del group["dampening"]
+
+    def step(self, closure=None):
+        loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p -= group["lr"] * p.grad
+        return loss
+
+
+class BareOptimized(Plain):
+    def configure_optimizers(self):
+        return BareSGD(self.parameters(), 0.05)
+
+
+@pytest.mark.parametrize("num_samples", [4, 12])
+def test_a_parameter_without_a_hessian_does_not_end_the_run(tmp_path, num_samples):
+    watcher = monitor(num_samples=num_samples)
+    trainer = quiet_trainer(tmp_path, [watcher])
+    with pytest.warns(UserWarning, match=r"HessianMonitor: .* failed and leaves a gap.*complex64"):
+        trainer.fit(Complex(), loader())
+    assert trainer.global_step == 4
+    assert watcher.history == []
+
+
+def test_an_optimizer_of_the_users_own_has_no_stability_and_all_the_rest(tmp_path):
+    watcher = monitor()
+    quiet_trainer(tmp_path, [watcher]).fit(BareOptimized(), loader())
+    assert len(watcher.history) > 1
+    assert all(math.isnan(report.criteria["stability"]) for _, report in watcher.history)
+
+
+def test_two_monitors_of_one_name_are_refused(tmp_path):
+    trainer = quiet_trainer(tmp_path, [monitor(), monitor()])
+    with pytest.raises(MisconfigurationException, match=r"two monitors are named 'hessian'.*name="):
+        trainer.fit(Plain(), loader())

@@ -25,7 +25,7 @@ from .modules import Evaluated, Plain, events, fit, loader, monitor, plain_loss,
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVERY = ["lambda_max", "lambda_min", "trace", "trace_sem", "loss", "gradient_norm"]
-COUNTS = ["num_matvecs", "seconds", "overhead"]
+COUNTS = ["num_matvecs", "num_steps", "seconds", "overhead"]
 BANDS = ["lambda_max", "lambda_min", "trace", "kh05"]
 CRITERIA = [
     "kh05",

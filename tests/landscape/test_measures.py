@@ -222,6 +222,25 @@ def test_wanted_accuracy_stops_early() -> None:
     assert worst <= 0.05 * max(abs(loose.lambda_max), abs(loose.lambda_min))
 
 
+def test_only_the_first_samples_are_taken_where_that_is_asked() -> None:
+    module, _, loss = CASES[0].build()
+
+    def endless():
+        while True:
+            yield torch.randn(4, 4, dtype=torch.float64), torch.randint(0, 3, (4,))
+
+    report = measure_hessian(module, endless(), loss=loss, num_steps=3, num_samples=10)
+    assert report.num_samples == 12
+
+
+def test_a_coarse_model_reports_coarse_errors() -> None:
+    module, batches, loss = CASES[0].build()
+    coarse = [(x.bfloat16(), y) for x, y in batches]
+    report = measure_hessian(module.bfloat16(), coarse, loss=loss, num_steps=10)
+    assert report.precision == "bfloat16"
+    assert report.lambda_max.residual >= 0.01 * report.lambda_max
+
+
 def test_layers_can_be_chosen() -> None:
     module, batches, loss = CASES[0].build()
     report = measure_hessian(module, batches, loss=loss, layers=["2"], num_steps=5)
@@ -244,6 +263,8 @@ def test_layers_can_be_chosen() -> None:
         ({"layers": "2"}, "layers is '2'; give a list"),
         ({"layers": ["nowhere"]}, r"'nowhere', which matches no module .* are: 0, 2"),
         ({"mode": "train"}, "mode is 'train'; give one of batch, eval"),
+        ({"mode": "eval", "dropout": True}, "dropout is True in mode 'eval'"),
+        ({"num_samples": 0}, "num_samples is 0"),
         ({"microbatch_size": 0}, "microbatch_size is 0"),
         ({"batches": []}, "no batch to measure on"),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.operators import BlockOperator, DenseOperator, ScaledOperator
+from lla_callbacks.linalg.operators import DenseOperator, ScaledOperator
 
 
 def symmetric(dim: int) -> Tensor:
@@ -58,15 +58,3 @@ def test_scaling_preconditions_symmetrically() -> None:
 def test_a_negative_preconditioner_is_refused() -> None:
     with pytest.raises(ValueError, match="no negative"):
         ScaledOperator(DenseOperator(symmetric(2)), torch.tensor([1.0, -1.0]))
-
-
-@pytest.mark.parametrize("index", [slice(1, 4), torch.tensor([4, 0, 2])])
-def test_a_block_is_the_principal_submatrix(index: slice | Tensor) -> None:
-    matrix = symmetric(5)
-    block = BlockOperator(DenseOperator(matrix), index)
-    torch.testing.assert_close(block.to_dense(), matrix[index][:, index])
-
-
-def test_a_block_that_names_a_coordinate_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="twice"):
-        BlockOperator(DenseOperator(symmetric(3)), torch.tensor([1, 1]))

@@ -74,8 +74,11 @@ class Budget:
         return self.spent / training if training > 0 else float("nan")
 
     def allows(self) -> bool:
-        """Return whether a measurement as long as the last one fits in the budget."""
+        """Return whether a measurement as long as the last one fits in the budget.
+
+        Room is left for one more, the one at the end of training, which always happens.
+        """
         if self.max_overhead is None:
             return True
         training = time.monotonic() - self._began - self.spent
-        return self.spent + self._last_cost <= self.max_overhead * training
+        return self.spent + 2 * self._last_cost <= self.max_overhead * training

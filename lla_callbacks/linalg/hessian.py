@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -154,12 +155,13 @@ class HessianOperator(SymmetricOperator):
         """
         if self._released:
             raise RuntimeError("this operator was released; build a new one.")
-        total = torch.zeros_like(columns)
-        self._accumulate(total, columns, chosen, self._kept)
+        total = self._in_chunks(self._kept, columns, chosen)
         for term in self._terms:
             if not term.keep:
-                self._accumulate(total, columns, chosen, self._differentiate(term)[1], term.weight)
-        if not torch.isfinite(total).all():
+                gradients = self._differentiate(term)[1]
+                total = total + term.weight * self._in_chunks(gradients, columns, chosen)
+        # The largest magnitude is NaN if any entry is.
+        if not math.isfinite(float(total.abs().max())):
             raise NonFiniteError(
                 "a Hessian-vector product is not finite although the loss is.",
                 "Look for a function whose second derivative diverges (sqrt, norm or log "
@@ -167,18 +169,12 @@ class HessianOperator(SymmetricOperator):
             )
         return total
 
-    def _accumulate(
-        self,
-        total: Tensor,
-        columns: Tensor,
-        chosen: Sequence[int],
-        gradients: list[Tensor | None],
-        weight: float = 1.0,
-    ) -> None:
-        """Add ``weight`` times the product of some gradients' graph, chunk by chunk."""
-        for start in range(0, columns.shape[1], self._chunk_size):
-            part = slice(start, start + self._chunk_size)
-            total[:, part] += weight * self._backward(gradients, columns[:, part], chosen)
+    def _in_chunks(
+        self, gradients: list[Tensor | None], columns: Tensor, chosen: Sequence[int]
+    ) -> Tensor:
+        """Return the product of one gradient graph with all columns, chunk by chunk."""
+        chunks = torch.split(columns, self._chunk_size, dim=1)
+        return torch.cat([self._backward(gradients, chunk, chosen) for chunk in chunks], dim=1)
 
     def _backward(
         self, gradients: list[Tensor | None], columns: Tensor, chosen: Sequence[int]

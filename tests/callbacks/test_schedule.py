@@ -76,13 +76,13 @@ def test_budget_allows_what_fits_beside_the_training_so_far(clock):
     budget.start()
     clock.now += 2
     budget.spend(2)
-    # One more measurement of 2 s makes 4 s, which needs 16 s of training.
-    clock.now += 15
+    # One more measurement of 2 s and the one at the end make 6 s: 24 s of training.
+    clock.now += 23
     assert not budget.allows()
-    assert budget.overhead == 2 / 15
+    assert budget.overhead == 2 / 23
     clock.now += 1
     assert budget.allows()
-    assert budget.overhead == 2 / 16
+    assert budget.overhead == 2 / 24
 
 
 def test_budget_expects_the_next_measurement_to_cost_as_much_as_the_last(clock):
@@ -179,10 +179,11 @@ def costly(clock, seconds):
 @pytest.mark.parametrize(
     ("seconds", "settings", "expected"),
     [
-        # Two measurements of one second need 32 s of training, three need 48 s.
-        (1, {"max_overhead": 0.0625}, [0, 32, 48, 63]),
-        (1, {"max_overhead": 0.0625, "every_n_train_steps": 8}, [0, 32, 48, 63]),
-        (1, {}, [0, 40, 60, 63]),
+        # Of three measurements of one second the last is the end's: 48 s of training.
+        (1, {"max_overhead": 0.0625}, [0, 48, 63]),
+        (1, {"max_overhead": 0.0625, "every_n_train_steps": 8}, [0, 48, 63]),
+        (1, {"max_overhead": 0.125}, [0, 24, 32, 40, 48, 56, 63]),
+        (1, {}, [0, 60, 63]),
         (1000, {}, [0, 63]),
         (0, {}, [0, 9, 18, 27, 36, 45, 54, 63]),
         # A schedule that the user wrote down is kept at any cost.

@@ -429,7 +429,8 @@ class Monitor(Callback):
         return [] if trainer.fast_dev_run or not trainer.is_global_zero else trainer.loggers
 
     def _introduce(self, trainer: Any, logger: Any) -> None:
-        if callable(getattr(logger.experiment, "add_figure", None)) and self.figures:
+        experiment = getattr(logger, "experiment", None)
+        if callable(getattr(experiment, "add_figure", None)) and self.figures:
             # A child of Lightning's own logger, so that users see it as they see Lightning's.
             logging.getLogger(type(trainer).__module__).info(
                 f"{type(self).__name__}: TensorBoard shows ten figures a tag; to keep all, open "

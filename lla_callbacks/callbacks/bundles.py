@@ -17,7 +17,7 @@ def economy(**overrides: Any) -> list[Callback]:
     Args:
         overrides: Settings of :class:`HessianMonitor` that replace the bundle's.
     """
-    settings = {"num_steps": 12, "num_probes": 8, "num_samples": 256, "max_overhead": 0.02}
+    settings = {"num_steps": 12, "num_probes": 8, "num_samples": 128, "max_overhead": 0.02}
     return [HessianMonitor(**{**settings, **overrides})]
 
 

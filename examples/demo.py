@@ -104,7 +104,7 @@ def main() -> None:
     print("\n" + describe_change(history))
     print(
         f"\nMeasuring took {callbacks[0].budget.spent:.0f} s; training so small a network, less."
-        "\nWithout a schedule of its own, HessianMonitor() keeps itself under 5 %."
+        "\nWithout a schedule of its own, HessianMonitor() makes a run about 5 % longer at most."
         "\n\nSee it all:\n"
         f"    {tensorboard} --logdir {arguments.logs} --samples_per_plugin images=1000"
     )

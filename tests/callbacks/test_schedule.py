@@ -183,7 +183,8 @@ def costly(clock, seconds):
         (1, {"max_overhead": 0.0625}, [0, 48, 63]),
         (1, {"max_overhead": 0.0625, "every_n_train_steps": 8}, [0, 48, 63]),
         (1, {"max_overhead": 0.125}, [0, 24, 32, 40, 48, 56, 63]),
-        (1, {}, [0, 60, 63]),
+        (1, {}, [0, 63]),
+        (0.5, {}, [0, 38, 50, 63]),
         (1000, {}, [0, 63]),
         (0, {}, [0, 9, 18, 27, 36, 45, 54, 63]),
         # A schedule that the user wrote down is kept at any cost.

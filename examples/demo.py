@@ -3,7 +3,7 @@
     python examples/demo.py                                  # scikit-learn's digits
     python examples/demo.py --data FOLDER --max-epochs 3     # MNIST, Fashion-MNIST, CIFAR-10
 
-Then open the page that the last line names.
+Then open TensorBoard by the command in the last line.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ def main() -> None:
     print(history[-1][1].summary())
     print("\n" + describe_change(history))
     print(
-        f"\nMeasuring took {callbacks[0].budget.spent:.0f} s; training so small a network, less."
-        "\nWithout a schedule of its own, HessianMonitor() makes a run about 5 % longer at most."
+        f"\nMeasuring took {callbacks[0].budget.spent:.0f} s: this demo measures often, on a small"
+        " network.\nWithout a schedule of its own, HessianMonitor() makes a run of minutes about"
+        " 5 % longer at most."
         "\n\nSee it all:\n"
         f"    {tensorboard} --logdir {arguments.logs} --samples_per_plugin images=1000"
     )

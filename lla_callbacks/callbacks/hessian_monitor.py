@@ -56,9 +56,9 @@ class HessianMonitor(Monitor):
         seed: Fixes every random vector.
         max_overhead: Postpone measurements that would take more than this share of training
             time. ``None``: 0.04 if no schedule is given (choice: a run then takes at most 5 %
-            longer, which is not felt), no limit if one is, so that an explicit schedule is kept. The first
-            and the last measurement always happen, so a run that is short beside them
-            spends more.
+            longer, which is not felt), no limit if one is, so that an explicit schedule is
+            kept. The first and the last measurement always happen, so a run that is short
+            beside them spends more.
         eig_rtol: Stop Lanczos early at this relative residual of both extremes. KH05 then
             has the depth that ``hessian/num_steps`` says.
         trace_rtol: Stop probing early at this relative standard error.

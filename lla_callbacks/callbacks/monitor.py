@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -322,8 +323,12 @@ class Monitor(Callback):
     def _finish_evaluation(self, trainer: Any, module: Any, function: str) -> None:
         if _runs(trainer, function) and self._held.batches:
             values = self._fire(trainer, module, function=function)
-            # The loop hands them to the loggers, prints them and returns them.
-            module.log_dict(values, batch_size=1)
+            # The loop hands what matters most to the loggers, prints and returns it.
+            main = {tag: v for tag, v in values.items() if tag.startswith(f"{self.name}/")}
+            module.log_dict(main, batch_size=1)
+            rest = {tag: v for tag, v in values.items() if tag not in main}
+            for logger in self._loggers(trainer):
+                self._guarded("logging", write_scalars, logger, rest, trainer.global_step)
             self._forget()
 
     # -- on what ------------------------------------------------------------------------
@@ -415,8 +420,10 @@ class Monitor(Callback):
         self._guarded("saving arrays", self._save, trainer, result, moment)
         self._guarded("drawing", self._draw, trainer, result, moment)
         self.budget.spend(time.monotonic() - began)
-        values |= cost_scalars(self.name, time.monotonic() - began, self.budget.overhead)
-        if moment.function == "fit":
+        in_fit = moment.function == "fit"
+        overhead = self.budget.overhead if in_fit else math.nan
+        values |= cost_scalars(self.name, time.monotonic() - began, overhead)
+        if in_fit:
             for tag, value in values.items():
                 trainer.callback_metrics[tag] = torch.tensor(value)
             for logger in self._loggers(trainer):
@@ -433,9 +440,8 @@ class Monitor(Callback):
         if callable(getattr(experiment, "add_figure", None)) and self.figures:
             # A child of Lightning's own logger, so that users see it as they see Lightning's.
             logging.getLogger(type(trainer).__module__).info(
-                f"{type(self).__name__}: TensorBoard shows ten figures a tag; to keep all, open "
-                f"it by: tensorboard --logdir {folder_of(logger)} "
-                "--samples_per_plugin images=1000"
+                f"{type(self).__name__}: see it by tensorboard --logdir {folder_of(logger)} "
+                "--samples_per_plugin images=1000 (without that it shows ten figures a tag)"
                 + (f" (numbers are in {self.name}/*.npz there)" if self.save_arrays else "")
             )
         if self.custom_scalars and self._layout():

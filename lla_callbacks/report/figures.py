@@ -43,7 +43,8 @@ def density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figur
     _mark_extremes(whole, m)
 
     inner_low, inner_high = _bulk(m)
-    width = max((inner_high - inner_low) / 50, 1e-12)
+    # A close-up is never coarser than the whole.
+    width = min(max((inner_high - inner_low) / 50, 1e-12), default_width(m.nodes))
     _draw_density(bulk, m, *_padded(inner_low, inner_high, 0.1), width, resolution=True)
     bulk.set_title("close-up of the bulk", loc="left", color=INK)
     # Where the close-up sits in the whole.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HessianReport(HessianMeasurement):
     """What :func:`~lla_callbacks.measure_hessian` returns.
 
@@ -38,6 +38,13 @@ class HessianReport(HessianMeasurement):
     def of(cls, measurement: HessianMeasurement) -> HessianReport:
         """Return a report of a measurement."""
         return cls(**{f.name: getattr(measurement, f.name) for f in fields(measurement)})
+
+    def __repr__(self) -> str:
+        return (
+            f"<HessianReport lambda_max={self.lambda_max!r}, lambda_min={self.lambda_min!r}, "
+            f"trace={self.trace:.6g} +- {self.trace_sem:.1g}, {self.num_params} parameters, "
+            f"{self.num_samples} samples>"
+        )
 
     def figure(self, *, title: str = "") -> Figure:
         """Return the spectral density, drawn."""

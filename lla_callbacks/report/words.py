@@ -21,8 +21,9 @@ def describe(measurement: HessianMeasurement) -> str:
         "  (below zero: a direction that curves down)",
         f"  trace               {with_error(m.trace, m.trace_sem)}"
         "  (all curvature added up; the +- is one standard error)",
-        f"  spectrum            {m.spectrum_type}; KH05 "
-        f"{with_error(c['kh05'], m.criteria_errors['kh05'])} at depth {m.num_steps}",
+        f"  spectrum            smallest/largest {c['c_t']:.2g} ({m.spectrum_type} by LLA's "
+        f"threshold -0.6); KH05 {with_error(c['kh05'], m.criteria_errors['kh05'])} at depth "
+        f"{m.num_steps}",
     ]
     if math.isfinite(c["gradient_share"]):
         lines.append(
@@ -51,6 +52,7 @@ def describe_change(history: Sequence[tuple[int, HessianMeasurement]]) -> str:
     spread = math.hypot(first.trace_sem, last.trace_sem)
     moved = abs(last.trace - first.trace) > 2 * spread
     direction = "rose" if last.trace > first.trace else "fell"
+    steepest_step, steepest = max(history, key=lambda item: item[1].trace)
     sharpest_step, sharpest = max(history, key=lambda item: float(item[1].lambda_max))
     lines = [
         f"From step {first_step} to {last_step} the trace "
@@ -59,7 +61,8 @@ def describe_change(history: Sequence[tuple[int, HessianMeasurement]]) -> str:
             f"{with_error(last.trace, last.trace_sem)}."
             if moved
             else f"did not move by more than its error ({first.trace:.3g} to {last.trace:.3g})."
-        ),
+        )
+        + f" Its highest measured value was {steepest.trace:.3g}, at step {steepest_step}.",
         f"The largest eigenvalue went from {float(first.lambda_max):.3g} to "
         f"{float(last.lambda_max):.3g}; its highest measured value was "
         f"{float(sharpest.lambda_max):.3g}, at step {sharpest_step}.",

@@ -234,8 +234,7 @@ def _unchanged_weights(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for p, value in saved:
-            # NaNs are kept as they are, so equality is asked of the bits.
-            if not torch.equal(p.detach().view(torch.uint8), value.view(torch.uint8)):
+            if not torch.equal(_bits(p), _bits(value)):
                 p.data.copy_(value)
                 changed = True
     if changed:
@@ -243,6 +242,12 @@ def _unchanged_weights(module: nn.Module) -> Iterator[None]:
             "the loss changes the trainable weights while it is computed, so it has no Hessian.",
             "Give loss=callable(module, batch) that leaves them alone.",
         )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's bytes, so that NaN equals itself and -0.0 is not 0.0."""
+    # One contiguous dimension: scalars and other memory formats cannot be viewed as bytes.
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 @contextmanager

@@ -390,3 +390,35 @@ def test_overlapping_layers_are_refused() -> None:
     module = Nested()
     with pytest.raises(ValueError, match="overlap"):
         layer_parameters(module, ParameterSpace(trainable(module)), ["encoder", "encoder.0"])
+
+
+def scalar_parameter() -> nn.Module:
+    module = nn.Linear(4, 3)
+    module.register_parameter("temperature", nn.Parameter(torch.tensor(2.0)))
+    return module
+
+
+def channels_last() -> nn.Module:
+    module = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.Flatten())
+    return module.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("make", [scalar_parameter, channels_last])
+def test_parameters_of_any_shape_and_layout_are_measured(make: Callable[[], nn.Module]) -> None:
+    module, batch = make(), (torch.randn(8, 4), torch.randint(0, 3, (8,)))
+    before = [p.detach().clone() for p in module.parameters()]
+    report = measure_hessian(module, [batch], loss=cross_entropy, num_steps=3, num_probes=2)
+    assert report.lambda_max > 0
+    assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
+
+
+def test_a_loss_that_changes_its_weights_is_refused_and_they_come_back() -> None:
+    module, batch = scalar_parameter(), (torch.randn(8, 4), torch.randint(0, 3, (8,)))
+
+    def shrinking(module: nn.Module, batch: Any) -> Tensor:
+        module.temperature.data.mul_(-0.0)
+        return cross_entropy(module, batch)
+
+    with pytest.raises(MeasurementError, match=r"changes the trainable weights.*Give loss="):
+        measure_hessian(module, [batch], loss=shrinking)
+    assert module.temperature.item() == 2.0

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lla_callbacks.landscape.batches import first_samples
+from lla_callbacks.landscape.batches import first_samples, hold
 from lla_callbacks.landscape.measures import HessianSettings, measure
-from lla_callbacks.landscape.objective import GRAPH_MEMORY, Loss, Mode, Objective
+from lla_callbacks.landscape.objective import GRAPH_MEMORY, Loss, Mode, Objective, trainable
 from lla_callbacks.landscape.stability import stability_limit
 from lla_callbacks.landscape.training_step import check_replayable, replay_training_step
 from lla_callbacks.linalg.space import ParameterSpace
@@ -91,7 +91,7 @@ def measure_hessian(
         raise ValueError(f"num_samples is {num_samples}; give 1 or more, or None for all.")
     objective = Objective(
         module,
-        batches if num_samples is None else first_samples(batches, num_samples),
+        [hold(batch) for batch in first_samples(batches, num_samples)],
         loss,
         mode=mode,
         dropout=dropout,
@@ -101,5 +101,5 @@ def measure_hessian(
     )
     limit = None
     if optimizer is not None:
-        limit = stability_limit(optimizer, ParameterSpace(objective.parameters()))
+        limit = stability_limit(optimizer, ParameterSpace(trainable(module)))
     return HessianReport.of(measure(objective, settings, limit=limit))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -26,7 +26,7 @@ from lla_callbacks.callbacks.compat import (
 from lla_callbacks.callbacks.held_batches import HeldBatches, check_loader
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.schedule import DEFAULT_OVERHEAD, Budget, Schedule
-from lla_callbacks.landscape.objective import Mode, Objective, check_dropout
+from lla_callbacks.landscape.objective import Mode, Objective, check_mode, trainable
 from lla_callbacks.landscape.stability import StabilityLimit, stability_limit
 from lla_callbacks.landscape.state import Snapshot, take_snapshot, weights_at
 from lla_callbacks.landscape.training_step import check_replayable
@@ -104,8 +104,6 @@ class Monitor(Callback):
         if microbatch_size is not None:
             _check_positive("microbatch_size", microbatch_size)
         _check_positive("graph_memory", graph_memory)
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
         for flag, value in {
             "dropout": dropout,
             "figures": figures,
@@ -114,7 +112,7 @@ class Monitor(Callback):
         }.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{flag} is {value!r}; give True or False.")
-        check_dropout(mode, dropout)
+        check_mode(mode, dropout)
         if loss is not None and not callable(loss):
             raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
         if max_overhead is not None and not (
@@ -387,7 +385,6 @@ class Monitor(Callback):
         """Measure and report once, by default now; return the scalars, none if it failed."""
         began = time.monotonic()
         self._last_step = moment.step if moment else trainer.global_step
-        values: dict[str, float] = {}
         try:
             if moment is None:
                 limit = self._limit(trainer, module)
@@ -485,7 +482,7 @@ class Monitor(Callback):
 
 def space_of(module: nn.Module) -> ParameterSpace:
     """Return the layout of a module's trainable parameters."""
-    return ParameterSpace({n: p for n, p in module.named_parameters() if p.requires_grad})
+    return ParameterSpace(trainable(module))
 
 
 def _runs(trainer: Any, function: str) -> bool:

@@ -29,13 +29,13 @@ def sample_count(batch: Any) -> int:
     return len(batch) if hasattr(batch, "__len__") else 1
 
 
-def first_samples(batches: Iterable[Any], num_samples: int) -> Iterator[Any]:
-    """Yield whole batches until they have at least this many samples."""
+def first_samples(batches: Iterable[Any], num_samples: int | None) -> Iterator[Any]:
+    """Yield whole batches until they have at least this many samples, all for ``None``."""
     count = 0
     for batch in batches:
         yield batch
         count += sample_count(batch)
-        if count >= num_samples:
+        if num_samples is not None and count >= num_samples:
             return
 
 

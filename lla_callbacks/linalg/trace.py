@@ -64,7 +64,6 @@ class TraceEstimator:
     ) -> None:
         self._operator = operator
         self._known = known
-        self._basis = None if known is None else known.basis
         # Row 0 is the whole, the others are the blocks.
         self._blocks = dict(blocks)
         self._exact = torch.zeros(1 + len(self._blocks), dtype=torch.float64)
@@ -115,9 +114,10 @@ class TraceEstimator:
         self._add(start, product)
 
     def _project(self, vector: Tensor) -> Tensor:
-        if self._basis is None:
+        if self._known is None:
             return vector
-        return vector - self._basis.T @ (self._basis @ vector)
+        basis = self._known.basis
+        return vector - basis.T @ (basis @ vector)
 
     def _add(self, probe: Tensor, product: Tensor) -> None:
         self._samples.append(self._sums(probe * self._project(product)))

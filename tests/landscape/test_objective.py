@@ -399,7 +399,7 @@ def scalar_parameter() -> nn.Module:
 
 
 def channels_last() -> nn.Module:
-    module = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.Flatten())
+    module = nn.Sequential(nn.Unflatten(1, (2, 1, 2)), nn.Conv2d(2, 3, (1, 2)), nn.Flatten())
     return module.to(memory_format=torch.channels_last)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.operators import DenseOperator
 from lla_callbacks.linalg.probes import generator, rademacher
-from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
+from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator, _known_diagonal
 from tests.linalg.test_lanczos import spectrum
 
 DIM = 60
@@ -58,6 +58,16 @@ def test_plain_probes_have_the_known_variance() -> None:
     known = 2 * (matrix.square().sum() - matrix.diagonal().square().sum())
     found = torch.tensor([estimate(matrix, 0, 2, seed)[0].value for seed in range(1500)])
     assert float(found.var() * 2 / known) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 12, DIM])
+def test_the_known_part_and_the_rest_make_the_whole_diagonal(depth: int) -> None:
+    matrix = outlier_matrix()
+    run = lanczos(DenseOperator(matrix), start_of(0), depth)
+    q = run.basis.T
+    rest = torch.eye(DIM).double() - q @ q.T
+    known = _known_diagonal(run, run.project(run.basis))
+    torch.testing.assert_close(known + (rest @ matrix @ rest).diagonal(), matrix.diagonal())
 
 
 @pytest.mark.parametrize("depth", [0, 4, 12])

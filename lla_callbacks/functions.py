@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lla_callbacks.landscape.batches import first_samples, hold
+from lla_callbacks.landscape.evaluation import Loss
 from lla_callbacks.landscape.measures import HessianSettings, measure
-from lla_callbacks.landscape.objective import GRAPH_MEMORY, Loss, Mode, Objective, trainable
+from lla_callbacks.landscape.objective import GRAPH_MEMORY, Mode, Objective, trainable
 from lla_callbacks.landscape.stability import stability_limit
 from lla_callbacks.landscape.training_step import check_replayable, replay_training_step
 from lla_callbacks.linalg.space import ParameterSpace
@@ -51,7 +52,8 @@ def measure_hessian(
         loss: ``loss(module, batch)`` returns the scalar mean loss of one batch. ``None``
             replays the module's ``training_step``.
         mode: ``"batch"``: normalization by batch statistics, as in training. ``"eval"``:
-            by running statistics.
+            by running statistics. ``"recalibrate"``: by statistics over all batches at the
+            present weights, held fixed.
         dropout: Whether dropout is on; off by default in every mode.
         layers: Layers whose traces are told apart: paths or patterns of modules; ``None``
             takes every module that owns parameters.
@@ -84,12 +86,51 @@ def measure_hessian(
         seed=seed,
         chunk_size=chunk_size,
     )
+    objective = objective_of(
+        module,
+        batches,
+        loss,
+        mode=mode,
+        dropout=dropout,
+        seed=seed,
+        num_samples=num_samples,
+        microbatch_size=microbatch_size,
+        graph_memory=graph_memory,
+    )
+    limit = None
+    if optimizer is not None:
+        limit = stability_limit(optimizer, ParameterSpace(trainable(module)))
+    return HessianReport.of(measure(objective, settings, limit=limit))
+
+
+def objective_of(
+    module: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None,
+    *,
+    mode: Mode,
+    dropout: bool,
+    seed: int,
+    num_samples: int | None,
+    microbatch_size: int | None,
+    graph_memory: int = GRAPH_MEMORY,
+) -> Objective:
+    """Return the objective that every function measures: copies of batches, frozen.
+
+    Raises:
+        ValueError: If a setting is not allowed.
+        TypeError: If there is neither a loss nor a replayable ``training_step``.
+    """
     if loss is None:
         check_replayable(module)
         loss = replay_training_step
+    if not callable(loss):
+        raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; give 1 or more, or None for all.")
-    objective = Objective(
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; give a whole number from 0 to below 2**63.")
+    return Objective(
         module,
         [hold(batch) for batch in first_samples(batches, num_samples)],
         loss,
@@ -99,7 +140,3 @@ def measure_hessian(
         microbatch_size=microbatch_size,
         graph_memory=graph_memory,
     )
-    limit = None
-    if optimizer is not None:
-        limit = stability_limit(optimizer, ParameterSpace(trainable(module)))
-    return HessianReport.of(measure(objective, settings, limit=limit))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import muted_loggers, true_precision_context
-from lla_callbacks.landscape.objective import Loss
+from lla_callbacks.landscape.evaluation import Loss
 from lla_callbacks.landscape.training_step import mute, replay_training_step
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lla_callbacks.landscape.batches import fresh, sample_count, split
+from lla_callbacks.landscape.evaluation import Loss, Statistics, evaluating, load_statistics
 from lla_callbacks.landscape.state import preserved, set_mode
 from lla_callbacks.landscape.twice_differentiable import twice_differentiable
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.hessian import HessianOperator, LossTerm
 
-Loss = Callable[[Any, Any], Tensor]
-Mode = Literal["batch", "eval"]
+Mode = Literal["batch", "eval", "recalibrate"]
 
 # Graphs of all batches are kept for the whole run while they fit in this many bytes.
 # Choice: a small share of the memory of any machine that trains networks.
@@ -36,7 +36,8 @@ class Objective:
             copies on the module's device.
         loss: ``loss(module, batch)`` returns the scalar mean loss of one batch.
         mode: Normalization mode. ``"batch"``: batch statistics, as in training.
-            ``"eval"``: running statistics.
+            ``"eval"``: running statistics. ``"recalibrate"``: statistics estimated over all
+            batches at the present weights, then held fixed.
         dropout: Whether dropout stays on (with one fixed mask).
         seed: Fixes whatever is random in a forward pass.
         training: Train or eval mode of each submodule during training, where known.
@@ -72,62 +73,66 @@ class Objective:
             raise ValueError(f"microbatch_size is {microbatch_size}; give 1 or more, or None.")
         self.module = module
         self.mode: Mode = mode
-        self._loss = loss
-        self._dropout = dropout
-        self._seed = seed
-        self._training = training
+        self.loss = loss
+        self.dropout = dropout
+        self.seed = seed
+        self.training = training
         self._graph_memory = graph_memory
-        self._batches = list(batches)
-        if not self._batches:
+        self.batches = list(batches)
+        if not self.batches:
             raise ValueError("there is no batch to measure on: give at least one.")
         parameters = trainable(self.module)
         if not parameters:
             raise ValueError(
                 f"{type(module).__name__} has no trainable parameter: unfreeze one first."
             )
-        self._device = next(iter(parameters.values())).device
+        self.device = next(iter(parameters.values())).device
         if microbatch_size is not None:
-            whole = self._batches
-            self._batches = [part for batch in whole for part in split(batch, microbatch_size)]
+            whole = self.batches
+            self.batches = [part for batch in whole for part in split(batch, microbatch_size)]
             self._check_splittable(whole[0], list(split(whole[0], microbatch_size)))
-        self._counts = [sample_count(batch) for batch in self._batches]
-        self.num_samples = sum(self._counts)
+        self.counts = [sample_count(batch) for batch in self.batches]
+        self.num_samples = sum(self.counts)
 
     def __call__(self) -> float:
-        """Return ``L`` at the present weights."""
-        with torch.inference_mode(False), torch.no_grad():
-            losses = [float(self._evaluate(batch)) for batch in self._batches]
-        return sum(w * v for w, v in zip(self._weights(), losses, strict=True))
+        """Return ``L`` at the present weights, by torch's own forward pass."""
+        with evaluating(self) as evaluate:
+            return float(evaluate()[0])
 
     def hessian(self, *, chunk_size: int = 1) -> HessianOperator:
         """Return the Hessian of ``L`` at the present weights."""
+        statistics: Statistics = ()
+        if self.mode == "recalibrate":
+            with evaluating(self) as evaluate:
+                statistics = evaluate.statistics()
         keep = self._num_kept_graphs()
         terms = [
-            LossTerm(lambda batch=batch: self._evaluate(batch), weight, keep=i < keep)  # type: ignore[misc]
-            for i, (batch, weight) in enumerate(zip(self._batches, self._weights(), strict=True))
+            LossTerm(lambda batch=batch: self._evaluate(batch, statistics), weight, keep=i < keep)  # type: ignore[misc]
+            for i, (batch, weight) in enumerate(zip(self.batches, self._weights(), strict=True))
         ]
         return HessianOperator(
             terms, trainable(self.module), chunk_size=chunk_size, context=self._context
         )
 
     def _weights(self) -> list[float]:
-        return [count / self.num_samples for count in self._counts]
+        return [count / self.num_samples for count in self.counts]
 
     def _context(self) -> AbstractContextManager[None]:
-        return twice_differentiable(dropout=self._dropout)
+        return twice_differentiable(dropout=self.dropout)
 
-    def _evaluate(self, batch: Any) -> Tensor:
+    def _evaluate(self, batch: Any, statistics: Statistics = ()) -> Tensor:
         """Return the loss of one held batch, with its graph if gradients are enabled."""
         gradients = torch.is_grad_enabled()
-        with preserved(self.module, seed=self._seed), torch.set_grad_enabled(gradients):
-            set_mode(self.module, self.mode, dropout=self._dropout, training=self._training)
+        with preserved(self.module, seed=self.seed), torch.set_grad_enabled(gradients):
+            set_mode(self.module, self.mode, dropout=self.dropout, training=self.training)
+            load_statistics(statistics)
             # Curvature in full precision: autocast would cost digits, not time, here.
-            with self._context(), torch.autocast(self._device.type, enabled=False):
-                return self._loss(self.module, fresh(batch, self._device))
+            with self._context(), torch.autocast(self.device.type, enabled=False):
+                return self.loss(self.module, fresh(batch, self.device))
 
     def _num_kept_graphs(self) -> int:
         """Return how many batches' graphs fit, judged by what one forward pass saves."""
-        if len(self._batches) == 1:
+        if len(self.batches) == 1:
             return 1
         seen: dict[int, int] = {}
 
@@ -138,7 +143,7 @@ class Objective:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with torch.inference_mode(False), torch.enable_grad(), hooks:
-            self._evaluate(self._batches[0])
+            self._evaluate(self.batches[0])
         weights = {p.untyped_storage().data_ptr() for p in trainable(self.module).values()}
         saved = sum(size for pointer, size in seen.items() if pointer not in weights)
         # The graph of a gradient holds the forward pass, the backward pass and their
@@ -171,8 +176,8 @@ def check_mode(mode: str, dropout: bool) -> None:
     """Raise a ValueError for a mode that does not exist or has no dropout to be on."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
-    if mode == "eval" and dropout:
+    if mode != "batch" and dropout:
         raise ValueError(
-            "dropout is True in mode 'eval', where it is off by definition; give mode='batch' or "
-            "dropout=False."
+            f"dropout is True in mode {mode!r}, where it is off by definition; give mode='batch' "
+            "or dropout=False."
         )

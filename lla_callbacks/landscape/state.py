@@ -22,7 +22,7 @@ _TORCH_KEYS = frozenset(nn.Module().__dict__)
 
 
 @contextmanager
-def preserved(module: nn.Module, *, seed: int) -> Iterator[None]:
+def preserved(module: nn.Module, *, seed: int, guard_weights: bool = True) -> Iterator[None]:
     """Restore the module and every random stream on leaving, whatever happened inside.
 
     Kept: random streams of python, numpy, torch's CPU and every initialised CUDA device
@@ -34,6 +34,12 @@ def preserved(module: nn.Module, *, seed: int) -> Iterator[None]:
 
     Not kept, since they cannot be seen: objects of the user's own classes, files, globals.
 
+    Args:
+        module: The module.
+        seed: Where the random streams start inside.
+        guard_weights: Whether trainable weights are watched; a caller that moves them itself
+            restores them itself.
+
     Raises:
         MeasurementError: If the trainable weights were changed inside. They are restored,
             but what was computed is not a function of them.
@@ -41,7 +47,8 @@ def preserved(module: nn.Module, *, seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(preserved_random_streams(seed))
         stack.enter_context(_preserved_attributes(module))
-        stack.enter_context(_unchanged_weights(module))
+        if guard_weights:
+            stack.enter_context(_unchanged_weights(module))
         stack.enter_context(_preserved_frozen_parameters(module))
         stack.enter_context(_preserved_buffers(module))
         stack.enter_context(_preserved_gradients(module))
@@ -114,13 +121,13 @@ def set_mode(
 
     Args:
         module: The module.
-        mode: ``"batch"``: as in training, normalization by batch statistics. ``"eval"``:
-            as in evaluation, normalization by running statistics.
+        mode: ``"batch"``: as in training, normalization by batch statistics. ``"eval"`` and
+            ``"recalibrate"``: as in evaluation, normalization by running statistics.
         dropout: Whether dropout stays as the mode has it; otherwise it is off.
         training: How each submodule stands during training, where that is known (users
             freeze parts by ``.eval()``); by default ``module.train()`` decides.
     """
-    if mode == "eval":
+    if mode != "batch":
         for m in module.modules():
             m.training = False
         return
@@ -141,11 +148,7 @@ def preserved_random_streams(seed: int) -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = _cuda_states()
     try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            torch.cuda.manual_seed_all(seed)
+        seed_everything(seed)
         yield
     finally:
         random.setstate(python)
@@ -153,6 +156,15 @@ def preserved_random_streams(seed: int) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def seed_everything(seed: int) -> None:
+    """Start every random stream anew, for use inside :func:`preserved_random_streams`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
 
 
 def _cuda_states() -> list[Tensor]:
@@ -168,24 +180,25 @@ def _preserved_attributes(module: nn.Module) -> Iterator[None]:
     saved: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
         for m in module.modules():
-            originals = {key: value for key, value in m.__dict__.items() if _is_state(key)}
+            originals = {key: value for key, value in m.__dict__.items() if is_state(key)}
             saved.append((m, originals))
             # The copies go live, so that the originals come back untouched.
             for key, value in originals.items():
-                m.__dict__[key] = _copy(value, memo)
+                m.__dict__[key] = copy_of(value, memo)
         yield
     finally:
         for m, originals in saved:
-            for key in [key for key in m.__dict__ if _is_state(key) and key not in originals]:
+            for key in [key for key in m.__dict__ if is_state(key) and key not in originals]:
                 del m.__dict__[key]
             m.__dict__.update(originals)
 
 
-def _is_state(key: str) -> bool:
+def is_state(key: str) -> bool:
+    """Return whether an attribute of a module is the user's, not torch's own."""
     return key not in _TORCH_KEYS
 
 
-def _copy(value: Any, memo: dict[int, Any]) -> Any:
+def copy_of(value: Any, memo: dict[int, Any]) -> Any:
     """Copy tensors, arrays, generators and containers, keeping aliases; the rest stays itself."""
     if id(value) in memo:
         return memo[id(value)]
@@ -211,9 +224,10 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
             dict.__setitem__(copied, key, _inner(item, memo))
     elif isinstance(value, tuple):
         items = [_inner(item, memo) for item in value]
-        copied = value._make(items) if hasattr(value, "_make") else type(value)(items)
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            copied = value._make(items) if hasattr(value, "_make") else type(value)(items)
     elif isinstance(value, SimpleNamespace):
-        copied = SimpleNamespace(**_copy(vars(value), memo))
+        copied = SimpleNamespace(**copy_of(vars(value), memo))
     memo[id(value)] = copied
     return copied
 
@@ -222,7 +236,7 @@ def _inner(value: Any, memo: dict[int, Any]) -> Any:
     """Copy what lies inside a container: also modules, which no submodule list names."""
     if isinstance(value, nn.Module) and id(value) not in memo:
         memo[id(value)] = deepcopy(value)
-    return _copy(value, memo)
+    return copy_of(value, memo)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,16 +28,56 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
     The values agree with the native forms to rounding. Running statistics are not
     updated.
     """
-    # set_stance came with torch 2.6.
-    eager = getattr(torch.compiler, "set_stance", lambda stance: nullcontext())
-    with sdpa_kernel(SDPBackend.MATH), eager("force_eager"), _Substitution(dropout=dropout):
+    substitutes = _NORMALIZATIONS if dropout else _NORMALIZATIONS | _NO_DROPOUT
+    with sdpa_kernel(SDPBackend.MATH), eager(), _Substitution(substitutes):
         yield
 
 
-class _Substitution(TorchFunctionMode):
-    def __init__(self, *, dropout: bool) -> None:
+class NoDropout(TorchFunctionMode):
+    """Within this context functional dropout does nothing, also where it is hard-wired.
+
+    Attributes:
+        active: Whether any dropout would have done something so far.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self._substitutes = _NORMALIZATIONS if dropout else _NORMALIZATIONS | _NO_DROPOUT
+        self.active = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        substitute = _NO_DROPOUT.get(func)
+        if substitute is None:
+            return func(*args, **kwargs)
+        self.active = self.active or _is_on(func, args, kwargs)
+        return substitute(*args, **kwargs)
+
+
+def elementary_normalization() -> AbstractContextManager[object]:
+    """Return the context in which normalization is composed of elementary operations.
+
+    Its running statistics are not written, which vmap could not do.
+    """
+    return _Substitution(_NORMALIZATIONS)
+
+
+def eager() -> AbstractContextManager[object]:
+    """Return the context in which compiled modules run eagerly."""
+    # set_stance came with torch 2.6.
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")
+
+
+class _Substitution(TorchFunctionMode):
+    def __init__(self, substitutes: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        super().__init__()
+        self._substitutes = substitutes
 
     def __torch_function__(
         self,
@@ -133,6 +173,13 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
     return F.multi_head_attention_forward(*args, **{**kwargs, **_zero(kwargs, "dropout_p")})
 
 
+def _is_on(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a dropout function would drop anything."""
+    name, position = _SWITCHES.get(func, ("training", 2))
+    # The functions of torch.nn.functional train by default.
+    return bool(kwargs.get(name, args[position] if len(args) > position else position == 2))
+
+
 def _zero(kwargs: dict[str, Any], name: str) -> dict[str, float]:
     return {name: 0.0} if name in kwargs else {}
 
@@ -160,3 +207,13 @@ _NO_DROPOUT: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
 }  # fmt: skip
+# Name and position of the argument that turns dropout on.
+_SWITCHES: dict[Callable[..., Any], tuple[str, int]] = {
+    F.scaled_dot_product_attention: ("dropout_p", 4),
+    F.multi_head_attention_forward: ("dropout_p", 10),
+    torch.dropout: ("train", 2),
+    torch.dropout_: ("train", 2),
+    torch.alpha_dropout: ("train", 2),
+    torch.feature_dropout: ("train", 2),
+    torch.feature_alpha_dropout: ("train", 2),
+}

@@ -19,6 +19,10 @@ class MeasurementError(RuntimeError):
         self.remedy = remedy
 
 
+class NotYetError(ValueError):
+    """Something that a run has not got so far, and will have later."""
+
+
 class NonFiniteError(MeasurementError):
     """A loss, a gradient or a Hessian-vector product is NaN or infinite."""
 

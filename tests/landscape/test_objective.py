@@ -135,13 +135,16 @@ def test_without_the_guard_traces_are_left() -> None:
 def test_the_objective_is_the_same_function_at_every_call() -> None:
     module, batch = restless()
     objective = Objective(module, [batch], cross_entropy, dropout=True)
-    assert objective() == objective()
+    value = objective()
+    assert objective() == value
     first, second = objective.hessian(), objective.hessian()
     assert first.loss == second.loss
     assert torch.equal(first.gradient, second.gradient)
     module.counter += 1
     torch.rand(3)
-    assert objective() == first.loss
+    assert objective() == value
+    # The operator normalizes in elementary form, which rounds differently.
+    assert first.loss == pytest.approx(value, rel=1e-6)
 
 
 def test_its_value_is_the_plain_loss() -> None:

@@ -1,0 +1,124 @@
+"""Evaluate a module many times in a row, each time from the same state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lla_callbacks.landscape.state import (
+    copy_of,
+    is_state,
+    preserved,
+    seed_everything,
+    set_mode,
+)
+
+
+@contextmanager
+def repeatable(
+    module: nn.Module,
+    *,
+    seed: int,
+    mode: str,
+    dropout: bool,
+    training: Mapping[nn.Module, bool] | None,
+    guard_weights: bool = True,
+) -> Iterator[Callable[[], None]]:
+    """Within this context a module can be evaluated many times; yields ``reset()``.
+
+    ``reset()`` puts the random streams, buffers, frozen parameters, attributes and modes
+    back to where they were at the start, so that every evaluation is of the same function.
+    It touches only what an evaluation changed, where that can be seen: the guard of
+    :func:`~lla_callbacks.landscape.state.preserved` is entered once for all evaluations.
+
+    Args:
+        module: The module.
+        seed: Where the random streams start at each evaluation.
+        mode: Normalization mode; see :func:`~lla_callbacks.landscape.state.set_mode`.
+        dropout: Whether dropout stays on.
+        training: How each submodule stands during training, where that is known.
+        guard_weights: See :func:`~lla_callbacks.landscape.state.preserved`.
+    """
+    with preserved(module, seed=seed, guard_weights=guard_weights):
+        set_mode(module, mode, dropout=dropout, training=training)
+        _keep_processes_apart(module)
+        attributes = _Attributes(module)
+        tensors = _Tensors(module)
+        modes = [(m.__dict__, m.training) for m in module.modules()]
+
+        def reset() -> None:
+            seed_everything(seed)
+            attributes.reset()
+            tensors.reset()
+            for namespace, flag in modes:
+                namespace["training"] = flag
+
+        yield reset
+
+
+class _Attributes:
+    """Plain attributes of every submodule, put back by value."""
+
+    def __init__(self, module: nn.Module) -> None:
+        memo: dict[int, Any] = {}
+        self._modules: list[tuple[dict[str, Any], set[str], dict[str, Any], dict[str, Any]]] = []
+        for m in module.modules():
+            fixed: dict[str, Any] = {}
+            changing: dict[str, Any] = {}
+            for key, value in m.__dict__.items():
+                if is_state(key):
+                    kept = copy_of(value, memo)
+                    (fixed if kept is value else changing)[key] = kept
+            self._modules.append((m.__dict__, set(m.__dict__), fixed, changing))
+
+    def reset(self) -> None:
+        memo: dict[int, Any] = {}
+        for namespace, keys, fixed, changing in self._modules:
+            if namespace.keys() != keys:
+                for key in namespace.keys() - keys:
+                    del namespace[key]
+            namespace.update(fixed)
+            for key, kept in changing.items():
+                namespace[key] = copy_of(kept, memo)
+
+
+class _Tensors:
+    """Buffers and frozen parameters of every submodule, put back by value."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._values: dict[int, tuple[Tensor, Tensor, int]] = {}
+        for m in module.modules():
+            frozen = {k: p for k, p in m._parameters.items() if p is not None}
+            for store, entries in ((m._buffers, m._buffers), (m._parameters, frozen)):
+                for name, tensor in entries.items():
+                    if tensor is None or tensor.requires_grad:
+                        continue
+                    self._places.append((store, name, tensor))
+                    saved = (tensor, tensor.detach().clone(), tensor._version)
+                    self._values.setdefault(id(tensor), saved)
+
+    def reset(self) -> None:
+        for store, name, tensor in self._places:
+            store[name] = tensor
+        with torch.no_grad():
+            for key, (tensor, value, version) in self._values.items():
+                if tensor._version != version:
+                    tensor.copy_(value)
+                    self._values[key] = (tensor, value, tensor._version)
+
+
+def _keep_processes_apart(module: nn.Module) -> None:
+    """Let synchronised batch norm use its own process's statistics.
+
+    Processes that share the points of a slice evaluate different weights, whose statistics
+    must not be mixed. The instance attribute goes with the guard.
+    """
+    for m in module.modules():
+        if isinstance(m, nn.SyncBatchNorm):
+            m.__dict__["forward"] = _BatchNorm.forward.__get__(m)

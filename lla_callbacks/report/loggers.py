@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 
@@ -50,6 +51,30 @@ def write_layout(logger: Any, layout: Mapping[str, Any]) -> None:
     experiment: Any = getattr(logger, "experiment", None)
     if callable(getattr(experiment, "add_custom_scalars", None)):
         experiment.add_custom_scalars(dict(layout))
+
+
+def write_mesh(logger: Any, tag: str, vertices: Any, colors: Any, faces: Any, step: int) -> None:
+    """Give TensorBoard a surface that can be turned; other loggers have no such thing.
+
+    Args:
+        logger: The logger.
+        tag: The tag.
+        vertices: Shape ``(V, 3)``, float32.
+        colors: Shape ``(V, 3)``, uint8.
+        faces: Shape ``(F, 3)``, int32: the corners of triangles.
+        step: The step.
+    """
+    experiment: Any = getattr(logger, "experiment", None)
+    if callable(getattr(experiment, "add_mesh", None)):
+        batch = [torch.from_numpy(array[None]) for array in (vertices, colors, faces)]
+        experiment.add_mesh(tag, batch[0], colors=batch[1], faces=batch[2], global_step=step)
+
+
+def write_text(logger: Any, tag: str, text: str, step: int) -> None:
+    """Log a text to TensorBoard; other loggers do without."""
+    experiment: Any = getattr(logger, "experiment", None)
+    if callable(getattr(experiment, "add_text", None)):
+        experiment.add_text(tag, text, step)
 
 
 def folder_of(logger: Any) -> Path | None:

@@ -1,4 +1,4 @@
-"""Watch the curvature of a small convolutional network while it learns real images.
+"""Watch the loss landscape of a small convolutional network while it learns real images.
 
     python examples/demo.py                                  # scikit-learn's digits
     python examples/demo.py --data FOLDER --max-epochs 3     # MNIST, Fashion-MNIST, CIFAR-10
@@ -19,6 +19,7 @@ from image_data import load_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional import accuracy
 
 import lla_callbacks
@@ -80,7 +81,13 @@ def main() -> None:
 
     pl.seed_everything(0)
     train, test = load_images(arguments.data)
-    callbacks = getattr(lla_callbacks, arguments.bundle)(every_n_epochs=4)
+    callbacks = getattr(lla_callbacks, arguments.bundle)(
+        every_n_epochs=8,
+        planes=["random", "trajectory"],
+        plane_points=13,
+        metrics={"accuracy": MulticlassAccuracy(10, average="micro")},
+        interpolate=True,
+    )
     trainer = pl.Trainer(
         max_epochs=arguments.max_epochs,
         accelerator="cpu",
@@ -95,17 +102,18 @@ def main() -> None:
         DataLoader(test, batch_size=500),
     )
 
-    history = callbacks[0].history
+    hessian, landscape = callbacks[:2]
     beside = Path(sys.executable).with_name("tensorboard")
     tensorboard = os.path.relpath(beside) if beside.exists() else "tensorboard"
     print(f"\nAfter {trainer.global_step} steps, test accuracy "
           f"{float(trainer.callback_metrics['val_accuracy']):.1%}.\n")  # fmt: skip
-    print(history[-1][1].summary())
-    print("\n" + describe_change(history))
+    print(hessian.report.summary())
+    print("\n" + landscape.report.summary())
+    print("\n" + describe_change(hessian.history))
+    seconds = hessian.budget.spent + landscape.budget.spent
     print(
-        f"\nMeasuring took {callbacks[0].budget.spent:.0f} s: this demo measures often, on a small"
-        " network.\nWithout a schedule of its own, HessianMonitor() makes a run of minutes about"
-        " 5 % longer at most."
+        f"\nMeasuring took {seconds:.0f} s: this demo measures often, on a small network."
+        "\nWithout a schedule of its own, standard() makes a run of minutes 5 % longer at most."
         "\n\nSee it all:\n"
         f"    {tensorboard} --logdir {arguments.logs} --samples_per_plugin images=1000"
     )

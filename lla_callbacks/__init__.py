@@ -2,17 +2,38 @@
 
 from lla_callbacks.callbacks.bundles import economy, paper, standard
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
+from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
 from lla_callbacks.functions import measure_hessian
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.report.hessian_report import HessianReport
+from lla_callbacks.report.landscape_report import LandscapeReport
+from lla_callbacks.report.slice_reports import BasinRadii, ConvexityMap, LossLine, LossPlane
+from lla_callbacks.slice_functions import (
+    basin_radii,
+    convexity_map,
+    interpolate,
+    loss_line,
+    loss_plane,
+)
 from lla_callbacks.version import __version__
 
 __all__ = [
+    "BasinRadii",
+    "ConvexityMap",
     "HessianMonitor",
     "HessianReport",
+    "LandscapeReport",
+    "LossLandscapeMonitor",
+    "LossLine",
+    "LossPlane",
     "MeasurementError",
     "__version__",
+    "basin_radii",
+    "convexity_map",
     "economy",
+    "interpolate",
+    "loss_line",
+    "loss_plane",
     "measure_hessian",
     "paper",
     "standard",

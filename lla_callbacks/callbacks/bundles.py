@@ -2,42 +2,88 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from lla_callbacks.callbacks.compat import Callback
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
+from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
 
 
 def economy(**overrides: Any) -> list[Callback]:
-    """Return callbacks for long runs: extremes and trace, few products, no more than 2 %.
+    """Return callbacks for long runs: extremes, trace and two lines, no more than 2 % in all.
 
     12 Lanczos steps (the largest eigenvalue of a trained ResNet-20 converges to 5 % within
-    11) and 8 probes: 20 products a measurement.
+    11) and 8 probes: 20 products a measurement. Lines along a random direction and the top
+    eigenvector: 42 forward passes and about 15 products.
 
     Args:
-        overrides: Settings of :class:`HessianMonitor` that replace the bundle's.
+        overrides: Settings of :class:`HessianMonitor` and :class:`LossLandscapeMonitor` that
+            replace the bundle's; what both know goes to both.
     """
-    settings = {"num_steps": 12, "num_probes": 8, "num_samples": 128, "max_overhead": 0.02}
-    return [HessianMonitor(**{**settings, **overrides})]
+    shared = {"num_samples": 128, "max_overhead": 0.01}
+    hessian = {"num_steps": 12, "num_probes": 8}
+    return _pair(shared, hessian, {"planes": []}, overrides)
 
 
 def standard(**overrides: Any) -> list[Callback]:
-    """Return callbacks with every default.
+    """Return callbacks with every default, at half of the default overhead each.
 
     Args:
-        overrides: Settings of :class:`HessianMonitor` that replace the bundle's.
+        overrides: Settings of :class:`HessianMonitor` and :class:`LossLandscapeMonitor`; what
+            both know goes to both.
     """
-    return [HessianMonitor(**overrides)]
+    # Half of DEFAULT_OVERHEAD each; a schedule of the user's own is kept, as by one monitor.
+    own = any(overrides.get(key) is not None for key in ("every_n_epochs", "every_n_train_steps"))
+    return _pair({} if own else {"max_overhead": 0.02}, {}, {}, overrides)
 
 
 def paper(**overrides: Any) -> list[Callback]:
-    """Return callbacks in the published setting of the spectral criteria.
+    """Return callbacks in published settings.
 
     100 Lanczos steps from one start vector (Gabdullin 2024), so that KH05 compares with the
-    literature; and 40 probes.
+    literature, and 40 probes. Planes of 51 x 51 points (Li et al. 2018) along random and Hessian
+    directions (Gabdullin 2024) and over the path of training, a convexity map and the radii of
+    the basin. Give a schedule: a measurement takes some 10,000 forward passes.
 
     Args:
-        overrides: Settings of :class:`HessianMonitor` that replace the bundle's.
+        overrides: Settings of :class:`HessianMonitor` and :class:`LossLandscapeMonitor` that
+            replace the bundle's; what both know goes to both.
     """
-    settings = {"num_steps": 100, "num_runs": 1, "num_probes": 40, "num_samples": 2048}
-    return [HessianMonitor(**{**settings, **overrides})]
+    hessian = {"num_steps": 100, "num_runs": 1, "num_probes": 40}
+    slices = {
+        "planes": ["random", "hessian", "trajectory"],
+        "lines": ["random", "top1", "bottom1"],
+        "plane_points": 51,
+        "line_points": 51,
+        "convexity_points": 9,
+        "num_rays": 100,
+        "time_budget": None,
+    }
+    return _pair({"num_samples": 2048}, hessian, slices, overrides)
+
+
+def _pair(
+    shared: dict[str, Any],
+    hessian: dict[str, Any],
+    slices: dict[str, Any],
+    overrides: dict[str, Any],
+) -> list[Callback]:
+    """Return both monitors, each with the overrides that it knows.
+
+    Raises:
+        TypeError: If none knows a setting, or it tells the monitors apart.
+    """
+    kinds = (HessianMonitor, LossLandscapeMonitor)
+    known = [set(inspect.signature(kind).parameters) for kind in kinds]
+    for key in overrides:
+        if key == "name" or not any(key in names for names in known):
+            raise TypeError(
+                f"a bundle does not take {key!r}; it takes the settings of "
+                f"{' and '.join(kind.__name__ for kind in kinds)}, their names left out."
+            )
+    made: list[Callback] = []
+    for kind, names, own in zip(kinds, known, (hessian, slices), strict=True):
+        chosen = {key: value for key, value in overrides.items() if key in names}
+        made.append(kind(**{**shared, **own, **chosen}))
+    return made

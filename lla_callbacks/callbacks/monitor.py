@@ -24,6 +24,7 @@ from lla_callbacks.callbacks.compat import (
     shards_parameters,
 )
 from lla_callbacks.callbacks.held_batches import HeldBatches, check_loader
+from lla_callbacks.callbacks.processes import Processes
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.schedule import DEFAULT_OVERHEAD, Budget, Schedule
 from lla_callbacks.landscape.objective import Mode, Objective, check_mode, trainable
@@ -45,12 +46,14 @@ class Moment:
         function: ``"fit"``, or a stand-alone ``"validate"`` or ``"test"``.
         limit: The optimizer's stability limit then, where it is known.
         snapshot: The weights then, if they are no longer the module's.
+        optimizer: The one optimizer, where its state belongs to these weights.
     """
 
     step: int
     function: str = "fit"
     limit: StabilityLimit | None = None
     snapshot: Snapshot | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
 
 class Monitor(Callback):
@@ -77,6 +80,9 @@ class Monitor(Callback):
         custom_scalars: Whether TensorBoard gets a layout.
         name: First part of every tag.
     """
+
+    # Whether several processes can measure one objective together.
+    shares_work = False
 
     def __init__(
         self,
@@ -188,6 +194,7 @@ class Monitor(Callback):
         return str(self._generate_state_key(name=self.name))
 
     def _reset(self) -> None:
+        self._processes = Processes()
         self._held = HeldBatches(self.num_samples)
         self._start: Moment | None = None
         self._start_pending = True
@@ -196,8 +203,18 @@ class Monitor(Callback):
         self._last_step = -1
         self._warned: set[tuple[str, str]] = set()
 
+    def _begin(self, trainer: Any) -> None:
+        """Start anew, among the processes that there are."""
+        self._reset()
+        self._processes = Processes(trainer)
+        # Together the processes hold as many samples as one would alone.
+        if self.dataloader is None:
+            self._held.num_samples = -(-self.num_samples // self._processes.size)
+        self.budget.start()
+
     def _forget(self) -> None:
         """Drop what belongs to a finished run and would keep its module alive."""
+        self._processes = Processes()
         self._held = HeldBatches(self.num_samples)
         self._start = self._training = None
 
@@ -223,7 +240,7 @@ class Monitor(Callback):
                 f"{type(trainer.strategy).__name__}. Train with one process, or load the "
                 "checkpoint into a plain module and call measure_hessian(module, batches)."
             )
-        if getattr(trainer, "world_size", 1) > 1:
+        if getattr(trainer, "world_size", 1) > 1 and not self.shares_work:
             raise MisconfigurationException(
                 f"{kind} measures in one process, and this Trainer has "
                 f"{trainer.world_size}: each would see the Hessian of its own batches only. "
@@ -236,15 +253,14 @@ class Monitor(Callback):
         self._check_module(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._reset()
-        self.budget.start()
+        self._begin(trainer)
         if is_barebones(trainer):
             rank_zero_warn(f"{type(self).__name__} does nothing with Trainer(barebones=True).")
             return
         if self.dataloader is not None:
             self._training = {m: m.training for m in pl_module.modules()}
             self._hold_loader(trainer, pl_module)
-            if self._held.complete:
+            if self._all_hold():
                 self._fire_start(trainer, pl_module)
         for logger in self._loggers(trainer):
             self._guarded("logging", self._introduce, trainer, logger)
@@ -255,6 +271,8 @@ class Monitor(Callback):
         if self._held.complete or self.dataloader is not None or is_barebones(trainer):
             return
         self._guarded("holding a batch", self._hold, trainer, pl_module, batch)
+        if self._all_hold():
+            self._fire_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -270,9 +288,10 @@ class Monitor(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if is_barebones(trainer):
             return
-        if not self._held.complete and self._held.batches:
+        if not self._held.complete and self._processes.all(bool(self._held.batches)):
             # An epoch is all there is: further batches would repeat its samples.
             self._held.complete = True
+            self._all_hold()
             self._fire_start(trainer, pl_module)
         if self.schedule.after_epoch(trainer.current_epoch):
             self._due = True
@@ -309,8 +328,7 @@ class Monitor(Callback):
         """Begin a stand-alone validate or test; validation inside fit is left alone."""
         if _runs(trainer, function):
             self._check_module(trainer, module)
-            self._reset()
-            self.budget.start()
+            self._begin(trainer)
             if self.dataloader is not None:
                 self._hold_loader(trainer, module)
 
@@ -319,11 +337,13 @@ class Monitor(Callback):
             self._guarded("holding a batch", self._held.add, batch)
 
     def _finish_evaluation(self, trainer: Any, module: Any, function: str) -> None:
-        if _runs(trainer, function) and self._held.batches:
+        if _runs(trainer, function) and self._processes.all(bool(self._held.batches)):
+            self._held.complete = True
+            self._all_hold()
             values = self._fire(trainer, module, function=function)
             # The loop hands what matters most to the loggers, prints and returns it.
             main = {tag: v for tag, v in values.items() if tag.startswith(f"{self.name}/")}
-            module.log_dict(main, batch_size=1)
+            module.log_dict(main, batch_size=1, sync_dist=self._processes.size > 1)
             rest = {tag: v for tag, v in values.items() if tag not in main}
             for logger in self._loggers(trainer):
                 self._guarded("logging", write_scalars, logger, rest, trainer.global_step)
@@ -340,18 +360,25 @@ class Monitor(Callback):
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     def _hold(self, trainer: Any, module: nn.Module, batch: Any) -> None:
-        """Keep one training batch; measure the start once there are enough."""
+        """Keep one training batch, and the weights that the first one meets."""
         if self._training is None:
             self._training = {m: m.training for m in module.modules()}
         # Steps that take the iterator themselves are announced without a batch at first.
         if batch is not None:
             self._held.add(batch, most=trainer.num_training_batches)
-        if self._held.complete:
-            self._fire_start(trainer, module)
-        elif self._start is None:
+        if self._start is None and not (self._held.complete and self._processes.size == 1):
             # The start is measured on all held batches, so its weights are kept until then.
             limit = self._limit(trainer, module)
             self._start = Moment(trainer.global_step, "fit", limit, take_snapshot(module))
+
+    def _all_hold(self) -> bool:
+        """Return whether every process holds its batches; then each holds those of all."""
+        self._held.complete = self._processes.all(self._held.complete)
+        if self._held.complete:
+            # A loader of the user's own is the same in every process.
+            alike = self.dataloader is not None
+            self._held.batches = self._processes.union(self._held.batches, alike=alike)
+        return self._held.complete
 
     def _hold_loader(self, trainer: Any, module: Any) -> None:
         add = self._held.add_loader
@@ -371,7 +398,9 @@ class Monitor(Callback):
     def _fire_if_due(self, trainer: Any, module: nn.Module) -> None:
         if trainer.global_step == self._last_step:
             self._due = False
-        if self._due and self._held.complete and self.budget.allows():
+        due = self._due and self._held.complete
+        # Clocks differ from process to process: the first one's decides.
+        if due and self._processes.agree(self.budget.allows()):
             self._due = False
             self._fire(trainer, module)
 
@@ -388,8 +417,10 @@ class Monitor(Callback):
         try:
             if moment is None:
                 limit = self._limit(trainer, module)
-                moment = Moment(trainer.global_step, function, limit)
-            with weights_at(module, moment.snapshot):
+                only = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+                moment = Moment(trainer.global_step, function, limit, optimizer=only)
+            # Lightning evaluates in inference mode, whose tensors nothing can be done with later.
+            with torch.inference_mode(False), weights_at(module, moment.snapshot):
                 objective = Objective(
                     module,
                     self._held.batches,
@@ -467,13 +498,14 @@ class Monitor(Callback):
         except Exception as error:  # noqa: BLE001 - a broken logger must not end the run
             self._warn(error, what)
 
-    def _warn(self, error: Exception, what: str) -> None:
-        """Warn once a cause, with the remedy."""
+    def _warn(self, error: Exception, what: str, remedy: str | None = None) -> None:
+        """Warn once a cause, with the remedy; ``""`` if the error says it itself."""
         cause = type(error).__name__
         if (what, cause) in self._warned:
             return
         self._warned.add((what, cause))
-        remedy = "" if isinstance(error, MeasurementError) else " " + _remedy(error, what)
+        if remedy is None:
+            remedy = "" if isinstance(error, MeasurementError) else " " + _remedy(error, what)
         rank_zero_warn(
             f"{type(self).__name__}: {what} failed and leaves a gap; training goes on. "
             f"{cause}: {error}{remedy}"

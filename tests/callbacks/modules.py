@@ -234,7 +234,8 @@ def outcome(trainer):
 
 
 def _not_ours(values):
-    return {tag: value for tag, value in values.items() if not tag.startswith("hessian")}
+    ours = ("hessian", "landscape")
+    return {tag: value for tag, value in values.items() if not tag.startswith(ours)}
 
 
 def differences(a, b):

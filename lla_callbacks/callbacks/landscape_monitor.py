@@ -1,0 +1,345 @@
+"""Draw what the loss looks like around the weights, live, without disturbing the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lla_callbacks.callbacks.compat import is_barebones
+from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
+from lla_callbacks.landscape.choice import DirectionSource
+from lla_callbacks.landscape.directions import Normalization, Vectors
+from lla_callbacks.landscape.evaluation import Predict
+from lla_callbacks.landscape.landscape import LandscapeSettings, measure_landscape
+from lla_callbacks.landscape.objective import GRAPH_MEMORY, Mode, Objective
+from lla_callbacks.landscape.points import Evaluation
+from lla_callbacks.landscape.trajectory import Trajectory
+from lla_callbacks.linalg.errors import NotYetError
+from lla_callbacks.report.landscape_figures import mesh_of
+from lla_callbacks.report.landscape_report import LandscapeReport
+from lla_callbacks.report.landscape_scalars import landscape_scalars
+from lla_callbacks.report.loggers import folder_of, write_mesh, write_text
+
+# Weights of the path of training that are kept on the CPU, all together.
+PATH_MEMORY = 2**30
+# Before this many steps a path has no plane and Adam no moments worth a warning.
+YOUNG = 4
+
+
+class LossLandscapeMonitor(Monitor):
+    r"""Draw the loss on lines and planes through the weights, while training runs.
+
+    Training is left bitwise unchanged. A measurement happens when training starts, on
+    schedule, and when it ends; stand-alone ``trainer.validate`` and ``trainer.test`` measure on
+    their own batches. If one fails, there is one warning with the remedy and a gap. Directions
+    come from one seed, the same for all firings, and colours keep one scale, so that
+    pictures of a run compare. Under DDP the processes share the points.
+
+    **Logged**: figures ``landscape/plane_random``, ``landscape/lines`` and so on, one a plane,
+    one for all lines; scalars ``landscape/line_top1/curvature``, ``landscape/basin/...`` and
+    others. The step is the number of optimizer steps that the weights have seen.
+
+    Args:
+        every_n_epochs: Measure at the end of every n-th training epoch.
+        every_n_train_steps: Measure every n optimizer steps. With neither, every epoch that
+            ``max_overhead`` has room for.
+        planes: Planes to draw: ``"random"`` (filter-normalized), ``"trajectory"`` (principal
+            components of the path of training, with the path), ``"hessian"`` (top two
+            eigenvectors), ``"hessian_ends"`` (top and bottom), ``"adam"``, or two names of lines
+            joined by ``+``.
+        lines: Lines to draw: ``"random"``, ``"top1"``, ``"top2"``, ``"bottom1"``, ``"gradient"``,
+            ``"update"``, ``"adam_m"``, ``"adam_v"``, ``"pc1"``, ``"pc2"``.
+        metrics: Name to torchmetrics metric, or function ``(module, batch) -> scalar``, drawn
+            beside the loss.
+        predict: ``predict(module, batch)`` returns predictions and targets for torchmetrics;
+            ``None``: the module's output against ``batch[1]``.
+        plane_points: Points along each side of a plane, odd. Default 17: with a spline of the log
+            loss it is the picture of 51 to 0.02 decades, at a ninth of the cost.
+        line_points: Points of a line, odd.
+        reach: How far slices reach, as a multiple of each direction's own range (1 filter norm
+            for random ones).
+        normalization: ``"filter"``, ``"layer"``, ``"weight"`` or ``"none"``; see
+            :func:`~lla_callbacks.landscape.directions.random_directions`.
+        vectors: Biases and gains in random directions: ``"zero"``, ``"tensor"`` or ``"entry"``.
+        convexity_points: Points along each side of a map of ``|lambda_min / lambda_max|``, odd;
+            0 (default) for none: each costs a Lanczos run.
+        num_rays: Rays for the basin's radii, about 12 passes each; 0 (default) for none.
+        rise: Rim of the basin, above the loss at the weights.
+        interpolate: Whether planes are drawn through a spline of the log loss.
+        cap: Draw losses above this as this, and say so.
+        surface: Whether planes are drawn as surfaces too.
+        mesh: Whether TensorBoard gets each plane as a mesh that can be turned.
+        html: Whether each plane is written as a page that a browser can turn (needs plotly).
+        num_samples: Hold the first training batches until they have this many samples.
+        mode: Normalization mode: ``"batch"``, ``"eval"`` or ``"recalibrate"``.
+        dropout: Whether dropout stays on; off by default.
+        loss: ``loss(module, batch)``; ``None`` replays ``training_step``.
+        dataloader: Batches to measure on instead of the first training batches.
+        seed: Fixes every random vector.
+        max_overhead: Postpone measurements that would take more than this share of training
+            time; see :class:`~lla_callbacks.HessianMonitor`.
+        time_budget: Seconds that one measurement's points may take. Points are visited from
+            coarse to fine, so what is done by then is a complete coarse picture. Default 60
+            (choice: nobody waits longer for a first picture).
+        evaluation: ``"loop"``, ``"vmap"`` or ``"auto"``: whichever a short measurement finds
+            faster.
+        microbatch_size: Evaluate batches in parts of at most this many samples.
+        graph_memory: Bytes that kept gradient graphs may take, for Hessian directions.
+        figures: Whether figures are drawn.
+        save_arrays: Whether every slice is written to
+            ``<log_dir>/landscape/<slice>/step_00000100.npz``.
+        name: First part of every tag; give each monitor its own.
+
+    Attributes:
+        history: Pairs of step and :class:`~lla_callbacks.LandscapeReport`, all of the last fit.
+        report: The last one of all.
+
+    Raises:
+        ValueError: If a setting is not allowed; the message says what is.
+
+    Example::
+
+        >>> from pytorch_lightning import Trainer
+        >>> from lla_callbacks import LossLandscapeMonitor
+        >>> trainer = Trainer(callbacks=[LossLandscapeMonitor()], max_epochs=1)
+    """
+
+    shares_work = True
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        planes: list[str] | tuple[str, ...] = LandscapeSettings.planes,  # type: ignore[assignment]
+        lines: list[str] | tuple[str, ...] = LandscapeSettings.lines,  # type: ignore[assignment]
+        metrics: dict[str, Any] | None = None,
+        predict: Predict | None = None,
+        plane_points: int = LandscapeSettings.plane_points,
+        line_points: int = LandscapeSettings.line_points,
+        reach: float = LandscapeSettings.reach,
+        normalization: Normalization = "filter",
+        vectors: Vectors = "zero",
+        convexity_points: int = 0,
+        num_rays: int = 0,
+        rise: float = LandscapeSettings.rise,
+        interpolate: bool = False,
+        cap: float | None = None,
+        surface: bool = False,
+        mesh: bool = False,
+        html: bool = False,
+        num_samples: int = 256,
+        mode: Mode = "batch",
+        dropout: bool = False,
+        loss: Callable[[Any, Any], Any] | None = None,
+        dataloader: Any = None,
+        seed: int = 0,
+        max_overhead: float | None = None,
+        time_budget: float | None = 60.0,
+        evaluation: Evaluation = "auto",
+        microbatch_size: int | None = None,
+        graph_memory: int = GRAPH_MEMORY,
+        figures: bool = True,
+        save_arrays: bool = True,
+        name: str = "landscape",
+    ) -> None:
+        self.settings = LandscapeSettings(
+            planes=planes,
+            lines=lines,
+            plane_points=plane_points,
+            line_points=line_points,
+            convexity_points=convexity_points,
+            num_rays=num_rays,
+            rise=rise,
+            reach=reach,
+            normalization=normalization,
+            vectors=vectors,
+            metrics=metrics,
+            predict=predict,
+            evaluation=evaluation,
+            time_budget=time_budget,
+            seed=seed,
+        )
+        for flag, value in {
+            "interpolate": interpolate, "surface": surface, "mesh": mesh, "html": html,
+        }.items():  # fmt: skip
+            if not isinstance(value, bool):
+                raise ValueError(f"{flag} is {value!r}; give True or False.")
+        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float))):
+            raise ValueError(f"cap is {cap!r}; give a loss, or None.")
+        if html:
+            check_plotly()
+        self.interpolate = interpolate
+        self.cap = cap
+        self.surface = surface
+        self.mesh = mesh
+        self.html = html
+        self.history: list[tuple[int, LandscapeReport]] = []
+        self.report: LandscapeReport | None = None
+        super().__init__(
+            every_n_epochs=every_n_epochs,
+            every_n_train_steps=every_n_train_steps,
+            num_samples=num_samples,
+            mode=mode,
+            dropout=dropout,
+            loss=loss,
+            dataloader=dataloader,
+            seed=seed,
+            max_overhead=max_overhead,
+            microbatch_size=microbatch_size,
+            graph_memory=graph_memory,
+            figures=figures,
+            save_arrays=save_arrays,
+            custom_scalars=False,
+            name=name,
+        )
+
+    # -- the path of training -----------------------------------------------------------
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._trajectory = Trajectory(PATH_MEMORY)
+        self._previous: tuple[int, Tensor] | None = None
+        self._scale: tuple[float, float] | None = None
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._trajectory = Trajectory(PATH_MEMORY)
+        self._previous = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.history = []
+        super().on_train_start(trainer, pl_module)
+        self._guarded("recording the path", self._record, trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        step = trainer.global_step
+        known = self._previous is not None and self._previous[0] == step
+        if "update" in self.settings.wanted and not known and not is_barebones(trainer):
+            self._previous = (step, _weights(pl_module))
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._guarded("recording the path", self._record, trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _record(self, trainer: Any, module: nn.Module) -> None:
+        """Keep the present weights as a point of the path, if one is wanted and due."""
+        if {"pc1", "pc2"}.isdisjoint(self.settings.wanted) or is_barebones(trainer):
+            return
+        if self._trajectory.wants(trainer.global_step):
+            self._trajectory.record(trainer.global_step, _weights(module))
+
+    # -- what is measured and shown -----------------------------------------------------
+
+    def _measure(
+        self,
+        objective: Objective,
+        moment: Moment,
+        *,
+        quick: bool,
+        progress: Callable[[str, int], AbstractContextManager[Callable[[int], object]]],
+    ) -> LandscapeReport:
+        settings = self.settings.smallest() if quick else self.settings
+        earlier = [i for i, step in enumerate(self._trajectory.steps) if step < moment.step]
+        steps = [self._trajectory.steps[i] for i in earlier]
+        before = self._previous
+        source = DirectionSource(
+            objective,
+            settings.normalization,
+            settings.vectors,
+            settings.seed,
+            moment.optimizer,
+            previous=before[1] if before and before[0] == moment.step - 1 else None,
+            weights=[self._trajectory.weights[i] for i in earlier],
+            steps=[*steps, moment.step],
+            share=self._processes,
+        )
+        found = measure_landscape(
+            objective, settings, source, share=self._processes, progress=progress
+        )
+        return LandscapeReport.of(found)
+
+    def _keep(self, result: LandscapeReport, moment: Moment) -> None:
+        self.report = result
+        if moment.function == "fit":
+            self.history.append((moment.step, result))
+        if self._scale is None and result.loss > 0:
+            # Four decades about the first loss, for all pictures of the run.
+            self._scale = (1e-3 * result.loss, 10 * result.loss)
+        for what, error in result.missing.items():
+            young = moment.step < YOUNG and moment.function == "fit"
+            if not (young and isinstance(error, NotYetError)):
+                self._warn(error, what, remedy="")
+
+    def _scalars(self, result: LandscapeReport) -> dict[str, float]:
+        return landscape_scalars(result, self.name)
+
+    def _figures(self, result: LandscapeReport, moment: Moment) -> Mapping[str, Any]:
+        step = moment.step
+        drawn: dict[str, Any] = {}
+        look = {"interpolate": self.interpolate, "cap": self.cap, "scale": self._scale}
+        for name, plane in result.planes.items():
+            title = f"Loss on the {name} plane at step {step}"
+            drawn[f"plane_{name}"] = plane.figure(title=title, **look)  # type: ignore[arg-type]
+            for metric in plane.metrics:
+                drawn[f"plane_{name}_{metric}"] = plane.figure(
+                    title=f"{metric} on the {name} plane at step {step}",
+                    metric=metric,
+                    interpolate=self.interpolate,
+                )
+            if self.surface:
+                drawn[f"surface_{name}"] = plane.surface(
+                    title=title, cap=self.cap, scale=self._scale
+                )
+        if result.lines:
+            drawn["lines"] = result.line_figure(title=f"Loss on lines at step {step}")
+        if result.convexity is not None:
+            drawn["convexity"] = result.convexity.figure(title=f"Convexity at step {step}")
+        if result.basin is not None:
+            drawn["basin"] = result.basin.figure(title=f"Radii of the basin at step {step}")
+        return drawn
+
+    def _draw(self, trainer: Any, result: LandscapeReport, moment: Moment) -> None:
+        super()._draw(trainer, result, moment)
+        for logger in self._loggers(trainer):
+            for name, plane in result.planes.items():
+                tag = f"{self.name}/mesh_{name}"
+                if self.mesh:
+                    mesh = mesh_of(plane, cap=self.cap)
+                    self._guarded("drawing", write_mesh, logger, tag, *mesh, moment.step)
+                folder = folder_of(logger)
+                if self.html and folder is not None:
+                    stem = f"step_{moment.step:08d}.html"
+                    self._guarded("drawing", _write_page, logger, plane, folder, self.name, stem,
+                                  f"plane_{name}", moment.step)  # fmt: skip
+
+
+def check_plotly() -> None:
+    """Raise a ValueError if plotly, which draws pages, is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("plotly") is None:
+        raise ValueError(
+            "html is True and plotly is not installed: pip install plotly, or set html=False."
+        )
+
+
+def _write_page(
+    logger: Any, plane: Any, folder: Path, name: str, stem: str, what: str, step: int
+) -> None:
+    """Write a plane as a page beside the logs, and say in the logs where it is."""
+    page = plane.html(folder / name / what / stem, title=f"{what} at step {step}")
+    write_text(logger, f"{name}/{what}_page", f"`{page.relative_to(folder)}`", step)
+
+
+def _weights(module: nn.Module) -> Tensor:
+    space = space_of(module)
+    return space.flatten(space.tensors).cpu()

@@ -1,0 +1,309 @@
+"""The landscape monitor: bitwise unchanged training, exact tags, gaps instead of crashes."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lla_callbacks import HessianMonitor, LossLandscapeMonitor, LossPlane
+from lla_callbacks.landscape.objective import Objective
+
+from .modules import (
+    Evaluated,
+    Plain,
+    Stateful,
+    differences,
+    events,
+    fit,
+    loader,
+    outcome,
+    plain_loss,
+    quiet_trainer,
+    scalars,
+    steps,
+)
+from .test_bitwise import Raising, stateful_run
+
+# Small enough that a measurement takes milliseconds.
+CHEAP = {
+    "plane_points": 3, "line_points": 5, "num_samples": 4, "figures": False, "planes": ["random"],
+    "lines": ["random"],
+}  # fmt: skip
+EVERYTHING = {
+    "planes": ["random", "hessian", "hessian_ends", "adam", "trajectory", "gradient+update"],
+    "lines": ["random", "top1", "top2", "bottom1", "gradient", "update", "adam_m", "pc1"],
+    "convexity_points": 3,
+    "num_rays": 2,
+}
+
+
+def watch(**settings):
+    return LossLandscapeMonitor(**{**CHEAP, **settings})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "mode"), [("adam", "batch"), ("sgd", "eval"), ("adam", "recalibrate")]
+)
+def test_training_ends_in_the_same_bits(tmp_path, optimizer, mode):
+    with warnings.catch_warnings():
+        if optimizer == "sgd":
+            warnings.filterwarnings("ignore", ".*plane_adam.*|.*line_adam_m.*")
+        watcher = watch(every_n_train_steps=2, mode=mode, **EVERYTHING)
+        without = stateful_run(tmp_path, optimizer=optimizer)
+        found = stateful_run(tmp_path, watcher, optimizer=optimizer)
+    assert differences(without, found) == []
+    assert steps(watcher) == [0, 2, 4, 6]
+    last = watcher.history[-1][1].slices
+    known = {"plane_random", "plane_hessian", "plane_trajectory", "line_update", "convexity"}
+    assert known <= set(last)
+    assert ("plane_adam" in last) == (optimizer == "adam")
+
+
+@pytest.mark.parametrize(
+    "watching",
+    [
+        pytest.param({"num_samples": 12}, id="late start"),
+        pytest.param({"evaluation": "vmap", "loss": plain_loss}, id="vmap"),
+        pytest.param({"figures": True, "mesh": True, "surface": True}, id="figures"),
+        pytest.param({"figures": True, "interpolate": True}, id="interpolated figures"),
+        pytest.param({"dropout": True}, id="dropout"),
+        pytest.param({"time_budget": 1e-3}, id="no time"),
+        pytest.param({"dataloader": loader(shuffle=True)}, id="loader"),
+    ],
+)  # fmt: skip
+def test_settings_end_in_the_same_bits(tmp_path, watching):
+    watcher = watch(**{"every_n_train_steps": 1, **watching})
+    assert differences(stateful_run(tmp_path), stateful_run(tmp_path, watcher)) == []
+    assert steps(watcher)[0] == 0
+
+
+def test_all_monitors_together_end_in_the_same_bits(tmp_path):
+    without = stateful_run(tmp_path)
+    watcher = watch(
+        every_n_train_steps=1,
+        metrics={"accuracy": MulticlassAccuracy(2)},
+        predict=lambda m, b: (m.net(b[0]), b[1]),
+    )
+    trainer = fit(
+        tmp_path, watcher, Stateful, lambda: loader(20, shuffle=True), loader,
+        callbacks=[HessianMonitor(every_n_train_steps=2, num_steps=3, num_probes=2, num_samples=4)],
+        logger=TensorBoardLogger(tmp_path, name="both"), max_epochs=2,
+        accumulate_grad_batches=2, gradient_clip_val=0.5,
+    )  # fmt: skip
+    found = outcome(trainer)
+    # The order of samples is noted by a callback that this run has not.
+    assert [d for d in differences(without, found) if not d.startswith("/order")] == []
+
+
+@pytest.mark.parametrize("at", [1, 2, 9])
+def test_an_exception_in_a_measurement_leaves_the_same_bits_and_a_gap(tmp_path, at):
+    without = stateful_run(tmp_path)
+    loss = Raising(at)
+    watcher = watch(every_n_train_steps=1, loss=loss)
+    with pytest.warns(UserWarning, match=r"LossLandscapeMonitor: .*the loss raises here"):
+        found = stateful_run(tmp_path, watcher)
+    assert differences(without, found) == []
+    assert loss.calls > at
+    assert 0 < len(steps(watcher)) < 7
+
+
+def test_the_event_file_holds_every_tag_step_and_picture(tmp_path):
+    watcher = watch(
+        every_n_train_steps=2, figures=True, mesh=True, lines=["random", "top1"],
+        planes=["random", "trajectory"], num_rays=2, convexity_points=3, surface=True,
+        metrics={"accuracy": MulticlassAccuracy(2)}, predict=lambda m, b: (m.net(b[0]), b[1]),
+    )  # fmt: skip
+    trainer = fit(tmp_path, watcher, logger=TensorBoardLogger(tmp_path, version="a"), max_epochs=2)
+    trainer.logger.finalize("success")
+    found = events(trainer.logger.log_dir)
+    images = {
+        "plane_random", "plane_random_accuracy", "plane_trajectory", "plane_trajectory_accuracy",
+        "surface_random", "surface_trajectory", "lines", "convexity", "basin",
+    }  # fmt: skip
+    assert set(found.Tags()["images"]) == {f"landscape/{name}" for name in images}
+    assert [e.step for e in found.Images("landscape/plane_random")] == [0, 2, 4, 6, 8]
+    # A path of one or two points has no plane.
+    assert [e.step for e in found.Images("landscape/plane_trajectory")] == [2, 4, 6, 8]
+    picture = found.Images("landscape/plane_random")[0]
+    assert picture.width >= 500
+    assert picture.height >= 400
+    logged = scalars(found)
+    for tag in (
+        "loss", "seconds", "overhead", "plane_random/loss_min", "plane_random/loss_max",
+        "line_top1/curvature", "line_top1/curvature_error", "line_top1/eigenvalue",
+        "line_top1/residual", "convexity/centre", "basin/effective_radius",
+        "basin/effective_radius_sem", "basin/log10_volume",
+    ):  # fmt: skip
+        assert [step for step, _ in logged[f"landscape/{tag}"]] == [0, 2, 4, 6, 8], tag
+    assert "landscape/plane_trajectory/explained" in logged
+    assert any("mesh_random" in tag for tag in found.Tags()["tensors"])
+    folder = tmp_path / "lightning_logs" / "a" / "landscape"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "basin", "convexity", "line_random", "line_top1", "plane_random", "plane_trajectory",
+    ]  # fmt: skip
+    saved = LossPlane.load(folder / "plane_random" / "step_00000008.npz")
+    report = watcher.report.planes["random"]
+    assert torch.equal(saved.loss, report.loss)
+    assert torch.equal(saved.metrics["accuracy"], report.metrics["accuracy"])
+    assert saved.facts == report.facts
+    assert saved.figure().axes
+    trajectory = LossPlane.load(folder / "plane_trajectory" / "step_00000008.npz")
+    assert trajectory.path.steps.tolist() == list(range(9))
+
+
+def test_the_centre_is_the_loss_of_the_held_batches(tmp_path):
+    watcher = watch(every_n_train_steps=1)
+    trainer = fit(tmp_path, watcher)
+    module = trainer.lightning_module
+    held = [next(iter(loader()))]
+    expected = Objective(module, held, plain_loss)()
+    plane = watcher.report.planes["random"]
+    assert float(plane.loss[1, 1]) == expected == watcher.report.loss
+    assert watcher.report.lines["random"].centre_loss == expected
+
+
+def test_pictures_of_a_run_share_directions_and_scale(tmp_path):
+    watcher = watch(every_n_train_steps=1, figures=True)
+    drawn = []
+    original = watcher._figures
+
+    def spy(result, moment):
+        found = original(result, moment)
+        drawn.append(found["plane_random"])
+        return found
+
+    watcher._figures = spy
+    fit(tmp_path, watcher, logger=TensorBoardLogger(tmp_path))
+    # The filled contours come first.
+    scales = {f.axes[0].collections[0].get_clim() for f in drawn}
+    assert len(drawn) == 5
+    assert len(scales) == 1
+    assert {r.planes["random"].facts.seed for _, r in watcher.history} == {0}
+
+
+def test_reports_keep_no_vectors_and_the_monitor_neither_module_nor_batches(tmp_path):
+    watcher = watch(every_n_train_steps=1, **EVERYTHING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*adam.*")
+        fit(tmp_path, watcher, max_epochs=2)
+    for _, report in watcher.history:
+        for part in report.slices.values():
+            assert all(d.vector.numel() == 0 for d in getattr(part, "directions", ()))
+    assert not [v for v in vars(watcher).values() if isinstance(v, nn.Module)]
+    assert watcher._trajectory.weights == []
+    assert watcher._held.batches == []
+
+
+def test_what_cannot_be_had_is_said_once_and_the_rest_is_measured(tmp_path):
+    watcher = watch(every_n_train_steps=1, planes=["random", "adam"])
+    with pytest.warns(UserWarning, match=r"plane_adam failed.*keeps no exp_avg") as seen:
+        fit(tmp_path, watcher, max_epochs=2)  # SGD
+    assert len([w for w in seen if "plane_adam" in str(w.message)]) == 1
+    assert len(steps(watcher)) == 9
+    assert all(set(r.planes) == {"random"} for _, r in watcher.history)
+
+
+def test_stand_alone_validate_measures_on_its_batches(tmp_path):
+    watcher = watch(lines=["top1"])
+    trainer = quiet_trainer(tmp_path, [watcher], logger=TensorBoardLogger(tmp_path, version="v"))
+    (found,) = trainer.validate(Evaluated(), loader(), verbose=False)
+    assert found["landscape/loss"] == pytest.approx(watcher.report.loss)
+    assert watcher.history == []
+    assert watcher.report.lines["top1"].curvature == pytest.approx(
+        found["landscape/line_top1/curvature"], rel=1e-5
+    )
+
+
+def test_fast_dev_run_runs_every_line_and_takes_no_time(tmp_path):
+    watcher = LossLandscapeMonitor(num_rays=50, convexity_points=9, planes=["random", "hessian"])
+    fit(tmp_path, watcher, fast_dev_run=1)
+    assert watcher.report.planes["random"].loss.shape == (3, 3)
+    assert watcher.report.convexity.ratio.shape == (3, 3)
+    assert len(watcher.report.basin.radii) == 2
+
+
+def test_a_logger_that_knows_no_images_gets_files(tmp_path):
+    watcher = watch(every_n_train_steps=4, figures=True, mesh=True)
+    fit(tmp_path, watcher, logger=CSVLogger(tmp_path, version="c"))
+    folder = tmp_path / "lightning_logs" / "c"
+    assert (folder / "figures" / "landscape" / "plane_random" / "step_00000004.png").exists()
+    assert (folder / "landscape" / "line_random" / "step_00000004.npz").exists()
+
+
+def test_a_full_disk_costs_the_files_and_nothing_else(tmp_path, monkeypatch):
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    watcher = watch(every_n_train_steps=2)
+    with pytest.warns(UserWarning, match=r"saving arrays failed.*Free disk space"):
+        fit(tmp_path, watcher, logger=TensorBoardLogger(tmp_path))
+    assert steps(watcher) == [0, 2, 4]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_scalars_reach_callback_metrics(tmp_path):
+    trainer = fit(tmp_path, watch(every_n_train_steps=2, num_rays=2))
+    assert "landscape/basin/effective_radius" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"planes": "random"}, r"planes is 'random'; give a list"),
+        ({"planes": ["up"]}, "directions is 'up'"),
+        ({"planes": ["random", "random"]}, "each name once"),
+        ({"lines": ["hessian"]}, "directions names 'hessian'"),
+        ({"plane_points": 16}, "plane_points: 16"),
+        ({"line_points": 2}, "line_points: 2"),
+        ({"convexity_points": 4}, "convexity_points: 4"),
+        ({"num_rays": -1}, "num_rays is -1"),
+        ({"rise": 0}, "rise is 0"),
+        ({"reach": -1.0}, r"reach is -1.0"),
+        ({"normalization": "unit"}, "normalization is 'unit'"),
+        ({"metrics": {"accuracy": "top1"}}, "of type str"),
+        ({"mode": "train"}, "mode is 'train'"),
+        ({"mode": "eval", "dropout": True}, "dropout is True"),
+        ({"time_budget": -3}, "time_budget is -3"),
+        ({"interpolate": "yes"}, "interpolate is 'yes'"),
+        ({"cap": "10"}, "cap is '10'"),
+        ({"planes": [], "lines": []}, "all empty"),
+    ],
+)
+def test_bad_settings_fail_in_the_constructor(setting, message):
+    with pytest.raises(ValueError, match=message):
+        LossLandscapeMonitor(**setting)
+
+
+def test_pages_need_plotly(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install plotly"):
+        LossLandscapeMonitor(html=True)
+
+
+def test_summary_says_what_was_found(tmp_path):
+    watcher = watch(
+        every_n_train_steps=4, planes=["random", "trajectory"], lines=["top1"], num_rays=3
+    )
+    fit(tmp_path, watcher, max_epochs=2)
+    text = watcher.report.summary()
+    for word in ("plane random", "path of training", "line top1", "eigenvalue", "effective radius"):
+        assert word in text
+
+
+def test_a_plain_module_is_left_untouched_by_everything(tmp_path):
+    without = fit(tmp_path)
+    watcher = watch(every_n_train_steps=1, **{**EVERYTHING, "planes": ["random", "trajectory"],
+                                              "lines": ["update", "top1"]})  # fmt: skip
+    found = fit(tmp_path, watcher)
+    assert (
+        differences(without.lightning_module.state_dict(), found.lightning_module.state_dict())
+        == []
+    )
+    assert isinstance(found.lightning_module, Plain)

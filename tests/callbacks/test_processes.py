@@ -1,0 +1,175 @@
+"""Two real processes share the points of slices, fail together, and train as if unwatched."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lla_callbacks import (
+    LossLandscapeMonitor,
+    basin_radii,
+    convexity_map,
+    loss_line,
+    loss_plane,
+)
+from lla_callbacks.landscape.grid import centred, fail_together, gathered
+from lla_callbacks.linalg.errors import MeasurementError
+
+from .ddp_slices import EVERYTHING, Net
+from .modules import differences
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder, case):
+    """Train in two processes and return what each found."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(_free_port())}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.callbacks.ddp_slices", str(folder), case],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [torch.load(folder / f"{case}_{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def _free_port():
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("together"), "slices")
+
+
+def test_both_processes_find_the_same(together):
+    first, second = together
+    assert first["steps"] == second["steps"] == [0, 8]
+    assert first["warnings"] == second["warnings"] == []
+    names = [key for key in first if "/" in key]
+    assert {"8/plane_random", "8/plane_trajectory", "8/line_update", "8/basin"} <= set(names)
+    assert differences({k: first[k] for k in names}, {k: second[k] for k in names}) == []
+
+
+def test_slices_are_those_of_one_process_over_all_batches(together):
+    first, _ = together
+    # The same samples in the same batches: process 0's held ones, then process 1's.
+    source = torch.Generator().manual_seed(7)
+    x = torch.randn(32, 3, generator=source)
+    y = (x.sum(1) > 0).long()
+    held = [(x[a], y[a]) for a in ([0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15])]
+    module = Net()
+    module.load_state_dict(first["weights"])
+
+    def loss(module, batch):
+        return cross_entropy(module.net(batch[0]), batch[1])
+
+    five = centred(1.0, 5)
+    plane = loss_plane(module, held, loss=loss, alphas=five, betas=five, evaluation="loop")
+    torch.testing.assert_close(first["8/plane_random"], plane.loss, rtol=1e-6, atol=1e-7)
+    assert first["8/loss"] == pytest.approx(plane.centre_loss, rel=1e-6)
+    line = loss_line(module, held, loss=loss, alphas=five, evaluation="loop")
+    torch.testing.assert_close(first["8/line_random"], line.loss, rtol=1e-6, atol=1e-7)
+    basin = basin_radii(module, held, loss=loss, num_rays=5)
+    torch.testing.assert_close(first["8/basin"], basin.radii, rtol=1e-5, atol=0)
+    three = centred(1.0, 3)
+    convex = convexity_map(module, held, loss=loss, alphas=three, betas=three)
+    torch.testing.assert_close(first["8/convexity"], convex.ratio, rtol=1e-3, atol=1e-6)
+
+
+def test_training_in_two_processes_is_left_bitwise_unchanged(together, tmp_path):
+    without = run(tmp_path, "without")
+    for one, other in zip(together, without, strict=True):
+        assert differences(one["weights"], other["weights"]) == []
+        assert torch.equal(one["random"], other["random"])
+
+
+def test_a_process_that_fails_takes_the_others_into_the_same_gap(tmp_path):
+    first, second = run(tmp_path, "failing")
+    assert first["steps"] == second["steps"] == [0, 8]
+    # A slice is missing in both, and the first process, which speaks for both, names the cause.
+    assert "0/plane_random" not in first
+    assert "0/plane_random" not in second
+    assert "8/plane_random" in first
+    assert any("the second process is unwell" in text for text in first["warnings"])
+
+
+def test_a_budget_is_kept_by_all_processes_alike(tmp_path):
+    first, second = run(tmp_path, "budget")
+    assert first["steps"] == second["steps"]
+
+
+def test_synchronised_batch_norm_uses_its_own_process_statistics(monkeypatch):
+    # Its own forward pass would exchange statistics with processes at other weights.
+    plain, synced = Net().net, Net(sync=True).net
+    synced.load_state_dict(plain.state_dict())
+    batch = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+
+    def loss(module, batch):
+        return cross_entropy(module(batch[0]), batch[1])
+
+    seen = []
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, x: seen.append(1) or x)
+    expected = loss_line(plain, [batch], loss=loss, alphas=[-1.0, 0.0, 1.0])
+    found = loss_line(synced, [batch], loss=loss, alphas=[-1.0, 0.0, 1.0])
+    assert torch.equal(found.loss, expected.loss)
+    assert seen == []
+    assert "forward" not in vars(synced[1])
+
+
+# -- the exchange itself, in one process --------------------------------------------------
+
+
+class Two:
+    """Two processes, played in turns: what the other one contributes is given."""
+
+    size = 2
+
+    def __init__(self, rank, others):
+        self.rank = rank
+        self.others = list(others)
+
+    def total(self, values):
+        return values + self.others.pop(0)
+
+
+def test_values_that_are_not_finite_survive_the_exchange():
+    nan, inf = float("nan"), float("inf")
+    table = torch.tensor([[1.0], [nan], [nan], [inf], [nan]], dtype=torch.float64)
+    done = torch.tensor([True, False, True, True, False])
+    before = torch.tensor([True, False, False, False, False])
+    other = torch.tensor([[0.0], [-5.0], [0.0], [0.0], [0.0]], dtype=torch.float64)
+    codes = torch.tensor([[0.0], [0.0], [0.0], [0.0], [3.0]], dtype=torch.float64)
+    new = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    found, evaluated = gathered(Two(0, [other, codes, new]), table, done, before)
+    assert evaluated.all()
+    expected = torch.tensor([[1.0], [-5.0], [nan], [inf], [-inf]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_others_are_told_who_failed_and_why():
+    text = b"ValueError: too bad"
+    words = torch.zeros(400, dtype=torch.float64)
+    words[: len(text)] = torch.tensor(list(text), dtype=torch.float64)
+    failed = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    with pytest.raises(MeasurementError, match=r"process 1 failed.*ValueError: too bad"):
+        fail_together(Two(0, [failed, words]), None)
+    # The one that failed raises the same, so that both take the same way on.
+    with pytest.raises(MeasurementError, match="too bad") as caught:
+        fail_together(
+            Two(1, [torch.zeros(2, dtype=torch.float64), 0 * words]), ValueError("too bad")
+        )
+    assert isinstance(caught.value.__cause__, ValueError)
+    fail_together(Two(0, [torch.zeros(2, dtype=torch.float64)]), None)
+
+
+def test_settings_of_the_processes_fit_the_monitor():
+    LossLandscapeMonitor(**EVERYTHING)

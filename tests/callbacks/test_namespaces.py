@@ -15,7 +15,7 @@ from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 
 import lla_callbacks
-from lla_callbacks import HessianMonitor
+from lla_callbacks import HessianMonitor, LossLandscapeMonitor
 
 from .modules import (
     Data,
@@ -29,6 +29,7 @@ from .modules import (
     loader,
     monitor,
     plain_loss,
+    predictions,
     quiet_trainer,
     scalars,
     steps,
@@ -217,6 +218,31 @@ def test_command_line_makes_a_monitor_from_a_file(
 
 
 @pytest.mark.parametrize(("cli", "make_module", "make_data"), CLIS)
+def test_command_line_makes_a_landscape_monitor(tmp_path, monkeypatch, cli, make_module, make_data):
+    accuracy = {"class_path": "torchmetrics.classification.MulticlassAccuracy"}
+    settings = {
+        "every_n_train_steps": 2,
+        "planes": ["random", "trajectory"],
+        "lines": ["top1"],
+        "plane_points": 3,
+        "line_points": 5,
+        "num_rays": 2,
+        "num_samples": 4,
+        "metrics": {"accuracy": {**accuracy, "init_args": {"num_classes": 2}}},
+        "predict": f"{predictions.__module__}.predictions",
+    }
+    entry = {"class_path": "lla_callbacks.LossLandscapeMonitor", "init_args": settings}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [entry]}}))
+    made = command_line(cli, make_module, make_data, tmp_path, monkeypatch, [f"--config={config}"])
+    (watcher,) = [c for c in made.trainer.callbacks if isinstance(c, LossLandscapeMonitor)]
+    made.trainer.fit(made.model, made.datamodule)
+    assert steps(watcher) == [0, 2, 4]
+    assert set(watcher.report.slices) == {"plane_random", "plane_trajectory", "line_top1", "basin"}
+    assert "accuracy" in watcher.report.planes["random"].metrics
+
+
+@pytest.mark.parametrize(("cli", "make_module", "make_data"), CLIS)
 def test_command_line_refuses_a_wrong_setting(
     tmp_path, monkeypatch, capsys, cli, make_module, make_data
 ):
@@ -229,11 +255,29 @@ def test_command_line_refuses_a_wrong_setting(
 @pytest.mark.parametrize("bundle", ["economy", "standard", "paper"])
 @pytest.mark.parametrize(("namespace", "make_module", "make_logger"), BOTH)
 def test_bundles_run_in_either_namespace(tmp_path, namespace, make_module, make_logger, bundle):
-    callbacks = getattr(lla_callbacks, bundle)(num_steps=3, num_probes=2, num_samples=4)
+    small = {"plane_points": 3, "line_points": 5, "num_rays": 2, "convexity_points": 0}
+    callbacks = getattr(lla_callbacks, bundle)(
+        num_steps=3, num_probes=2, num_samples=4, figures=False, **small
+    )
     trainer = quiet_trainer(tmp_path, callbacks, namespace)
     trainer.fit(make_module(), loader())
     assert steps(callbacks[0]) == [0, 4]
     assert callbacks[0].settings.num_steps == 3
+    assert steps(callbacks[1]) == [0, 4]
+    assert callbacks[1].settings.line_points == 5
+
+
+def test_bundles_give_each_monitor_what_it_knows():
+    hessian, landscape = lla_callbacks.standard(num_probes=5, lines=["gradient"], mode="eval")
+    assert (hessian.settings.num_probes, landscape.settings.lines) == (5, ["gradient"])
+    assert hessian.mode == landscape.mode == "eval"
+    # Half of the default overhead each, and no limit with a schedule.
+    assert hessian.budget.max_overhead == landscape.budget.max_overhead == 0.02
+    for monitored in lla_callbacks.standard(every_n_epochs=2):
+        assert monitored.budget.max_overhead is None
+    for wrong in ({"num_prbes": 5}, {"name": "a"}):
+        with pytest.raises(TypeError, match=r"does not take .*HessianMonitor and LossLandscape"):
+            lla_callbacks.economy(**wrong)
 
 
 COPIES = [

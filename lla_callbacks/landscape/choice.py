@@ -117,6 +117,9 @@ class DirectionSource:
         steps: Their optimizer steps, and that of the present weights.
         num_steps: Largest depth of the Lanczos run for eigenvectors.
         share: Processes that must agree; the first one's directions count.
+        path: The path of training on its plane, once its components were asked for.
+        listener: Called after products, with their number.
+        expected: Names that will be asked for sooner or later.
     """
 
     objective: Objective
@@ -131,13 +134,19 @@ class DirectionSource:
     share: Share | None = None
     path: Path | None = None
     listener: Callable[[int], object] | None = None
+    expected: Sequence[str] = ()
+    _failed: Exception | None = None
     _known: dict[str, Direction] = field(default_factory=dict)
 
     def prepare(self, names: Sequence[Any]) -> None:
-        """Compute what several slices will ask for, so that one Lanczos run serves them all."""
+        """Compute those of these directions that need derivatives, by one Lanczos run."""
         curved = {*NAMES, "gradient"}.intersection(n for n in names if isinstance(n, str))
         curved -= self._known.keys()
         if curved:
+            # All that any slice will ask for, by one Lanczos run.
+            curved |= {*NAMES, "gradient"}.intersection(self.expected) - self._known.keys()
+            if self._failed is not None:
+                raise self._failed
             found: dict[str, Direction] = {}
             trouble: Exception | None = None
             try:
@@ -150,7 +159,12 @@ class DirectionSource:
                 )
             except Exception as error:  # noqa: BLE001 - raised below, in all processes together
                 trouble = error
-            fail_together(self.share or Alone(), trouble)
+            try:
+                fail_together(self.share or Alone(), trouble)
+            except Exception as error:
+                # Another slice would fail in the same way, at the same cost.
+                self._failed = error
+                raise
             self._known |= {name: self._same(d) for name, d in found.items()}
 
     def get(self, names: Sequence[Any]) -> tuple[Direction, ...]:

@@ -175,6 +175,7 @@ def measure_landscape(
         share: Processes that divide the points.
         progress: Opens a progress bar.
     """
+    source.expected = settings.wanted
     work = _Work(objective, settings, source, share, progress, time.perf_counter())
     loss, trouble = math.nan, None
     try:
@@ -252,8 +253,6 @@ class _Work:
     def line(self, name: str) -> Line:
         s = self.settings
         names = line_names(name)
-        # Every eigenvector that any line wants, from one run.
-        self.source.prepare(s.wanted)
         (direction,) = self.source.get(names)
         with self.progress(f"Line {name}", s.line_points) as advance:
             return measure_line(

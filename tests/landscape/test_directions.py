@@ -20,6 +20,7 @@ from lla_callbacks.landscape.directions import (
 )
 from lla_callbacks.landscape.eigenvectors import curved_directions
 from lla_callbacks.landscape.filters import Filters
+from lla_callbacks.landscape.landscape import LandscapeSettings, measure_landscape
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import space_of
 from tests.cases import Tied, cross_entropy, tanh_net
@@ -162,6 +163,35 @@ def test_one_lanczos_run_serves_all_eigenvectors() -> None:
     source.get(("top1", "bottom1"))
     source.get(("top2", "gradient"))
     assert sum(products) == spent
+
+
+def test_what_cannot_be_differentiated_costs_its_own_slices_only() -> None:
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.round()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    calls = []
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return Rounded.apply(module(batch[0])).square().mean()
+
+    objective = Objective(tanh_net(), two_batches()[:1], loss)
+    settings = LandscapeSettings(
+        lines=["random", "top1", "bottom1", "gradient"], plane_points=3, line_points=5
+    )
+    found = measure_landscape(objective, settings, DirectionSource(objective))
+    assert set(found.planes) == {"random"}
+    assert set(found.lines) == {"random"}
+    assert set(found.missing) == {"line_top1", "line_bottom1", "line_gradient"}
+    # The Hessian was tried once: one call beside the centres and the points.
+    assert len(calls) == 1 + (1 + 9) + (1 + 5) + 1
 
 
 def test_adams_moments() -> None:

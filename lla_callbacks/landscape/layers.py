@@ -32,10 +32,11 @@ def layer_parameters(
               together); a parameter of the root module is a layer under its own name.
             - ``"blocks"``: every repeated block is one layer, whatever is inside; the rest
               (stem, embedding, head) as with ``None``. A block is a module that stands in a
-              ``ModuleList``, ``Sequential`` or ``ModuleDict``, is no such container itself,
-              and of whose class at least two stand in them: ``encoder.layers.0`` of a
-              transformer, ``layer1.0`` of a ResNet. Of nested blocks the outermost counts.
-              Attention modules and parametrized ones are not taken apart either.
+              ``ModuleList``, ``Sequential`` or ``ModuleDict`` and of whose class at least two
+              stand in them: ``encoder.layers.0`` of a transformer, ``layer1.0`` of a ResNet.
+              A container is none itself, unless it holds plain layers only (convolution,
+              norm, activation). Of nested blocks the outermost counts. Attention modules
+              and parametrized ones are not taken apart either.
             - Any other string, or several: module paths or shell patterns
               (``"encoder.*"``); every module that matches is one layer, with all parameters
               below it. A module that is named like a grouping: ``["blocks"]``.
@@ -139,7 +140,7 @@ def _blocks(module: nn.Module, space: ParameterSpace) -> dict[str, list[str]]:
         for container in module.modules()
         if isinstance(container, CONTAINERS)
         for element in container.children()
-        if not isinstance(element, CONTAINERS)
+        if not isinstance(element, CONTAINERS) or _holds_plain_layers(element)
     }
     count = Counter(standing.values())
 
@@ -158,6 +159,10 @@ def _blocks(module: nn.Module, space: ParameterSpace) -> dict[str, list[str]]:
     position = {name: i for i, name in enumerate(space.names)}
     both = [*blocks.items(), *rest.items()]
     return dict(sorted(both, key=lambda item: position[item[1][0]]))
+
+
+def _holds_plain_layers(container: nn.Module) -> bool:
+    return all(not list(element.children()) for element in container.children())
 
 
 def _known(space: ParameterSpace) -> str:

@@ -85,13 +85,17 @@ def test_by_default_every_owner_is_a_layer() -> None:
         # Blocks within blocks, and a whole network in a Sequential, which no one repeats.
         (nn.Sequential(Mixer(1), Mixer(2)), ["0", "1"]),
         (nn.Sequential(Mixer(2), nn.Linear(2, 2)), ["0.inner.0", "0.inner.1", "1"]),
+        (
+            nn.Sequential(*(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)) for _ in "ab")),
+            ["0", "1"],
+        ),
         # Plain layers in a row are what they are.
         (
             nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3)),
             ["0", "1", "2"],
         ),
     ],
-    ids=["resnet", "transformer", "ModuleDict", "stages", "nested", "wrapped", "plain"],
+    ids=["resnet", "transformer", "ModuleDict", "stages", "nested", "wrapped", "rows", "plain"],
 )
 def test_blocks_are_what_a_reader_would_name(module: nn.Module, expected: list[str]) -> None:
     groups = grouped(module, "blocks")

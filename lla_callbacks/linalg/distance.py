@@ -57,12 +57,13 @@ def shape_distance(a: Quadrature, b: Quadrature) -> tuple[float, float]:
     does not depend on scale: 0 for spectra of the same shape, at most 2. It is the mean
     distance by which eigenvalues have to be moved, as a share of the largest one.
 
-    The error is that of the weights of both (:func:`~lla_callbacks.linalg.density.
-    propagated_error`); the slope of the distance with respect to a weight is the
-    Kantorovich potential at its node (Peyre and Cuturi 2019, proposition 2.29 and remark
-    2.30). Where the distance is no larger than its error it says that no difference was
-    seen: two estimates of one spectrum are about that far apart. Positions of nodes, so the
-    depth of the runs, are not covered.
+    In one dimension it is ``integral |F_a - F_b| dx`` for the cumulative shares ``F`` (Peyre
+    and Cuturi 2019, section 2.6). The error is that of the weights of both
+    (:func:`~lla_callbacks.linalg.density.propagated_error`): a weight of ``a`` at ``x`` raises
+    ``F_a`` beyond ``x``, so the slope in it is the integral of ``sign(F_a - F_b)`` from there
+    on. Where the distance is no larger than its error it says that no difference was seen:
+    two estimates of one spectrum are about that far apart. Positions of nodes, so the depth
+    of the runs, are not covered.
 
     Returns:
         NaN twice if an operator is zero: it has no shape.
@@ -78,7 +79,6 @@ def shape_distance(a: Quadrature, b: Quadrature) -> tuple[float, float]:
     # Rounding must not be taken for the sign of a difference.
     above = torch.where(above.abs() > 1e-12, above, 0.0)
     distance = float((above.abs() * gaps).sum())
-    # More weight at a node raises F from there on: the slope is the signed length above it.
     lengths = torch.cat([above.sign() * gaps, gaps.new_zeros(1)])
     potential = torch.empty_like(lengths)
     potential[order] = lengths.flip(0).cumsum(0).flip(0)

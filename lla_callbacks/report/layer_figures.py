@@ -113,7 +113,12 @@ def layer_density_figure(measurement: HessianMeasurement, *, title: str = "") ->
     rows = math.ceil(len(names) / columns)
     figure, grid = subplots(rows, columns, size=(max(2.3 * columns, 4.6), 1.5 + 1.65 * rows))
     reach = math.asinh(1 / LINEAR)
-    low = -reach if any(float(s.nodes.min()) < 0 for s in spectra.values()) else -1.0
+    lowest = min(
+        float((nodes / nodes.abs().max()).min())
+        for nodes in (m.nodes, *(s.nodes for s in spectra.values()))
+        if nodes.any()
+    )
+    low = -reach if lowest < -LINEAR else -1.0
     points = torch.linspace(1.1 * low, 1.1 * reach, 400, dtype=torch.float64)
     floor = 0.1 / m.num_params
     whole = _shares(m.nodes, m.weights, m.run_sizes, points)
@@ -177,17 +182,13 @@ def layer_distance_figure(measurement: HessianMeasurement, *, title: str = "") -
     values = np.array([spectra[name].distance for name in names])
     errors = BAND * np.array([spectra[name].distance_error for name in names])
     published = np.array([spectra[name].published_distance for name in names])
+    outer = len(names) // 4
     draws = [(grid[0], values, errors, UP), (grid[1], published, None, "#718096")]
     for axes, numbers, half, color in draws:
-        if len(names) >= 4:
+        if outer:
             axes.axhspan(
-                (len(names) - 1) / 4, 3 * (len(names) - 1) / 4, color=PALE, alpha=0.15, lw=0,
-                zorder=0,
-            )  # fmt: skip
-            axes.text(
-                0.98, 0.5, "middle half", transform=axes.transAxes, rotation=-90, ha="right",
-                va="center", fontsize=7, color="#718096",
-            )  # fmt: skip
+                outer - 0.5, len(names) - outer - 0.5, color=PALE, alpha=0.15, lw=0, zorder=0
+            )
         axes.errorbar(
             numbers, rows, xerr=half, fmt="o-", color=color, lw=1, ms=5, mfc="white",
             ecolor=color, elinewidth=1.2, capsize=2.5, zorder=3,
@@ -199,6 +200,11 @@ def layer_distance_figure(measurement: HessianMeasurement, *, title: str = "") -
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.ticklabel_format(axis="x", scilimits=(-2, 3), useMathText=True)
         axes.xaxis.offsetText.set(fontsize=8, color=INK)
+    if outer:
+        grid[0].text(
+            0.985, outer - 0.4, "middle half", transform=grid[0].get_yaxis_transform(),
+            ha="right", va="top", fontsize=7, color="#718096",
+        )  # fmt: skip
     _name_rows(grid[0], names)
     _name_rows(grid[1], [""] * len(names))
     grid[0].set_xlabel("Wasserstein distance of normalized spectra\n(bars: ±2 standard errors)")

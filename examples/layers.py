@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,9 +30,10 @@ STUDENT = [12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
 
 def mlp() -> nn.Sequential:
-    """Eight layers; the six between the first and the last have one size."""
+    """Eight dense layers; the six between the first and the last have one size."""
     rows = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise([64] + [32] * 7)]
-    return nn.Sequential(nn.Flatten(), *rows, nn.Linear(32, 10))
+    named = {f"dense{i}": row for i, row in enumerate([*rows, nn.Linear(32, 10)], 1)}
+    return nn.Sequential(OrderedDict(flat=nn.Flatten(), **named))
 
 
 def conv() -> nn.Sequential:
@@ -40,7 +42,9 @@ def conv() -> nn.Sequential:
         nn.Sequential(nn.Conv2d(a, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         for a, stride in [(1, 1), (16, 2), (16, 1), (16, 2), (16, 1)]
     ]
-    return nn.Sequential(*rows, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    named = {f"conv{i}": row for i, row in enumerate(rows, 1)}
+    head = {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "head": nn.Linear(16, 10)}
+    return nn.Sequential(OrderedDict(**named, **head))
 
 
 def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -222,4 +222,5 @@ class HessianMonitor(Monitor):
         return drawn
 
     def _layout(self) -> Mapping[str, Any]:
-        return custom_scalars_layout(self.name)
+        spectra = self.settings.num_layer_steps > 0
+        return custom_scalars_layout(self.name, layer_spectra=spectra)

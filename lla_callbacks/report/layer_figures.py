@@ -113,11 +113,8 @@ def layer_density_figure(measurement: HessianMeasurement, *, title: str = "") ->
     rows = math.ceil(len(names) / columns)
     figure, grid = subplots(rows, columns, size=(max(2.3 * columns, 4.6), 1.5 + 1.65 * rows))
     reach = math.asinh(1 / LINEAR)
-    lowest = min(
-        float((nodes / nodes.abs().max()).min())
-        for nodes in (m.nodes, *(s.nodes for s in spectra.values()))
-        if nodes.any()
-    )
+    every = [m.nodes, *(s.nodes for s in spectra.values())]
+    lowest = min((float((q / q.abs().max()).min()) for q in every if q.any()), default=0.0)
     low = -reach if lowest < -LINEAR else -1.0
     points = torch.linspace(1.1 * low, 1.1 * reach, 400, dtype=torch.float64)
     floor = 0.1 / m.num_params

@@ -81,18 +81,31 @@ def cost_scalars(name: str, seconds: float, overhead: float) -> dict[str, float]
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 
-def custom_scalars_layout(name: str = "hessian") -> dict[str, Any]:
-    """Return a TensorBoard layout: each value and its error band in one chart."""
+def custom_scalars_layout(name: str = "hessian", *, layer_spectra: bool = False) -> dict[str, Any]:
+    """Return a TensorBoard layout: each value and its error band in one chart.
+
+    Args:
+        name: First part of the tags.
+        layer_spectra: Whether there are charts of what the layers' own spectra tell.
+    """
 
     def band(tag: str) -> list[Any]:
         ends = [f"{name}_bands/{tag}_lower", f"{name}_bands/{tag}_upper"]
         return ["Margin", [f"{name}/{tag}", *ends]]
 
+    lines = {
+        "stability (1 is the edge)": ["Multiline", [f"{name}/stability"]],
+        "trace by layer": ["Multiline", [f"{name}_layers/.*/trace$"]],
+    }
+    if layer_spectra:
+        lines |= {
+            "lambda_max by layer": ["Multiline", [f"{name}_layers/.*/lambda_max$"]],
+            "distance to the whole by layer": ["Multiline", [f"{name}_layers/.*/distance$"]],
+        }
     # TensorBoard shows line charts first, then charts with bands from the last to the first.
     return {
         name: {
-            "stability (1 is the edge)": ["Multiline", [f"{name}/stability"]],
-            "trace by layer": ["Multiline", [f"{name}_layers/.*/trace$"]],
+            **lines,
             "KH05 (band: 2 standard errors)": band("kh05"),
             "lambda_min (band: residual)": band("lambda_min"),
             "lambda_max (band: residual)": band("lambda_max"),

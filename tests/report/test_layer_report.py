@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from lla_callbacks.report.layer_figures import (
     layer_distance_figure,
     layer_history_figure,
 )
-from lla_callbacks.report.scalars import hessian_scalars
+from lla_callbacks.report.scalars import custom_scalars_layout, hessian_scalars
 from tests.cases import CASES
 
 NAMES = ["0", "2"]
@@ -68,6 +69,18 @@ def test_scalars_carry_each_layers_spectrum_where_there_is_one(
         f"hessian_layers/0/{tag}"
         for tag in ("trace", "trace_sem", "trace_times_norm2", "weight_norm")
     }
+
+
+def test_the_layouts_patterns_match_tags_that_exist(
+    report: HessianReport, plain: HessianReport
+) -> None:
+    for found, spectra in ((report, True), (plain, False)):
+        charts = custom_scalars_layout(layer_spectra=spectra)["hessian"]
+        patterns = [tags[0] for kind, tags in charts.values() if kind == "Multiline"]
+        by_layer = [pattern for pattern in patterns if "_layers/" in pattern]
+        assert len(by_layer) == (3 if spectra else 1)
+        for pattern in by_layer:
+            assert len([tag for tag in hessian_scalars(found) if re.match(pattern, tag)]) == 2
 
 
 def test_arrays_of_layers_come_back_from_the_file(report: HessianReport, tmp_path: Path) -> None:

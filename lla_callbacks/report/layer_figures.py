@@ -179,13 +179,11 @@ def layer_distance_figure(measurement: HessianMeasurement, *, title: str = "") -
     values = np.array([spectra[name].distance for name in names])
     errors = BAND * np.array([spectra[name].distance_error for name in names])
     published = np.array([spectra[name].published_distance for name in names])
-    outer = len(names) // 4
+    quarter = len(names) / 4
     draws = [(grid[0], values, errors, UP), (grid[1], published, None, "#718096")]
     for axes, numbers, half, color in draws:
-        if outer:
-            axes.axhspan(
-                outer - 0.5, len(names) - outer - 0.5, color=PALE, alpha=0.15, lw=0, zorder=0
-            )
+        if len(names) >= 4:
+            axes.axhspan(quarter - 0.5, 3 * quarter - 0.5, color=PALE, alpha=0.15, lw=0, zorder=0)
         axes.errorbar(
             numbers, rows, xerr=half, fmt="o-", color=color, lw=1, ms=5, mfc="white",
             ecolor=color, elinewidth=1.2, capsize=2.5, zorder=3,
@@ -194,12 +192,11 @@ def layer_distance_figure(measurement: HessianMeasurement, *, title: str = "") -
             nearest = int(np.nanargmin(numbers))
             axes.plot(numbers[nearest], rows[nearest], "o", color=color, ms=6, zorder=4)
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.ticklabel_format(axis="x", scilimits=(-2, 3), useMathText=True)
-        axes.xaxis.offsetText.set(fontsize=8, color=INK)
-    if outer:
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if len(names) >= 4:
         grid[0].text(
-            0.985, outer - 0.4, "middle half", transform=grid[0].get_yaxis_transform(),
+            0.985, quarter - 0.45, "middle half", transform=grid[0].get_yaxis_transform(),
             ha="right", va="top", fontsize=7, color="#718096",
         )  # fmt: skip
     _name_rows(grid[0], names)

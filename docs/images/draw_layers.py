@@ -21,9 +21,7 @@ def main() -> None:
     layers.STEPS = [*range(0, 241, 20)]
     history = layers.train(layers.conv(), 0)
     layer_history_figure(history).savefig(HERE / "layer_history.png")
-    torch.manual_seed(0)
-    layers.STEPS = [320]
-    ((_, report),) = layers.train(layers.mlp(), 0)
+    report = history[-1][1]
     report.layer_density_figure().savefig(HERE / "layer_densities.png")
     report.layer_distance_figure().savefig(HERE / "layer_distances.png")
 

@@ -1,6 +1,6 @@
 """What do a layer's own products cost, and how much surer do they make its trace?
 
-Run: ``python docs/benchmarks/layers.py`` (a few minutes). Prints, for each layer of three
+Run: ``python docs/benchmarks/layers.py`` (a few minutes). Prints, for each layer of two
 networks, the time of a block product as a share of a whole one, and the standard error of the
 layer's trace per root probe, known parts taken out, by probes of the whole and of the block.
 """
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from networks import ResNet20, SmallTransformer, conv_bn, digits
+from networks import SmallTransformer, conv_bn, digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,9 +93,6 @@ def main() -> None:
     x, y = digits(1437)
     study("conv+bn, step 300", trained(conv_bn, 0.05, x, y), x[:256], y[:256])
     study("transformer, step 300", trained(SmallTransformer, 0.01, x, y), x[:64], y[:64])
-    torch.manual_seed(0)
-    images, labels = torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))
-    study("resnet-20 on noise, at initialisation", ResNet20(), images, labels)
 
 
 if __name__ == "__main__":

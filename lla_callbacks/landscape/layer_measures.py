@@ -136,10 +136,11 @@ def measure_layers(
     ``z_l' H_ll z_l``, has the first term only (Hutchinson 1990; the second follows from
     ``Var z_l' H_lm z_m = ||H_lm||_F^2`` for independent signs). In both, what a Lanczos run
     of the operator knows is taken out (:class:`~lla_callbacks.linalg.trace.
-    TraceEstimator`), so that these are bounds with the rest of ``H`` in place of ``H``.
+    TraceEstimator`), so that these hold with what is left of ``H`` in its place.
     With ``plan.num_probes`` a layer gets :data:`PILOT_PROBES` block probes, and all of them
     if they promise a smaller standard error than that of the whole's; the smaller of the two
-    is reported.
+    is reported. Where both are alike, this choice makes it up to a tenth too small
+    (``E min`` of two errors from 24 and 10 probes).
 
     Args:
         hessian: The whole Hessian; listeners hear of block products too.

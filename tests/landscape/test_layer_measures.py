@@ -82,7 +82,7 @@ def test_one_layer_that_is_all_there_is_has_no_distance_but_noise() -> None:
     module, batches, loss = CASES[0].build()
     report = measure_hessian(
         nn.ModuleDict({"net": module}), batches, loss=lambda m, b: loss(m["net"], b),
-        layers="net", num_runs=20, num_steps=43, num_layer_steps=43,
+        layers="net", num_runs=5, num_steps=43, num_layer_steps=43,
     )  # fmt: skip
     spectrum = report.layers["net"].spectrum
     assert spectrum is not None
@@ -97,7 +97,7 @@ def test_block_probes_have_the_known_variance_and_the_sem_they_report() -> None:
     groups = layer_parameters(module, hessian.space)
     start = rademacher(hessian.shape[0], generator(0), dtype=hessian.dtype, device=CPU)
     whole = Quadrature.of([lanczos(hessian, start, 4)], hessian.shape[0])
-    repeats, count = 150, 6
+    repeats, count = 100, 6
     estimates = []
     for seed in range(repeats):
         # Two probes of the whole: so noisy that the block's own are always taken.
@@ -117,8 +117,8 @@ def test_block_probes_have_the_known_variance_and_the_sem_they_report() -> None:
         sems = torch.tensor([e[name].trace_sem for e in estimates])
         assert all(e[name].num_block_probes == count for e in estimates)
         assert abs(float(values.mean() - b.trace())) <= 5 * math.sqrt(known / repeats)
-        # Variance of 150 estimates: good to 12 %.
-        assert float(values.var()) / known == pytest.approx(1, abs=0.4)
+        # Variance of 100 estimates: good to 14 %.
+        assert float(values.var()) / known == pytest.approx(1, abs=0.5)
         assert float(sems.square().mean()) / known == pytest.approx(1, abs=0.3)
 
 

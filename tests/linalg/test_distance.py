@@ -58,11 +58,11 @@ def test_scale_does_not_matter_and_sign_does(factor: float) -> None:
 
 
 def test_the_reported_error_is_the_scatter_over_start_vectors() -> None:
-    dim, other, repeats = 300, 80, 120
+    dim, other, repeats = 300, 80, 60
     matrix = spectrum(torch.cat([torch.tensor([8.0, 5.0]), 0.3 * torch.randn(dim - 2)]))
     block = spectrum(torch.cat([torch.tensor([6.0, 1.0]), 0.1 * torch.randn(other - 2)]))
     exact, _ = shape_distance(*(quadrature(torch.linalg.eigvalsh(m)) for m in (block, matrix)))
-    for num_runs in (1, 3):
+    for num_runs in (1, 2):
         found, errors = [], []
         for _ in range(repeats):
             pair = []
@@ -75,7 +75,7 @@ def test_the_reported_error_is_the_scatter_over_start_vectors() -> None:
             errors.append(error)
         values = torch.tensor(found)
         ratio = float(torch.tensor(errors).square().mean().sqrt() / values.std())
-        assert 0.7 < ratio < 1.4
+        assert 0.6 < ratio < 1.6
         # The noise of the weights and the depth leave a bias below one error.
         assert abs(float(values.mean()) - exact) < float(values.std())
 

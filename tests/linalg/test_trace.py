@@ -61,7 +61,7 @@ def test_plain_probes_have_the_known_variance() -> None:
 
 
 def test_a_blocks_trace_has_the_known_variance_by_whole_and_by_block_probes() -> None:
-    matrix, repeats = outlier_matrix(), 1500
+    matrix, repeats = outlier_matrix(), 600
     found = [estimate(matrix, 0, 2, seed)[0] for seed in range(repeats)]
     for name, index in BLOCKS.items():
         rows = matrix[index]
@@ -76,9 +76,9 @@ def test_a_blocks_trace_has_the_known_variance_by_whole_and_by_block_probes() ->
             estimator.add_probe(source)
             estimator.add_probe(source)
             by_block.append(estimator.estimate().value)
-        # Two probes each; the variance of 1,500 estimates is good to 4 %.
-        assert float(by_whole.var() * 2 / (own + cross)) == pytest.approx(1, abs=0.15)
-        assert float(torch.tensor(by_block).var() * 2 / own) == pytest.approx(1, abs=0.15)
+        # Two probes each; the variance of 600 estimates is good to 6 %.
+        assert float(by_whole.var() * 2 / (own + cross)) == pytest.approx(1, abs=0.25)
+        assert float(torch.tensor(by_block).var() * 2 / own) == pytest.approx(1, abs=0.25)
 
 
 @pytest.mark.parametrize("depth", [1, 4, 12, DIM])

@@ -88,7 +88,10 @@ def layer_history_figure(
         axes.grid(visible=False)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=25)
+        # The first column reaches below step 0, where there is none.
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 0 else "")
+        # As wide in a tall figure as in a low one.
+        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(12, 2.2 * len(names)))
         bar.ax.tick_params(labelsize=8, colors=INK)
         bar.ax.yaxis.set_minor_locator(NullLocator())
         bar.outline.set_visible(False)
@@ -111,7 +114,7 @@ def layer_density_figure(measurement: HessianMeasurement, *, title: str = "") ->
     names, note = _largest({name: abs(m.layers[name].trace) for name in spectra}, MOST_PANELS)
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, grid = subplots(rows, columns, size=(max(2.3 * columns, 4.6), 1.5 + 1.65 * rows))
+    figure, grid = subplots(rows, columns, size=(1.6 + max(2.2 * columns, 4.0), 1.5 + 1.65 * rows))
     reach = math.asinh(1 / LINEAR)
     every = [m.nodes, *(s.nodes for s in spectra.values())]
     lowest = min((float((q / q.abs().max()).min()) for q in every if q.any()), default=0.0)
@@ -132,7 +135,7 @@ def layer_density_figure(measurement: HessianMeasurement, *, title: str = "") ->
         axes.set_yscale("log")
         axes.set_ylim(floor, 3)
         axes.set_xlim(x[0], x[-1])
-        axes.set_title(name, loc="left", color=INK, fontsize=8.5, pad=3)
+        axes.set_title(_short(name, 26), loc="left", color=INK, fontsize=8.5, pad=3)
         if math.isfinite(s.distance):
             axes.text(
                 0.97, 0.95, f"distance {s.distance:.2g}\n± {s.distance_error:.1g}",
@@ -154,7 +157,7 @@ def layer_density_figure(measurement: HessianMeasurement, *, title: str = "") ->
             axes.set_xlabel("eigenvalue / largest", fontsize=8)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper right", ncols=3, fontsize=7.5, frameon=False,
+        handles, labels, loc="outside right upper", fontsize=7.5, frameon=False,
         labelcolor=INK,
     )  # fmt: skip
     heading = (title or "Spectrum of each layer and of the whole") + note
@@ -236,10 +239,15 @@ def _footer(m: HessianMeasurement) -> str:
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Put one layer a row, the first on top."""
-    axes.set_yticks(np.arange(len(names)), names)
+    axes.set_yticks(np.arange(len(names)), [_short(name, 36) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", color=PALE, alpha=0.35, lw=0.6, zorder=0)
     axes.set_axisbelow(True)
+
+
+def _short(name: str, most: int) -> str:
+    """Return a path's end, which tells layers apart, if all of it is too long."""
+    return name if len(name) <= most else "…" + name[1 - most :]
 
 
 def _draw_map(axes: Axes, steps: np.ndarray, values: np.ndarray) -> ScalarMappable:

@@ -141,6 +141,15 @@ def test_many_layers_are_cut_to_the_largest_and_it_is_said(report: HessianReport
     assert titles == [f"layer {i}" for i in range(38, 50)]
 
 
+def test_long_names_keep_their_end(report: HessianReport) -> None:
+    path = "model.backbone.encoder.layers.11.self_attn.out_proj"
+    renamed = dataclasses.replace(report, layers={path: report.layers["0"]})
+    (label,) = renamed.layer_figure().axes[0].get_yticklabels()
+    assert label.get_text() == "…" + path[-35:]
+    title = renamed.layer_density_figure().axes[0].get_title(loc="left")
+    assert title == "…" + path[-25:]
+
+
 def test_figures_say_what_belongs_to_no_layer() -> None:
     module, batches, loss = CASES[0].build()
     report = measure_hessian(module, batches, loss=loss, layers="2", num_steps=5, num_layer_steps=3)

@@ -163,6 +163,8 @@ def test_costs_are_as_stated() -> None:
     more = HessianSettings(**settings, num_layer_probes=9).layer_plan  # type: ignore[arg-type]
     assert more.max_matvecs == 3 * 4 + 9 - 2
     assert HessianSettings().layer_plan.max_matvecs == 0
+    probed = measure_hessian(module, batches, loss=loss, **settings, num_layer_probes=4)  # type: ignore[arg-type]
+    assert probed.num_block_matvecs == 2 * (3 * 4 + 4 - 2)
 
 
 def test_a_layers_numbers_do_not_depend_on_which_others_are_chosen() -> None:

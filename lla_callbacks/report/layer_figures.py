@@ -29,10 +29,14 @@ MOST_PANELS = 12
 DECADES = 4
 # Of a normalized spectrum, eigenvalues below this share of the largest are drawn linearly.
 LINEAR = 3e-3
-# Down, nothing, up; lightness falls evenly on either side.
+# Down, nothing, up; colours stand where lightness (L* of CIELAB) falls evenly to either side.
 SIGNED = LinearSegmentedColormap.from_list(
-    "signed", ["#7b3306", DOWN, "#f7d9bd", "#f7fafc", "#bcd7ee", UP, "#14365c"]
-)
+    "signed",
+    [
+        (0.0, "#7b3306"), (0.2, DOWN), (0.43, "#f7d9bd"), (0.5, "#f7fafc"), (0.587, "#bcd7ee"),
+        (0.853, UP), (1.0, "#14365c"),
+    ],
+)  # fmt: skip
 
 
 def layer_figure(measurement: HessianMeasurement, *, title: str = "") -> Figure:

@@ -40,6 +40,9 @@ def test_identities() -> None:
     shuffled = quadrature(a.nodes[order], a.weights[order])
     assert shape_distance(a, a) == (0.0, 0.0)
     assert shape_distance(a, shuffled)[0] == pytest.approx(0, abs=1e-14)
+    # Rounding is no difference, and no difference has no error.
+    parted = quadrature(torch.cat([a.nodes] * 2), torch.cat([a.weights / 3, a.weights * 2 / 3]))
+    assert shape_distance(a, parted) == (0.0, 0.0)
     assert shape_distance(a, b) == pytest.approx(shape_distance(b, a), rel=1e-12)
     # All weight at the one end against all weight at the other: as far as can be.
     ends = quadrature(torch.tensor([1.0])), quadrature(torch.tensor([-3.0]))

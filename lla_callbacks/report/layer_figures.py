@@ -116,8 +116,8 @@ def layer_density_figure(measurement: HessianMeasurement, *, title: str = "") ->
     m = measurement
     spectra = _spectra(m)
     names, note = _largest({name: abs(m.layers[name].trace) for name in spectra}, MOST_PANELS)
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
+    rows = math.ceil(len(names) / 4)
+    columns = math.ceil(len(names) / rows)
     figure, grid = subplots(rows, columns, size=(1.6 + max(2.2 * columns, 4.0), 1.5 + 1.65 * rows))
     reach = math.asinh(1 / LINEAR)
     every = [m.nodes, *(s.nodes for s in spectra.values())]

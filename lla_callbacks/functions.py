@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from lla_callbacks.landscape.batches import first_samples, hold
 from lla_callbacks.landscape.evaluation import Loss
+from lla_callbacks.landscape.layers import Layers
 from lla_callbacks.landscape.measures import HessianSettings, measure
 from lla_callbacks.landscape.objective import GRAPH_MEMORY, Mode, Objective, trainable
 from lla_callbacks.landscape.stability import stability_limit
@@ -25,10 +26,12 @@ def measure_hessian(
     loss: Loss | None = None,
     mode: Mode = "batch",
     dropout: bool = False,
-    layers: Sequence[str] | None = None,
+    layers: Layers = None,
     num_probes: int = HessianSettings.num_probes,
     num_steps: int = HessianSettings.num_steps,
     num_runs: int = HessianSettings.num_runs,
+    num_layer_steps: int = HessianSettings.num_layer_steps,
+    num_layer_probes: int = HessianSettings.num_layer_probes,
     eig_rtol: float | None = None,
     trace_rtol: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -42,7 +45,8 @@ def measure_hessian(
 
     The loss is ``L = sum_b n_b L_b / sum_b n_b`` over batches of ``n_b`` samples; the
     module is left exactly as it was. The cost is about
-    ``2 (num_runs num_steps + num_probes)`` gradients of that loss.
+    ``2 (num_runs num_steps + num_probes)`` gradients of that loss; each layer's products come
+    on top and are cheaper.
 
     Args:
         module: Any module; a LightningModule needs no ``loss``.
@@ -55,11 +59,15 @@ def measure_hessian(
             by running statistics. ``"recalibrate"``: by statistics over all batches at the
             present weights, held fixed.
         dropout: Whether dropout is on; off by default in every mode.
-        layers: Layers whose traces are told apart: paths or patterns of modules; ``None``
-            takes every module that owns parameters.
+        layers: Layers that are told apart: ``None`` takes every module that owns parameters,
+            ``"blocks"`` every repeated block; or paths, patterns or a predicate of modules,
+            see :func:`~lla_callbacks.landscape.layers.layer_parameters`.
         num_probes: Random probes of the trace, one product each.
         num_steps: Depth of a Lanczos run. KH05 compares only at equal depth.
-        num_runs: Independent Lanczos runs.
+        num_runs: Independent Lanczos runs, of the whole and of each layer.
+        num_layer_steps: Lanczos depth in each layer's own block, for its extreme
+            eigenvalues, density and distance to the whole; 0 does without.
+        num_layer_probes: Most block probes a layer, where they make its trace surer.
         eig_rtol: Stop a run early at this relative residual of both extremes.
         trace_rtol: Stop probing early at this relative standard error.
         optimizer: Gives the criterion ``stability``.
@@ -80,6 +88,8 @@ def measure_hessian(
         num_steps=num_steps,
         num_probes=num_probes,
         num_runs=num_runs,
+        num_layer_steps=num_layer_steps,
+        num_layer_probes=num_layer_probes,
         layers=layers,
         eig_rtol=eig_rtol,
         trace_rtol=trace_rtol,

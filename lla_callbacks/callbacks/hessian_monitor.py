@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
-from lla_callbacks.landscape.layers import layer_parameters
+from lla_callbacks.landscape.layers import layer_parameters, outside
 from lla_callbacks.landscape.measures import HessianSettings, measure
 from lla_callbacks.landscape.objective import GRAPH_MEMORY, Mode, Objective
 from lla_callbacks.report.figures import history_figure
 from lla_callbacks.report.hessian_report import HessianReport
+from lla_callbacks.report.layer_figures import layer_history_figure
 from lla_callbacks.report.scalars import custom_scalars_layout, hessian_scalars
 
 
@@ -27,9 +29,11 @@ class HessianMonitor(Monitor):
 
     **Logged**: ``hessian/lambda_max``, ``hessian/lambda_min``, ``hessian/trace``,
     ``hessian/trace_sem``, ``hessian/kh05`` and the other criteria,
-    ``hessian_layers/<layer>/trace``, ``hessian/seconds``, ``hessian/overhead``; residuals
-    and errors under ``hessian_errors/``; figures ``hessian/density``,
-    ``hessian/layer_traces``, ``hessian/history``. The step is the number of optimizer steps
+    ``hessian_layers/<layer>/trace`` and more of each layer on request, ``hessian/seconds``,
+    ``hessian/overhead``; residuals and errors under ``hessian_errors/``; figures
+    ``hessian/density``, ``hessian/history``, ``hessian/layer_traces``,
+    ``hessian/layer_history`` and, with ``num_layer_steps``, ``hessian/layer_densities`` and
+    ``hessian/layer_distances``. The step is the number of optimizer steps
     that the weights have seen. Scalars reach ``trainer.callback_metrics`` too, for
     EarlyStopping and ModelCheckpoint, where the last value stays until the next one.
 
@@ -38,13 +42,18 @@ class HessianMonitor(Monitor):
         every_n_train_steps: Measure every n optimizer steps, from when the held batches are
             there (after ``num_samples`` samples). With neither, every epoch that
             ``max_overhead`` has room for.
-        layers: Paths or patterns of the modules whose traces are told apart; ``None``
-            takes every module that owns parameters.
+        layers: Layers that are told apart: ``None`` takes every module that owns parameters,
+            ``"blocks"`` every repeated block; or paths, patterns or a predicate of modules,
+            see :func:`~lla_callbacks.landscape.layers.layer_parameters`.
         num_probes: Random probes of the trace; see
             :class:`~lla_callbacks.landscape.measures.HessianSettings` for this and the
             next two.
         num_steps: Lanczos depth. KH05 compares only at equal depth; published: 100.
-        num_runs: Independent Lanczos runs.
+        num_runs: Independent Lanczos runs, of the whole and of each layer.
+        num_layer_steps: Lanczos depth in each layer's own block, for its extreme
+            eigenvalues, density and distance to the whole; 0 (default) does without.
+        num_layer_probes: Most block probes a layer, where they make its trace surer than
+            the whole's probes do; 0 (default) does without.
         num_samples: Hold the first training batches until they have this many samples.
             Default 256 (choice): with it both measurements that always happen fit into 5 %
             of a run of one minute of the demo's network (docs/cost.md).
@@ -90,10 +99,12 @@ class HessianMonitor(Monitor):
         self,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
-        layers: list[str] | None = None,
+        layers: str | list[str] | Callable[[str, nn.Module], bool] | None = None,
         num_probes: int = HessianSettings.num_probes,
         num_steps: int = HessianSettings.num_steps,
         num_runs: int = HessianSettings.num_runs,
+        num_layer_steps: int = HessianSettings.num_layer_steps,
+        num_layer_probes: int = HessianSettings.num_layer_probes,
         num_samples: int = 256,
         mode: Mode = "batch",
         dropout: bool = False,
@@ -114,6 +125,8 @@ class HessianMonitor(Monitor):
             num_steps=num_steps,
             num_probes=num_probes,
             num_runs=num_runs,
+            num_layer_steps=num_layer_steps,
+            num_layer_probes=num_layer_probes,
             layers=layers,
             eig_rtol=eig_rtol,
             trace_rtol=trace_rtol,
@@ -144,8 +157,17 @@ class HessianMonitor(Monitor):
         super().on_train_start(trainer, pl_module)
 
     def _check(self, module: nn.Module) -> None:
-        if self.settings.layers is not None:
-            layer_parameters(module, space_of(module), self.settings.layers)
+        if self.settings.layers is None:
+            return
+        space = space_of(module)
+        groups = layer_parameters(module, space, self.settings.layers)
+        left = outside(space, groups)
+        if left:
+            some = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+            rank_zero_info(
+                f"{type(self).__name__}: {len(groups)} layers are told apart; "
+                f"{len(space.index(left)):,} of {space.dim:,} parameters belong to none ({some})."
+            )
 
     def _measure(
         self,
@@ -157,8 +179,19 @@ class HessianMonitor(Monitor):
     ) -> HessianReport:
         settings = self.settings
         if quick:
-            settings = HessianSettings(num_steps=2, num_probes=2, layers=settings.layers)
-        with progress("Hessian", settings.max_matvecs) as advance:
+            settings = HessianSettings(
+                num_steps=2,
+                num_probes=2,
+                layers=settings.layers,
+                num_layer_steps=min(2, settings.num_layer_steps),
+                num_layer_probes=min(2, settings.num_layer_probes),
+            )
+        products = settings.max_matvecs
+        if settings.layer_plan.max_matvecs:
+            module = objective.module
+            groups = layer_parameters(module, space_of(module), settings.layers)
+            products += len(groups) * settings.layer_plan.max_matvecs
+        with progress("Hessian", products) as advance:
             found = measure(objective, settings, limit=moment.limit, listener=advance)
         return HessianReport.of(found)
 
@@ -176,10 +209,18 @@ class HessianMonitor(Monitor):
             "density": result.figure(title=f"Hessian spectrum at step {step}"),
             "layer_traces": result.layer_figure(title=f"Curvature by layer at step {step}"),
         }
+        if self.settings.num_layer_steps:
+            title = f"Spectrum of each layer and of the whole at step {step}"
+            drawn["layer_densities"] = result.layer_density_figure(title=title)
+            title = f"How unlike the whole each layer is at step {step}"
+            drawn["layer_distances"] = result.layer_distance_figure(title=title)
         if moment.function == "fit" and len(self.history) > 1:
             title = f"How the spectrum moved, up to step {step}"
             drawn["history"] = history_figure(self.history, title=title)
+            title = f"How the layers' curvature moved, up to step {step}"
+            drawn["layer_history"] = layer_history_figure(self.history, title=title)
         return drawn
 
     def _layout(self) -> Mapping[str, Any]:
-        return custom_scalars_layout(self.name)
+        spectra = self.settings.num_layer_steps > 0
+        return custom_scalars_layout(self.name, layer_spectra=spectra)

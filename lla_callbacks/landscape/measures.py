@@ -6,16 +6,23 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lla_callbacks.landscape import criteria
-from lla_callbacks.landscape.layers import layer_parameters
+from lla_callbacks.landscape.eigenvalue import Eigenvalue, extremes
+from lla_callbacks.landscape.layer_measures import (
+    LayerMeasurement,
+    LayerPlan,
+    LayerTrace,
+    measure_layers,
+)
+from lla_callbacks.landscape.layers import Layers, check_layers, layer_parameters, outside
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.stability import StabilityLimit
 from lla_callbacks.linalg.density import sampling_error
+from lla_callbacks.linalg.distance import Quadrature
 from lla_callbacks.linalg.hessian import HessianOperator
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.operators import ScaledOperator
@@ -35,35 +42,6 @@ STABILITY_RTOL = 0.05
 LEAST_PROBES = 5
 
 
-class Eigenvalue(float):
-    """An eigenvalue that carries its residual, and is a plain number otherwise.
-
-    Attributes:
-        residual: ``||H u - lambda u||``: a true eigenvalue lies within it.
-    """
-
-    residual: float
-
-    def __new__(cls, value: float, residual: float) -> Eigenvalue:
-        """Return the eigenvalue with its residual."""
-        made = super().__new__(cls, value)
-        made.residual = residual
-        return made
-
-    def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
-        return float(self), self.residual
-
-    def __repr__(self) -> str:
-        return f"{float(self):.6g} (residual {self.residual:.1g})"
-
-
-class LayerTrace(NamedTuple):
-    """Trace of the Hessian over the parameters of one layer, with its standard error."""
-
-    value: float
-    sem: float
-
-
 @dataclass(frozen=True)
 class HessianSettings:
     """How a Hessian is measured.
@@ -79,8 +57,15 @@ class HessianSettings:
             (docs/benchmarks/trace_estimators.md).
         num_runs: Independent Lanczos runs for density and criteria (``n_v`` in LLA). The
             start vectors of all but the first serve as trace probes too. Default 1.
-        layers: Layers whose traces are told apart; see
+        layers: Layers that are told apart; see
             :func:`~lla_callbacks.landscape.layers.layer_parameters`.
+        num_layer_steps: Depth of the Lanczos runs in each layer's own block, for its
+            extreme eigenvalues, its density and its distance to the whole. Default 0: none,
+            since a run a layer costs more than all else.
+        num_layer_probes: Most block probes a layer, where they give its trace a smaller
+            standard error than the whole's; see
+            :func:`~lla_callbacks.landscape.layer_measures.measure_layers`. Default 0: the
+            traces that cost nothing.
         eig_rtol: Stop a Lanczos run early once both extreme residuals are at most this
             share of the largest eigenvalue. ``None``: always full depth, as criteria that
             depend on the depth need.
@@ -96,7 +81,9 @@ class HessianSettings:
     num_steps: int = 24
     num_probes: int = 24
     num_runs: int = 1
-    layers: Sequence[str] | None = None
+    layers: Layers = None
+    num_layer_steps: int = 0
+    num_layer_probes: int = 0
     eig_rtol: float | None = None
     trace_rtol: float | None = None
     seed: int = 0
@@ -108,28 +95,35 @@ class HessianSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < bound:
                 raise ValueError(f"{name} is {value!r}; give a whole number of at least {bound}.")
+        for name in ("num_layer_steps", "num_layer_probes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value == 1:
+                raise ValueError(
+                    f"{name} is {value!r}; give a whole number of at least 2, or 0 for none."
+                )
         for name in ("eig_rtol", "trace_rtol"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < 1):
                 raise ValueError(f"{name} is {value!r}; give a number between 0 and 1, or None.")
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}; give a whole number below 2**63.")
-        names = self.layers
-        if names is not None and (
-            isinstance(names, str)
-            or not isinstance(names, Sequence)
-            or not names
-            or not all(isinstance(name, str) for name in names)
-        ):
-            raise ValueError(
-                f"layers is {self.layers!r}; give a list of module paths or patterns, such as "
-                "['encoder.*', 'head'], or None for every layer."
-            )
+        check_layers(self.layers)
 
     @property
     def max_matvecs(self) -> int:
-        """Products that a measurement takes at most, a stability run of Adam left out."""
+        """Whole products that a measurement takes at most, a stability run left out."""
         return self.num_runs * self.num_steps + max(0, self.num_probes - self.num_runs + 1)
+
+    @property
+    def layer_plan(self) -> LayerPlan:
+        """What is spent on each layer besides."""
+        return LayerPlan(
+            num_steps=self.num_layer_steps,
+            num_runs=self.num_runs,
+            num_probes=self.num_layer_probes,
+            eig_rtol=self.eig_rtol,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +135,9 @@ class HessianMeasurement:
         lambda_min: Smallest (algebraic) eigenvalue, with its residual.
         trace: Trace of the Hessian.
         trace_sem: Its standard error.
-        layer_traces: Layer to trace and standard error.
+        weight_norm: Euclidean norm of the trainable parameters.
+        layers: Layer to what was found in it.
+        unlayered: Names of the trainable parameters that belong to no chosen layer.
         nodes: Quadrature nodes of all runs, shape ``(num_runs * num_steps,)``, float64.
         weights: Their weights, same shape, sum 1: ``num_params * sum(weights * f(nodes))``
             estimates ``tr f(H)``.
@@ -152,7 +148,8 @@ class HessianMeasurement:
         criteria_errors: Name to standard error (sampling) or bound (residuals).
         loss: The loss on the held batches.
         gradient_norm: Norm of its gradient.
-        num_matvecs: Hessian-vector products spent.
+        num_matvecs: Products spent; those with a layer's block alone count as one each,
+            though they are cheaper.
         num_params: Trainable parameters, the Hessian's dimension.
         num_samples: Samples behind the loss.
         num_steps: Lanczos depth reached, the largest of several runs (KH05 compares only at
@@ -168,7 +165,9 @@ class HessianMeasurement:
     lambda_min: Eigenvalue
     trace: float
     trace_sem: float
-    layer_traces: Mapping[str, LayerTrace]
+    weight_norm: float
+    layers: Mapping[str, LayerMeasurement]
+    unlayered: tuple[str, ...]
     nodes: Tensor
     weights: Tensor
     run_sizes: tuple[int, ...]
@@ -187,6 +186,21 @@ class HessianMeasurement:
     precision: str
     seed: int
     seconds: float
+
+    @property
+    def layer_traces(self) -> dict[str, LayerTrace]:
+        """Layer to trace and standard error."""
+        return {name: LayerTrace(m.trace, m.trace_sem) for name, m in self.layers.items()}
+
+    @property
+    def num_block_matvecs(self) -> int:
+        """How many of the products were with a layer's block alone."""
+        return sum(layer.num_matvecs for layer in self.layers.values())
+
+    @property
+    def trace_times_norm2(self) -> float:
+        """``tr H ||w||^2``, which does not fall when all weights just grow."""
+        return self.trace * self.weight_norm**2
 
     @property
     def spectrum_type(self) -> str:
@@ -220,23 +234,29 @@ def measure(
     hessian = objective.hessian(chunk_size=settings.chunk_size)
     hessian.listener = listener
     try:
-        names = layer_parameters(objective.module, hessian.space, settings.layers)
-        blocks = {layer: hessian.space.index(n).to(hessian.device) for layer, n in names.items()}
+        space = hessian.space
+        groups = layer_parameters(objective.module, space, settings.layers)
+        blocks = {layer: space.index(names).to(space.device) for layer, names in groups.items()}
         runs, traces = _run(hessian, settings, blocks)
-        extremes = _extremes(runs)
-        values, errors = _criteria(hessian, runs, extremes, traces)
-        stability = _stability(hessian, limit, extremes[1], settings)
+        ends = extremes(runs)
+        values, errors = _criteria(hessian, runs, ends, traces)
+        stability = _stability(hessian, limit, ends[1], settings)
         values["stability"], errors["stability"] = float(stability), stability.residual
+        whole = Quadrature.of(runs, space.dim)
+        layers = measure_layers(hessian, groups, whole, traces, settings.layer_plan)
+        norm = float(space.flatten(space.tensors).norm())
     finally:
         hessian.release()
     return HessianMeasurement(
-        lambda_max=extremes[1],
-        lambda_min=extremes[0],
+        lambda_max=ends[1],
+        lambda_min=ends[0],
         trace=traces.value,
         trace_sem=traces.sem,
-        layer_traces={name: LayerTrace(*pair) for name, pair in traces.blocks.items()},
-        nodes=torch.cat([run.values for run in runs]),
-        weights=torch.cat([run.weights for run in runs]) / len(runs),
+        weight_norm=norm,
+        layers=layers,
+        unlayered=tuple(outside(space, groups)),
+        nodes=whole.nodes,
+        weights=whole.weights,
         run_sizes=tuple(run.num_steps for run in runs),
         eigenvalues=runs[0].values,
         eigenvalue_residuals=runs[0].residuals,
@@ -244,7 +264,7 @@ def measure(
         criteria_errors=errors,
         loss=hessian.loss,
         gradient_norm=float(hessian.gradient.norm()),
-        num_matvecs=hessian.num_matvecs,
+        num_matvecs=hessian.num_matvecs + sum(m.num_matvecs for m in layers.values()),
         num_params=hessian.shape[0],
         num_samples=objective.num_samples,
         num_steps=max(run.num_steps for run in runs),
@@ -281,23 +301,10 @@ def _run(
     return runs, estimator.estimate()
 
 
-def _extremes(runs: Sequence[LanczosRun]) -> tuple[Eigenvalue, Eigenvalue]:
-    """Return the smallest and the largest Ritz value of all runs.
-
-    A Ritz value never lies outside of the spectrum, so the outermost one is the best.
-    """
-    lowest = min(runs, key=lambda run: float(run.values[0]))
-    highest = max(runs, key=lambda run: float(run.values[-1]))
-    return (
-        Eigenvalue(float(lowest.values[0]), float(lowest.residuals[0])),
-        Eigenvalue(float(highest.values[-1]), float(highest.residuals[-1])),
-    )
-
-
 def _criteria(
     hessian: HessianOperator,
     runs: Sequence[LanczosRun],
-    extremes: tuple[Eigenvalue, Eigenvalue],
+    ends: tuple[Eigenvalue, Eigenvalue],
     traces: TraceEstimate,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the criteria and their errors, at no further product."""
@@ -339,7 +346,7 @@ def _criteria(
     # tr H^2 from the norms of all products: better than the quadrature, with a sem.
     values["frobenius_norm"] = math.sqrt(traces.square)
     errors["frobenius_norm"] = traces.square_sem / (2 * math.sqrt(max(traces.square, 1e-300)))
-    norm = max(extremes, key=abs)
+    norm = max(ends, key=abs)
     if float(norm) != 0:
         values["stable_rank"] = traces.square / norm**2
         errors["stable_rank"] = math.hypot(

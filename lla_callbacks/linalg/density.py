@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,24 @@ def spacing(nodes: Tensor) -> Tensor:
     return torch.cat([gaps[:1], (gaps[:-1] + gaps[1:]) / 2, gaps[-1:]])
 
 
+def resolved_density(
+    nodes: Tensor, weights: Tensor, run_sizes: Sequence[int], grid: Tensor, width: float
+) -> Tensor:
+    """Return the density with each node as wide as the quadrature is uncertain about it.
+
+    Without this a shallow run draws gaps into a bulk that has none.
+
+    Args:
+        nodes: Of all runs, ascending within each, shape ``(k,)``.
+        weights: Shape ``(k,)``.
+        run_sizes: How many nodes each run has, in order.
+        grid: Shape ``(p,)``.
+        width: The least width of a node.
+    """
+    widths = torch.cat([spacing(part) for part in torch.split(nodes, list(run_sizes))])
+    return broadened(nodes, weights, grid, (0.5 * widths).clamp(min=width))
+
+
 def default_width(nodes: Tensor) -> float:
     """Return 1 % of the nodes' range (choice: outliers stay apart on a linear axis)."""
     span = float(nodes.max() - nodes.min())
@@ -52,16 +70,7 @@ def default_width(nodes: Tensor) -> float:
 def sampling_error(function: Callable[[Tensor], float], weights: Tensor, dim: int) -> float:
     """Return the standard error of a function of the weights of *one* quadrature.
 
-    A weight is the share of a random vector's squared norm that lies in the eigenspaces
-    which its node stands for. For a Gaussian vector ``w_j ~ chi^2(dim p_j) / dim`` for a
-    share ``p_j`` of all eigenvalues, so ``Var w_j = 2 p_j / dim``, and jointly a Dirichlet
-    law; for random signs this holds nearly, as long as eigenvectors are spread over many
-    coordinates, and is too large where they are not. To first order
-
-        ``Var f = (2 / dim) sum_j w_j (f_j - fbar)^2``, ``f_j = df/dw_j``, ``fbar = sum w_j f_j``.
-
-    For ``f = dim sum w theta`` this is the known variance ``2 ||A - tr(A)/dim I||_F^2`` of a
-    spherical trace probe. Node positions are taken as fixed.
+    By :func:`propagated_error` for the function's slopes.
 
     Args:
         function: From weights, shape ``(k,)``, to a number.
@@ -79,5 +88,27 @@ def sampling_error(function: Callable[[Tensor], float], weights: Tensor, dim: in
         upper = function(moved)
         moved[j] -= 2 * step
         slopes[j] = (upper - function(moved)) / (2 * step)
+    return propagated_error(slopes, weights, dim)
+
+
+def propagated_error(slopes: Tensor, weights: Tensor, dim: int) -> float:
+    """Return the standard error that random quadrature weights leave in a function of them.
+
+    A weight is the share of a random vector's squared norm that lies in the eigenspaces
+    which its node stands for. For a Gaussian vector ``w_j ~ chi^2(dim p_j) / dim`` for a
+    share ``p_j`` of all eigenvalues, so ``Var w_j = 2 p_j / dim``, and jointly a Dirichlet
+    law; for random signs this holds nearly, as long as eigenvectors are spread over many
+    coordinates, and is too large where they are not. To first order
+
+        ``Var f = (2 / dim) sum_j w_j (f_j - fbar)^2``, ``f_j = df/dw_j``, ``fbar = sum w_j f_j``.
+
+    For ``f = dim sum w theta`` this is the known variance ``2 ||A - tr(A)/dim I||_F^2`` of a
+    spherical trace probe. Node positions are taken as fixed.
+
+    Args:
+        slopes: ``f_j``, shape ``(k,)``.
+        weights: ``w_j``, shape ``(k,)``, float64, sum 1.
+        dim: Dimension of the operator, times the runs where weights are a mean over several.
+    """
     centred = slopes - (weights * slopes).sum()
     return math.sqrt(2 / dim * float((weights * centred**2).sum()))

@@ -1,4 +1,4 @@
-"""Results as figures: the only file that draws."""
+"""The spectrum as figures: at one measurement and over a run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,8 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator
 from torch import Tensor
 
 from lla_callbacks.landscape.measures import HessianMeasurement
-from lla_callbacks.linalg.density import broadened, default_width, spacing
-from lla_callbacks.report.scalars import BAND
-
-UP = "#2b6cb0"  # curvature upwards
-DOWN = "#dd6b20"  # curvature downwards
-INK = "#2d3748"
-PALE = "#a0aec0"
-DPI = 125
-MODES = {"batch": "batch statistics", "eval": "running statistics"}
-# More bars than this cannot be read; the layers with most curvature are kept.
-MOST_LAYERS = 30
+from lla_callbacks.linalg.density import broadened, default_width, resolved_density
+from lla_callbacks.report.style import DOWN, INK, MODES, PALE, UP, edges, finish, padded, subplots
 
 
 def density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figure:
@@ -36,44 +27,20 @@ def density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figur
     eigenvalues carry their residuals.
     """
     m = measurement
-    figure, (whole, bulk) = _subplots(1, 2, size=(8.0, 3.5), widths=[2, 1])
+    figure, (whole, bulk) = subplots(1, 2, size=(8.0, 3.5), widths=[2, 1])
     low, high = float(m.nodes.min()), float(m.nodes.max())
-    _draw_density(whole, m, *_padded(low, high, 0.06), default_width(m.nodes))
+    _draw_density(whole, m, *padded(low, high, 0.06), default_width(m.nodes))
     whole.set_title("whole spectrum", loc="left", color=INK)
     _mark_extremes(whole, m)
 
     inner_low, inner_high = _bulk(m)
     # A close-up is never coarser than the whole.
     width = min(max((inner_high - inner_low) / 50, 1e-12), default_width(m.nodes))
-    _draw_density(bulk, m, *_padded(inner_low, inner_high, 0.1), width, resolution=True)
+    _draw_density(bulk, m, *padded(inner_low, inner_high, 0.1), width, resolution=True)
     bulk.set_title("close-up of the bulk", loc="left", color=INK)
     # Where the close-up sits in the whole.
     whole.axvspan(inner_low, inner_high, color=PALE, alpha=0.18, lw=0, zorder=0)
-    _finish(figure, m, title or "Hessian spectrum")
-    return figure
-
-
-def layer_figure(measurement: HessianMeasurement, *, title: str = "") -> Figure:
-    """Return each layer's trace as a bar with its error bar, in the module's order."""
-    m = measurement
-    names = list(m.layer_traces)
-    dropped = len(names) - MOST_LAYERS
-    if dropped > 0:
-        largest = sorted(names, key=lambda n: -abs(m.layer_traces[n].value))[:MOST_LAYERS]
-        names = [name for name in names if name in set(largest)]
-    values = np.array([m.layer_traces[name].value for name in names])
-    errors = BAND * np.nan_to_num(np.array([m.layer_traces[name].sem for name in names]))
-    figure, (axes,) = _subplots(1, 1, size=(6.4, 1.7 + 0.27 * len(names)))
-    rows = np.arange(len(names))
-    axes.barh(rows, values, color=np.where(values >= 0, UP, DOWN), height=0.72, zorder=2)
-    axes.errorbar(values, rows, xerr=errors, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
-    axes.axvline(0, color=INK, lw=0.8)
-    axes.set_yticks(rows, names)
-    axes.invert_yaxis()
-    axes.set_xlabel("trace of the layer's Hessian block  (bars: ±2 standard errors)")
-    axes.grid(axis="x", color=PALE, alpha=0.35, lw=0.6, zorder=0)
-    note = f"; {dropped} smaller layers not shown" if dropped > 0 else ""
-    _finish(figure, m, (title or "Curvature by layer") + note)
+    finish_measured(figure, m, title or "Hessian spectrum")
     return figure
 
 
@@ -104,9 +71,9 @@ def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: 
         for m in measurements
     ]
     density = torch.stack(columns, dim=1).clamp(min=1e-2).numpy()
-    figure, (axes,) = _subplots(1, 1, size=(7.2, 3.8))
+    figure, (axes,) = subplots(1, 1, size=(7.2, 3.8))
     image = axes.pcolormesh(
-        _edges(steps), _edges(linear * np.sinh(grid.numpy())), density,
+        edges(steps), edges(linear * np.sinh(grid.numpy())), density,
         norm=LogNorm(0.1, max(10.0, float(density.max()))), cmap="viridis", rasterized=True,
     )  # fmt: skip
     axes.set_yscale("symlog", linthresh=linear)
@@ -125,7 +92,7 @@ def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: 
             steps, values, yerr=residuals, color=color, lw=1.4, marker="o", ms=3, capsize=2,
             label=label,
         )  # fmt: skip
-    axes.set_xlim(_edges(steps)[0], _edges(steps)[-1])
+    axes.set_xlim(edges(steps)[0], edges(steps)[-1])
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("eigenvalue")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -136,8 +103,25 @@ def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: 
     bar = figure.colorbar(image, ax=axes, pad=0.015)
     bar.set_label("eigenvalues per band (log)")
     bar.outline.set_visible(False)
-    _finish(figure, measurements[-1], title or "How the spectrum moved")
+    finish_measured(figure, measurements[-1], title or "How the spectrum moved")
     return figure
+
+
+def finish_measured(figure: Figure, m: HessianMeasurement, title: str, note: str = "") -> None:
+    """Write the title, and below the figure what was measured; ``note`` goes before it."""
+    finish(
+        figure,
+        title,
+        [
+            f"{m.num_params:,} parameters",
+            f"{m.num_samples:,} samples",
+            MODES.get(m.mode, m.mode),
+            f"{len(m.run_sizes)} × {m.num_steps} Lanczos steps, {m.num_probes} probes",
+            m.precision,
+            f"seed {m.seed}",
+        ],
+        note.splitlines(),
+    )
 
 
 def _draw_density(
@@ -181,12 +165,7 @@ def _draw_density(
 
 
 def _spread(nodes: Tensor, m: HessianMeasurement, grid: Tensor, width: float) -> Tensor:
-    """Return the density with each node as wide as the quadrature is uncertain about it.
-
-    Without this a shallow run draws gaps into a bulk that has none.
-    """
-    widths = torch.cat([spacing(part) for part in torch.split(nodes, list(m.run_sizes))])
-    return broadened(nodes, m.weights, grid, (0.5 * widths).clamp(min=width))
+    return resolved_density(nodes, m.weights, m.run_sizes, grid, width)
 
 
 def _resolved(
@@ -231,43 +210,3 @@ def _bulk(m: HessianMeasurement) -> tuple[float, float]:
     if high == low:
         high = low + 1e-12
     return low, high
-
-
-def _padded(low: float, high: float, share: float) -> tuple[float, float]:
-    span = (high - low) or max(abs(high), 1e-6)
-    return low - share * span, high + share * span
-
-
-def _edges(centres: np.ndarray) -> np.ndarray:
-    """Return cell edges halfway between centres."""
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    middles = (centres[:-1] + centres[1:]) / 2
-    first, last = centres[0] - (middles[0] - centres[0]), centres[-1] + (centres[-1] - middles[-1])
-    return np.concatenate([[first], middles, [last]])
-
-
-def _subplots(
-    rows: int, columns: int, *, size: tuple[float, float], widths: list[float] | None = None
-) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, width_ratios=widths)
-    for axes in grid.flat:
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(PALE)
-        axes.tick_params(colors=INK, labelsize=8)
-        axes.xaxis.label.set_color(INK)
-        axes.yaxis.label.set_color(INK)
-    return figure, list(grid.flat)
-
-
-def _finish(figure: Figure, m: HessianMeasurement, title: str) -> None:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    figure.supxlabel(
-        f"{m.num_params:,} parameters · {m.num_samples:,} samples · {MODES.get(m.mode, m.mode)} · "
-        f"{len(m.run_sizes)} × {m.num_steps} Lanczos steps, {m.num_probes} probes · "
-        f"{m.precision} · seed {m.seed}",
-        x=0.01, ha="left", fontsize=7.5, color="#718096",
-    )  # fmt: skip

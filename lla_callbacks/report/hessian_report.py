@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 from lla_callbacks.landscape.measures import HessianMeasurement
 from lla_callbacks.report.arrays import save_measurement
-from lla_callbacks.report.figures import density_figure, layer_figure
+from lla_callbacks.report.figures import density_figure
+from lla_callbacks.report.layer_figures import (
+    layer_density_figure,
+    layer_distance_figure,
+    layer_figure,
+)
 from lla_callbacks.report.words import describe
 
 if TYPE_CHECKING:
@@ -53,6 +58,14 @@ class HessianReport(HessianMeasurement):
     def layer_figure(self, *, title: str = "") -> Figure:
         """Return the layers' traces, drawn as bars with error bars."""
         return layer_figure(self, title=title)
+
+    def layer_density_figure(self, *, title: str = "") -> Figure:
+        """Return the layers' spectra against the whole's; needs ``num_layer_steps``."""
+        return layer_density_figure(self, title=title)
+
+    def layer_distance_figure(self, *, title: str = "") -> Figure:
+        """Return each layer's distance to the whole by depth; needs ``num_layer_steps``."""
+        return layer_distance_figure(self, title=title)
 
     def save(self, path: str | Path) -> Path:
         """Write every number to an .npz file and return its path."""

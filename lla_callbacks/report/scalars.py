@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lla_callbacks.landscape.layer_measures import LayerMeasurement
 from lla_callbacks.landscape.measures import HessianMeasurement
 
 # Half-width of the error bands, in standard errors: about 95 % where errors are normal.
@@ -15,8 +16,9 @@ def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> d
     """Return tag to value; what is not finite is left out, so that curves show a gap.
 
     Tags: ``<name>/lambda_max``, ``<name>/trace``, ``<name>/trace_sem``, one per criterion,
-    ``<name>_layers/<layer>/trace`` and its sem, ``<name>_errors/<criterion>``, and lower and
-    upper ends of error bands under ``<name>_bands/``, for charts that draw a band.
+    ``<name>_layers/<layer>/trace`` and whatever else is known of a layer,
+    ``<name>_errors/<criterion>``, and lower and upper ends of error bands under
+    ``<name>_bands/``, for charts that draw a band.
     """
     m = measurement
     values: dict[str, float] = {
@@ -24,6 +26,8 @@ def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> d
         f"{name}/lambda_min": float(m.lambda_min),
         f"{name}/trace": m.trace,
         f"{name}/trace_sem": m.trace_sem,
+        f"{name}/trace_times_norm2": m.trace_times_norm2,
+        f"{name}/weight_norm": m.weight_norm,
         f"{name}/loss": m.loss,
         f"{name}/gradient_norm": m.gradient_norm,
         f"{name}/num_matvecs": float(m.num_matvecs),
@@ -44,10 +48,31 @@ def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> d
     for tag, (value, half_width) in bands.items():
         values[f"{name}_bands/{tag}_lower"] = value - half_width
         values[f"{name}_bands/{tag}_upper"] = value + half_width
-    for layer, trace in m.layer_traces.items():
-        values[f"{name}_layers/{layer}/trace"] = trace.value
-        values[f"{name}_layers/{layer}/trace_sem"] = trace.sem
+    for layer, found in m.layers.items():
+        for tag, value in layer_scalars(found).items():
+            values[f"{name}_layers/{layer}/{tag}"] = value
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def layer_scalars(layer: LayerMeasurement) -> dict[str, float]:
+    """Return the last part of the tag to value, NaN where it is undefined."""
+    values = {
+        "trace": layer.trace,
+        "trace_sem": layer.trace_sem,
+        "trace_times_norm2": layer.trace_times_norm2,
+        "weight_norm": layer.norm,
+    }
+    if layer.spectrum is not None:
+        values |= {
+            "lambda_max": float(layer.spectrum.lambda_max),
+            "lambda_max_residual": layer.spectrum.lambda_max.residual,
+            "lambda_min": float(layer.spectrum.lambda_min),
+            "lambda_min_residual": layer.spectrum.lambda_min.residual,
+            "distance": layer.spectrum.distance,
+            "distance_error": layer.spectrum.distance_error,
+            "published_distance": layer.spectrum.published_distance,
+        }
+    return values
 
 
 def cost_scalars(name: str, seconds: float, overhead: float) -> dict[str, float]:
@@ -56,18 +81,31 @@ def cost_scalars(name: str, seconds: float, overhead: float) -> dict[str, float]
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 
-def custom_scalars_layout(name: str = "hessian") -> dict[str, Any]:
-    """Return a TensorBoard layout: each value and its error band in one chart."""
+def custom_scalars_layout(name: str = "hessian", *, layer_spectra: bool = False) -> dict[str, Any]:
+    """Return a TensorBoard layout: each value and its error band in one chart.
+
+    Args:
+        name: First part of the tags.
+        layer_spectra: Whether there are charts of what the layers' own spectra tell.
+    """
 
     def band(tag: str) -> list[Any]:
         ends = [f"{name}_bands/{tag}_lower", f"{name}_bands/{tag}_upper"]
         return ["Margin", [f"{name}/{tag}", *ends]]
 
+    lines = {
+        "stability (1 is the edge)": ["Multiline", [f"{name}/stability"]],
+        "trace by layer": ["Multiline", [f"{name}_layers/.*/trace$"]],
+    }
+    if layer_spectra:
+        lines |= {
+            "lambda_max by layer": ["Multiline", [f"{name}_layers/.*/lambda_max$"]],
+            "distance to the whole by layer": ["Multiline", [f"{name}_layers/.*/distance$"]],
+        }
     # TensorBoard shows line charts first, then charts with bands from the last to the first.
     return {
         name: {
-            "stability (1 is the edge)": ["Multiline", [f"{name}/stability"]],
-            "trace by layer": ["Multiline", [f"{name}_layers/.*/trace$"]],
+            **lines,
             "KH05 (band: 2 standard errors)": band("kh05"),
             "lambda_min (band: residual)": band("lambda_min"),
             "lambda_max (band: residual)": band("lambda_max"),

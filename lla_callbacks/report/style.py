@@ -50,7 +50,7 @@ def finish(figure: Figure, title: str, facts: Sequence[str], notes: Sequence[str
     """Write the title above a figure, and below it notes and then facts, as wide as it is."""
     width = figure.get_figwidth()
     figure.suptitle(
-        textwrap.fill(title, int(8.8 * width)),
+        "\n".join(textwrap.fill(line, int(8.8 * width)) for line in title.splitlines()),
         x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK,
     )  # fmt: skip
     lines = [textwrap.fill(note, int(18 * width)) for note in notes]

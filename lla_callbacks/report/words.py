@@ -35,13 +35,45 @@ def describe(measurement: HessianMeasurement) -> str:
             f"  stability           {c['stability']:.2g} of the optimizer's limit (1 is the "
             "edge, where full-batch steps start to overshoot)"
         )
-    if m.layer_traces:
-        name, trace = max(m.layer_traces.items(), key=lambda item: item[1].value)
-        lines.append(
-            f"  layers              most curvature in {name}: trace "
-            f"{with_error(trace.value, trace.sem)}"
-        )
+    lines += _layer_lines(m)
     return "\n".join(lines)
+
+
+def _layer_lines(m: HessianMeasurement) -> list[str]:
+    if not m.layers:
+        return []
+    name, trace = max(m.layer_traces.items(), key=lambda item: item[1].value)
+    lines = [
+        f"  layers              most curvature in {name}: trace "
+        f"{with_error(trace.value, trace.sem)}"
+    ]
+    spectra = {name: layer.spectrum for name, layer in m.layers.items() if layer.spectrum}
+    if spectra:
+        name, sharpest = max(spectra.items(), key=lambda item: float(item[1].lambda_max))
+        top = sharpest.lambda_max
+        lines.append(f"                      sharpest is {name}: {with_error(top, top.residual)}")
+    distances = {
+        name: (s.distance, s.distance_error)
+        for name, s in spectra.items()
+        if math.isfinite(s.distance)
+    }
+    if distances:
+        name, nearest = min(distances.items(), key=lambda item: item[1][0])
+        lines.append(
+            f"                      most like the whole is {name}: distance "
+            f"{with_error(*nearest)} (0 is the same shape; the +- is one standard error)"
+        )
+    if m.unlayered:
+        lines.append(f"                      {outside_words(m)}")
+    return lines
+
+
+def outside_words(m: HessianMeasurement) -> str:
+    """Return how many parameters belong to no chosen layer, empty if none do."""
+    if not m.unlayered:
+        return ""
+    left = m.num_params - sum(layer.num_params for layer in m.layers.values())
+    return f"{left:,} of {m.num_params:,} parameters belong to no chosen layer"
 
 
 def describe_change(history: Sequence[tuple[int, HessianMeasurement]]) -> str:

@@ -97,6 +97,16 @@ def test_stateful_module_ends_in_the_same_bits(tmp_path, optimizer, workers):
             {},
             id="tolerances",
         ),
+        pytest.param(
+            {"layers": "blocks", "num_layer_steps": 3, "num_layer_probes": 6, "num_runs": 2},
+            {},
+            id="layers",
+        ),
+        pytest.param(
+            {"num_layer_steps": 2, "figures": True, "every_n_train_steps": 3, "mode": "eval"},
+            {},
+            id="layers with figures, eval",
+        ),
         pytest.param({"dataloader": loader(shuffle=True)}, {}, id="loader"),
         pytest.param(
             {"dataloader": loader(shuffle=True, num_workers=1)}, {"workers": 1}, id="workers"

@@ -25,6 +25,7 @@ from .modules import Evaluated, Plain, events, fit, loader, monitor, plain_loss,
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVERY = ["lambda_max", "lambda_min", "trace", "trace_sem", "loss", "gradient_norm"]
+SCALES = ["trace_times_norm2", "weight_norm"]
 COUNTS = ["num_matvecs", "num_steps", "seconds", "overhead"]
 BANDS = ["lambda_max", "lambda_min", "trace", "kh05"]
 CRITERIA = [
@@ -69,10 +70,14 @@ def expected_tags(report):
     known = [tag for tag in CRITERIA if math.isfinite(report.criteria_errors[tag])]
     banded = [tag for tag in BANDS if tag != "kh05" or {"kh05"} <= {*finite} & {*known}]
     return {
-        *(f"hessian/{tag}" for tag in EVERY + COUNTS + finite),
+        *(f"hessian/{tag}" for tag in EVERY + SCALES + COUNTS + finite),
         *(f"hessian_errors/{tag}" for tag in ["lambda_max", "lambda_min", *known]),
         *(f"hessian_bands/{tag}_{end}" for tag in banded for end in ("lower", "upper")),
-        *(f"hessian_layers/net.{i}/{tag}" for i in (0, 2) for tag in ("trace", "trace_sem")),
+        *(
+            f"hessian_layers/net.{i}/{tag}"
+            for i in (0, 2)
+            for tag in ("trace", "trace_sem", *SCALES)
+        ),
     }
 
 
@@ -135,7 +140,12 @@ def test_stability_is_that_of_sgd_at_every_step_and_at_the_start(run):
 
 @pytest.mark.parametrize(
     ("tag", "at"),
-    [("density", MEASURED), ("layer_traces", MEASURED), ("history", MEASURED[1:])],
+    [
+        ("density", MEASURED),
+        ("layer_traces", MEASURED),
+        ("history", MEASURED[1:]),
+        ("layer_history", MEASURED[1:]),
+    ],
 )
 def test_event_file_holds_images(run, tag, at):
     images = run[2].Images(f"hessian/{tag}")
@@ -147,7 +157,7 @@ def test_event_file_holds_images(run, tag, at):
 
 def test_event_file_holds_no_other_images(run):
     assert {*run[2].Tags()["images"]} == {
-        f"hessian/{tag}" for tag in ("density", "layer_traces", "history")
+        f"hessian/{tag}" for tag in ("density", "layer_traces", "history", "layer_history")
     }
 
 
@@ -300,6 +310,7 @@ def test_csv_logger_gets_scalars_and_figures(tmp_path):
         *(f"figures/hessian/density/step_{step:08d}.png" for step in (0, 2, 4)),
         *(f"figures/hessian/layer_traces/step_{step:08d}.png" for step in (0, 2, 4)),
         *(f"figures/hessian/history/step_{step:08d}.png" for step in (2, 4)),
+        *(f"figures/hessian/layer_history/step_{step:08d}.png" for step in (2, 4)),
     }
     assert all(figure.read_bytes().startswith(PNG) for figure in figures)
 
@@ -363,6 +374,7 @@ FIGURES = [
     ("hessian/density", 4),
     ("hessian/layer_traces", 4),
     ("hessian/history", 4),
+    ("hessian/layer_history", 4),
 ]
 
 
@@ -410,7 +422,7 @@ def test_several_loggers_get_the_same(tmp_path):
     assert [(key, step) for key, step, _, _ in other.figures] == FIGURES
     assert [v for _, v in scalars(accumulator)["hessian/trace"]] == [np.float32(v) for v in logged]
     assert len(accumulator.Images("hessian/density")) == 2
-    assert len(list(tmp_path.glob("**/*.png"))) == 5
+    assert len(list(tmp_path.glob("**/*.png"))) == len(FIGURES)
     for logger in (board, table):
         assert len(list(tmp_path.__class__(logger.log_dir).glob("hessian/*.npz"))) == 2
 

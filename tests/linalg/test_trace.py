@@ -60,6 +60,27 @@ def test_plain_probes_have_the_known_variance() -> None:
     assert float(found.var() * 2 / known) == pytest.approx(1, abs=0.15)
 
 
+def test_a_blocks_trace_has_the_known_variance_by_whole_and_by_block_probes() -> None:
+    matrix, repeats = outlier_matrix(), 600
+    found = [estimate(matrix, 0, 2, seed)[0] for seed in range(repeats)]
+    for name, index in BLOCKS.items():
+        rows = matrix[index]
+        block = rows[:, index]
+        own = 2 * (block.square().sum() - block.diagonal().square().sum())
+        cross = rows.square().sum() - block.square().sum()
+        by_whole = torch.tensor([e.blocks[name][0] for e in found])
+        by_block = []
+        for seed in range(repeats):
+            estimator = TraceEstimator(DenseOperator(block), {})
+            source = generator(seed)
+            estimator.add_probe(source)
+            estimator.add_probe(source)
+            by_block.append(estimator.estimate().value)
+        # Two probes each; the variance of 600 estimates is good to 6 %.
+        assert float(by_whole.var() * 2 / (own + cross)) == pytest.approx(1, abs=0.25)
+        assert float(torch.tensor(by_block).var() * 2 / own) == pytest.approx(1, abs=0.25)
+
+
 @pytest.mark.parametrize("depth", [1, 4, 12, DIM])
 def test_the_known_part_and_the_rest_make_the_whole_diagonal(depth: int) -> None:
     matrix = outlier_matrix()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lla_callbacks import HessianReport, measure_hessian
-from lla_callbacks.landscape.measures import Eigenvalue, LayerTrace
+from lla_callbacks.landscape.eigenvalue import Eigenvalue
 from lla_callbacks.report.figures import history_figure
 from lla_callbacks.report.scalars import custom_scalars_layout, hessian_scalars
 from lla_callbacks.report.words import describe_change, with_error
@@ -32,6 +32,8 @@ def test_scalars_carry_values_errors_and_layers(report: HessianReport) -> None:
     assert values["hessian_errors/lambda_min"] == report.lambda_min.residual
     assert values["hessian/kh05"] == report.criteria["kh05"]
     assert values["hessian_layers/2/trace"] == report.layer_traces["2"].value
+    assert values["hessian_layers/2/weight_norm"] == report.layers["2"].norm
+    assert values["hessian/trace_times_norm2"] == report.trace * report.weight_norm**2
     half = values["hessian_bands/trace_upper"] - values["hessian/trace"]
     assert half == pytest.approx(2 * report.trace_sem)
     assert all(math.isfinite(value) for value in values.values())
@@ -63,7 +65,7 @@ def test_arrays_come_back_from_the_file(report: HessianReport, tmp_path: Path) -
         assert named == {k: [t.value, t.sem] for k, t in report.layer_traces.items()}
         criteria = dict(zip(arrays["criteria_names"].tolist(), arrays["criteria"], strict=True))
         assert criteria["kh05"][0] == report.criteria["kh05"]
-        fields = {f.name for f in dataclasses.fields(report)} - {"criteria_errors"}
+        fields = {f.name for f in dataclasses.fields(report)} - {"criteria_errors", "layers"}
         assert fields <= set(arrays.files)
 
 
@@ -134,28 +136,6 @@ def test_the_density_figure_draws_the_spectrum(report: HessianReport) -> None:
     assert "batch statistics" in note
     assert "12 Lanczos steps" in note
     figure.canvas.draw()
-
-
-def test_the_layer_figure_draws_bars_with_error_bars(report: HessianReport) -> None:
-    figure = report.layer_figure()
-    (axes,) = figure.axes
-    assert [bar.get_width() for bar in axes.patches] == [
-        t.value for t in report.layer_traces.values()
-    ]
-    assert [t.get_text() for t in axes.get_yticklabels()] == list(report.layer_traces)
-    segments = axes.collections[0].get_segments()
-    for (left, right), trace in zip(segments, report.layer_traces.values(), strict=True):
-        assert right[0] - left[0] == pytest.approx(4 * trace.sem)
-    figure.canvas.draw()
-
-
-def test_many_layers_are_cut_to_the_largest_and_it_is_said(report: HessianReport) -> None:
-    traces = {f"layer {i}": LayerTrace(float(i), 0.1) for i in range(50)}
-    figure = dataclasses.replace(report, layer_traces=traces).layer_figure()
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [
-        f"layer {i}" for i in range(20, 50)
-    ]
-    assert "20 smaller layers not shown" in figure._suptitle.get_text()
 
 
 def test_the_history_figure_follows_the_extremes(report: HessianReport) -> None:

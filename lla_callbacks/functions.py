@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from lla_callbacks.landscape.batches import first_samples, hold
+from lla_callbacks.landscape.layers import Layers
 from lla_callbacks.landscape.measures import HessianSettings, measure
 from lla_callbacks.landscape.objective import GRAPH_MEMORY, Loss, Mode, Objective, trainable
 from lla_callbacks.landscape.stability import stability_limit
@@ -24,7 +25,7 @@ def measure_hessian(
     loss: Loss | None = None,
     mode: Mode = "batch",
     dropout: bool = False,
-    layers: Sequence[str] | None = None,
+    layers: Layers = None,
     num_probes: int = HessianSettings.num_probes,
     num_steps: int = HessianSettings.num_steps,
     num_runs: int = HessianSettings.num_runs,
@@ -53,8 +54,9 @@ def measure_hessian(
         mode: ``"batch"``: normalization by batch statistics, as in training. ``"eval"``:
             by running statistics.
         dropout: Whether dropout is on; off by default in every mode.
-        layers: Layers whose traces are told apart: paths or patterns of modules; ``None``
-            takes every module that owns parameters.
+        layers: Layers that are told apart: ``None`` takes every module that owns parameters,
+            ``"blocks"`` every repeated block; or paths, patterns or a predicate of modules,
+            see :func:`~lla_callbacks.landscape.layers.layer_parameters`.
         num_probes: Random probes of the trace, one product each.
         num_steps: Depth of a Lanczos run. KH05 compares only at equal depth.
         num_runs: Independent Lanczos runs.

@@ -38,8 +38,9 @@ class HessianMonitor(Monitor):
         every_n_train_steps: Measure every n optimizer steps, from when the held batches are
             there (after ``num_samples`` samples). With neither, every epoch that
             ``max_overhead`` has room for.
-        layers: Paths or patterns of the modules whose traces are told apart; ``None``
-            takes every module that owns parameters.
+        layers: Layers that are told apart: ``None`` takes every module that owns parameters,
+            ``"blocks"`` every repeated block; or paths, patterns or a predicate of modules,
+            see :func:`~lla_callbacks.landscape.layers.layer_parameters`.
         num_probes: Random probes of the trace; see
             :class:`~lla_callbacks.landscape.measures.HessianSettings` for this and the
             next two.
@@ -90,7 +91,7 @@ class HessianMonitor(Monitor):
         self,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
-        layers: list[str] | None = None,
+        layers: str | list[str] | Callable[[str, nn.Module], bool] | None = None,
         num_probes: int = HessianSettings.num_probes,
         num_steps: int = HessianSettings.num_steps,
         num_runs: int = HessianSettings.num_runs,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.landscape import criteria
-from lla_callbacks.landscape.layers import layer_parameters
+from lla_callbacks.landscape.layers import Layers, check_layers, layer_parameters
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.stability import StabilityLimit
 from lla_callbacks.linalg.density import sampling_error
@@ -96,7 +96,7 @@ class HessianSettings:
     num_steps: int = 24
     num_probes: int = 24
     num_runs: int = 1
-    layers: Sequence[str] | None = None
+    layers: Layers = None
     eig_rtol: float | None = None
     trace_rtol: float | None = None
     seed: int = 0
@@ -114,17 +114,7 @@ class HessianSettings:
                 raise ValueError(f"{name} is {value!r}; give a number between 0 and 1, or None.")
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}; give a whole number below 2**63.")
-        names = self.layers
-        if names is not None and (
-            isinstance(names, str)
-            or not isinstance(names, Sequence)
-            or not names
-            or not all(isinstance(name, str) for name in names)
-        ):
-            raise ValueError(
-                f"layers is {self.layers!r}; give a list of module paths or patterns, such as "
-                "['encoder.*', 'head'], or None for every layer."
-            )
+        check_layers(self.layers)
 
     @property
     def max_matvecs(self) -> int:

@@ -216,6 +216,19 @@ def test_command_line_makes_a_monitor_from_a_file(
     assert "curvature/trace" in made.trainer.callback_metrics
 
 
+@pytest.mark.parametrize(("given", "layers"), [("blocks", "blocks"), ("net.*", "net.*")])
+@pytest.mark.parametrize(("cli", "make_module", "make_data"), CLIS)
+def test_command_line_takes_a_grouping_or_one_pattern(
+    tmp_path, monkeypatch, cli, make_module, make_data, given, layers
+):
+    args = [
+        "--trainer.callbacks+=lla_callbacks.HessianMonitor",
+        f"--trainer.callbacks.layers={given}",
+    ]
+    made = command_line(cli, make_module, make_data, tmp_path, monkeypatch, args)
+    assert named_monitor(made).settings.layers == layers
+
+
 @pytest.mark.parametrize(("cli", "make_module", "make_data"), CLIS)
 def test_command_line_refuses_a_wrong_setting(
     tmp_path, monkeypatch, capsys, cli, make_module, make_data

@@ -260,7 +260,7 @@ def test_layers_can_be_chosen() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"eig_rtol": 2.0}, "eig_rtol is 2.0; give a number between 0 and 1"),
         ({"trace_rtol": "x"}, "trace_rtol is 'x'"),
-        ({"layers": "2"}, "layers is '2'; give a list"),
+        ({"layers": 2}, "layers is 2; give a module path or pattern"),
         ({"layers": ["nowhere"]}, r"'nowhere', which matches no module .* are: 0, 2"),
         ({"mode": "train"}, "mode is 'train'; give one of batch, eval"),
         ({"mode": "eval", "dropout": True}, "dropout is True in mode 'eval'"),

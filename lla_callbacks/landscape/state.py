@@ -22,17 +22,24 @@ _TORCH_KEYS = frozenset(nn.Module().__dict__)
 
 
 @contextmanager
-def preserved(module: nn.Module, *, seed: int) -> Iterator[None]:
+def preserved(module: nn.Module, *, seed: int | None, check_weights: bool = True) -> Iterator[None]:
     """Restore the module and every random stream on leaving, whatever happened inside.
 
     Kept: random streams of python, numpy, torch's CPU and every initialised CUDA device
-    (inside, all start from ``seed``, so that two passes agree); buffers (clones are swapped
+    (inside, all start from ``seed``, or with ``None`` from where they stand, so that two
+    passes agree); buffers (clones are swapped
     in, so that the originals keep value, identity and version) and frozen parameters
     likewise; plain attributes of every submodule, where torchmetrics keep their state and
     users their counters and lists; gradients (parked); ``requires_grad``; train and eval
     modes; the gradient mode.
 
     Not kept, since they cannot be seen: objects of the user's own classes, files, globals.
+
+    Args:
+        module: The module.
+        seed: Where random streams start inside.
+        check_weights: Whether trainable weights are kept and checked too; without it, a
+            caller that moves them puts them back, and saves a copy.
 
     Raises:
         MeasurementError: If the trainable weights were changed inside. They are restored,
@@ -41,7 +48,8 @@ def preserved(module: nn.Module, *, seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(preserved_random_streams(seed))
         stack.enter_context(_preserved_attributes(module))
-        stack.enter_context(_unchanged_weights(module))
+        if check_weights:
+            stack.enter_context(_unchanged_weights(module))
         stack.enter_context(_preserved_frozen_parameters(module))
         stack.enter_context(_preserved_buffers(module))
         stack.enter_context(_preserved_gradients(module))
@@ -136,16 +144,17 @@ def set_mode(
 
 
 @contextmanager
-def preserved_random_streams(seed: int) -> Iterator[None]:
-    """Restore every random stream on leaving; inside, all start from ``seed``."""
+def preserved_random_streams(seed: int | None) -> Iterator[None]:
+    """Restore every random stream on leaving; inside, all start from ``seed`` if there is one."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = _cuda_states()
     try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            torch.cuda.manual_seed_all(seed)
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)
+            if cuda:
+                torch.cuda.manual_seed_all(seed)
         yield
     finally:
         random.setstate(python)

@@ -1,0 +1,139 @@
+"""The loss at weights that stand a signed random step away, with exact gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.linalg.probes import generator, signs
+from lla_callbacks.linalg.space import ParameterSpace
+
+# One gradient per parameter of a space, in its order; None where the loss sees none of it.
+Gradients = tuple[Tensor | None, ...]
+
+
+class DisplacedLoss:
+    """``phi(c) = L(theta + c s z)`` on signs ``z``, for gradients with respect to ``theta``.
+
+    ``z`` is a Rademacher vector on the chosen parameters and zero elsewhere; it is drawn
+    again for each pass from ``(seed, *key, probe)``, so that no copy of it is kept.
+    ``s`` is 1, or with ``relative`` the root mean square of each chosen tensor: then ``phi``
+    does not change when the weights before a normalization grow, and gradients hold the
+    term that comes from ``s(theta)``,
+
+        d/dw phi = g + c (z . g) w / (n s),  per tensor ``w`` of ``n`` entries,
+
+    without which growing weights would still be rewarded. Tensors of zeros stay in place.
+
+    Args:
+        evaluate: Returns the scalar loss at the present weights, with its graph; the same
+            function at every call. It leaves the module as it was.
+        space: Every trainable parameter.
+        chosen: Names of those that are moved.
+        seed: Fixes the probes, together with the key.
+        key: Numbers that tell this draw from others, the training step for instance.
+        relative: Whether steps are in units of each tensor's root mean square.
+        loss_scale: Factor on the loss in the backward pass, taken out of gradients again;
+            for half precision, where small gradients vanish.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], Tensor],
+        space: ParameterSpace,
+        chosen: Iterable[str],
+        *,
+        seed: int = 0,
+        key: Sequence[int] = (),
+        relative: bool = False,
+        loss_scale: float = 1.0,
+    ) -> None:
+        names = set(chosen)
+        self.evaluate = evaluate
+        self.space = space
+        self.positions = [i for i, name in enumerate(space.names) if name in names]
+        self.weights = [space.tensors[i] for i in self.positions]
+        self.relative = relative
+        self._seed = seed
+        self._key = tuple(key)
+        self._loss_scale = loss_scale
+        self._originals: list[Tensor] = []
+
+    def signs(self, probe: int) -> Iterator[Tensor]:
+        """Yield ``z`` tensor by tensor, shaped like the chosen parameters."""
+        source = generator(self._seed, *self._key, probe)
+        for w in self.weights:
+            yield signs(w.numel(), source, dtype=w.dtype, device=w.device).reshape(w.shape)
+
+    def root_mean_square(self) -> float:
+        """Return that of all chosen weights together."""
+        count = sum(w.numel() for w in self.weights)
+        square = torch.stack([w.detach().square().sum(dtype=torch.float64) for w in self.weights])
+        return math.sqrt(float(square.sum()) / count)
+
+    @contextmanager
+    def displacing(self) -> Iterator[None]:
+        """Allow displaced passes inside; the weights, to the bit, come back on leaving."""
+        self._originals = [w.detach().clone() for w in self.weights]
+        try:
+            yield
+        finally:
+            for w, original in zip(self.weights, self._originals, strict=True):
+                # .data: a graph that the user still holds does not see a new version.
+                w.data.copy_(original)
+            self._originals = []
+
+    def move(self, distance: float, probe: int) -> None:
+        """Put the weights at ``theta + distance s z``."""
+        pairs = zip(self.weights, self._originals, self.signs(probe), strict=True)
+        for w, original, z in pairs:
+            scale = distance * _rms(original) if self.relative else distance
+            torch.add(original, z.mul_(scale), out=w.data)
+
+    def gradient(self, distance: float, probe: int) -> tuple[Tensor, Gradients]:
+        """Return ``phi(distance)`` and its gradient, at the price of one gradient."""
+        self.move(distance, probe)
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = self.evaluate()
+            scaled = loss if self._loss_scale == 1.0 else loss * self._loss_scale
+            gradients = torch.autograd.grad(scaled, self.space.tensors, allow_unused=True)
+        if self._loss_scale != 1.0:
+            gradients = tuple(g if g is None else g / self._loss_scale for g in gradients)
+        return loss.detach(), self.pulled_back(gradients, distance, probe)
+
+    def pulled_back(
+        self, gradients: Sequence[Tensor | None], distance: float, probe: int
+    ) -> Gradients:
+        """Return gradients with respect to ``theta``, from those at the displaced weights."""
+        found = list(gradients)
+        if self.relative and distance:
+            triples = zip(self.positions, self._originals, self.signs(probe), strict=True)
+            for i, w, z in triples:
+                g, rms = found[i], _rms(w)
+                if g is not None:
+                    share = distance * (z * g).sum() / (w.numel() * rms)
+                    # A tensor of zeros was not moved, and has no direction to grow in.
+                    found[i] = g + torch.where(rms > 0, share, 0.0) * w
+        return tuple(found)
+
+
+def combined(*terms: tuple[float, Gradients]) -> Gradients:
+    """Return ``sum_i a_i G_i``, where a gradient that is ``None`` counts as zero."""
+    found: list[Tensor | None] = []
+    for parts in zip(*(gradients for _, gradients in terms), strict=True):
+        total: Tensor | None = None
+        # Not in place: autograd may return gradients whose entries share their memory.
+        for (factor, _), part in zip(terms, parts, strict=True):
+            if part is not None:
+                share = part if factor == 1.0 else factor * part
+                total = share if total is None else total + share
+        found.append(total)
+    return tuple(found)
+
+
+def _rms(tensor: Tensor) -> Tensor:
+    return tensor.detach().square().mean().sqrt()

@@ -16,6 +16,10 @@ from lla_callbacks.linalg.space import ParameterSpace
 Gradients = tuple[Tensor | None, ...]
 
 
+# Entries of a probe that are drawn at once: 4 MiB, small beside any network that is larger.
+GROUP_SIZE = 2**20
+
+
 class DisplacedLoss:
     """``phi(c) = L(theta + c s z)`` on signs ``z``, for gradients with respect to ``theta``.
 
@@ -62,12 +66,16 @@ class DisplacedLoss:
         self._key = tuple(key)
         self._loss_scale = loss_scale
         self._originals: list[Tensor] = []
+        self._groups = _grouped(self.weights)
 
     def signs(self, probe: int) -> Iterator[Tensor]:
         """Yield ``z`` tensor by tensor, shaped like the chosen parameters."""
         source = generator(self._seed, *self._key, probe)
-        for w in self.weights:
-            yield signs(w.numel(), source, dtype=w.dtype, device=w.device).reshape(w.shape)
+        for group in self._groups:
+            sizes = [w.numel() for w in group]
+            z = signs(sum(sizes), source, dtype=group[0].dtype, device=group[0].device)
+            for part, w in zip(torch.split(z, sizes), group, strict=True):
+                yield part.reshape(w.shape).to(w.dtype)
 
     def root_mean_square(self) -> float:
         """Return that of all chosen weights together."""
@@ -89,10 +97,12 @@ class DisplacedLoss:
 
     def move(self, distance: float, probe: int) -> None:
         """Put the weights at ``theta + distance s z``."""
-        pairs = zip(self.weights, self._originals, self.signs(probe), strict=True)
-        for w, original, z in pairs:
-            scale = distance * _rms(original) if self.relative else distance
-            torch.add(original, z.mul_(scale), out=w.data)
+        triples = zip(self.weights, self._originals, self.signs(probe), strict=True)
+        for w, original, z in triples:
+            if self.relative:
+                torch.addcmul(original, z, _rms(original), value=distance, out=w.data)
+            else:
+                torch.add(original, z, alpha=distance, out=w.data)
 
     def gradient(self, distance: float, probe: int) -> tuple[Tensor, Gradients]:
         """Return ``phi(distance)`` and its gradient, at the price of one gradient."""
@@ -133,6 +143,19 @@ def combined(*terms: tuple[float, Gradients]) -> Gradients:
                 total = share if total is None else total + share
         found.append(total)
     return tuple(found)
+
+
+def _grouped(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return small tensors together, since each draw has a price, and large ones alone."""
+    groups: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        room -= tensor.numel()
+        if room < 0:
+            groups.append([])
+            room = GROUP_SIZE - tensor.numel()
+        groups[-1].append(tensor)
+    return groups
 
 
 def _rms(tensor: Tensor) -> Tensor:

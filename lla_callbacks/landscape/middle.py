@@ -91,11 +91,13 @@ def _weights(path: str, space: ParameterSpace) -> list[str]:
 def _in_forward_order(module: nn.Module, paths: list[str], run: Callable[[], Any]) -> list[str]:
     """Return paths by their first call; one that is never called follows its predecessor."""
     called: dict[str, int] = {}
+
+    def note(path: str) -> None:
+        called.setdefault(path, len(called))
+
+    # A hook's result would replace the input, so that nothing is returned.
     handles = [
-        module.get_submodule(path).register_forward_pre_hook(
-            # The first call counts.
-            lambda *_, path=path: called.setdefault(path, len(called)) and None
-        )
+        module.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: note(path))
         for path in paths
     ]
     try:

@@ -91,6 +91,15 @@ def unscales_gradients_itself(optimizer: Any) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def has_static_graph(trainer: Any) -> bool:
+    """Return whether DDP was told that every step has the same graph.
+
+    It then learns that graph, and starts to synchronize, in the backward pass of its own
+    first output: leaving that one out leaves gradients unsynchronized without a word.
+    """
+    return bool(getattr(trainer.strategy.model, "static_graph", False))
+
+
 def shards_parameters(trainer: Any, module: nn.Module) -> bool:
     """Return whether parameters are spread over processes (FSDP, DeepSpeed)."""
     strategy = type(getattr(trainer, "strategy", None)).__name__

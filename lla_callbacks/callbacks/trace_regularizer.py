@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lla_callbacks.callbacks.compat import (
     Callback,
     MisconfigurationException,
+    has_static_graph,
     loss_scale,
     shards_parameters,
     unscales_gradients_itself,
@@ -221,6 +222,8 @@ class HessianTraceRegularizer(Callback):
         self._found = FoundStrength(self.target_ratio)
         self._chosen: tuple[tuple[str, ...], list[str]] = ((), [])
         self._last_logged: int | None = None
+        # Whether the backward pass of a step's own loss has run since the fit began.
+        self._went_backward = False
         self._forget_batch()
 
     def _forget_batch(self) -> None:
@@ -237,10 +240,12 @@ class HessianTraceRegularizer(Callback):
         self._batch = (batch, batch_idx)
         if pl_module.automatic_optimization:
             # Here no graph is alive, so that the weights may move.
-            self._pending = self._penalize(trainer, pl_module, with_task=True)
+            replaces = self._went_backward or not has_static_graph(trainer)
+            self._pending = self._penalize(trainer, pl_module, with_task=replaces)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         if self._batch is None or not pl_module.automatic_optimization:
+            self._went_backward = True
             return
         self._num_backward += 1
         if self._num_backward > 1:
@@ -249,9 +254,11 @@ class HessianTraceRegularizer(Callback):
                 "and only the first gradient would be penalized. Use an optimizer that "
                 "evaluates it once."
             )
-        if self._pending is None:
-            return
         pending, self._pending = self._pending, None
+        if pending is None or not pending.contains_task:
+            self._went_backward = True
+        if pending is None:
+            return
         pairs = zip(trainable(pl_module).values(), pending.gradient, strict=True)
         known = [(p, g) for p, g in pairs if g is not None]
         factor = loss_scale(trainer) / trainer.accumulate_grad_batches

@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lla_callbacks.linalg.probes import generator, signs
 
@@ -21,6 +21,12 @@ def samples(size=24, dtype=torch.float64):
 
 def double_loader(size=24, batch_size=4, dtype=torch.float64):
     return DataLoader(samples(size, dtype), batch_size)
+
+
+def half_loader(rank):
+    """Every second sample: what one of two processes sees."""
+    data = samples(32)
+    return DataLoader(Subset(data, range(rank, len(data), 2)), batch_size=4)
 
 
 def sgd(parameters):

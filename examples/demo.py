@@ -2,6 +2,7 @@
 
     python examples/demo.py                                  # scikit-learn's digits
     python examples/demo.py --data FOLDER --max-epochs 3     # MNIST, Fashion-MNIST, CIFAR-10
+    python examples/demo.py --trace-regularization 1e-3      # towards flat minima
 
 Then open TensorBoard by the command in the last line.
 """
@@ -75,12 +76,17 @@ def main() -> None:
     parser.add_argument("--max-epochs", type=int, default=40)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--bundle", choices=["economy", "standard", "paper"], default="standard")
+    parser.add_argument(
+        "--trace-regularization", type=float, help="strength of a penalty on the Hessian's trace"
+    )
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="where TensorBoard looks")
     arguments = parser.parse_args()
 
     pl.seed_everything(0)
     train, test = load_images(arguments.data)
-    callbacks = getattr(lla_callbacks, arguments.bundle)(every_n_epochs=4)
+    callbacks = getattr(lla_callbacks, arguments.bundle)(
+        every_n_epochs=4, trace_regularization=arguments.trace_regularization
+    )
     trainer = pl.Trainer(
         max_epochs=arguments.max_epochs,
         accelerator="cpu",

@@ -29,14 +29,15 @@ from lla_callbacks import HessianMonitor, HessianTraceRegularizer, measure_hessi
 # Two-sided 95 % quantile of Student's t, by seeds.
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 10: 2.262}
 COLUMNS = ["trace", "lambda_max", "norm", "trace x norm^2", "train loss", "test loss", "test acc"]
+PAIRED = ["change of log10 trace", "of test loss", "of test acc"]
 
 
 def mlp() -> nn.Sequential:
-    """Six linear layers for 8x8 images."""
+    """Four linear layers for 8x8 images."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for _ in range(5):
-        layers += [nn.Linear(64, 64), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(64, 10))
+    for width in (64, 128, 128):
+        layers += [nn.Linear(width, 128), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(128, 10))
 
 
 def conv_net() -> nn.Sequential:
@@ -98,7 +99,7 @@ class Study:
         self.seeds = seeds
         train, test = load_images(data)
         if data is None:
-            self.make, self.batch, self.epochs, self.lr, size = mlp, 50, 60, 0.05, 500
+            self.make, self.batch, self.epochs, self.lr, size = mlp, 50, 80, 0.05, 500
         else:
             self.make, self.batch, self.epochs, self.lr, size = conv_net, 50, 10, 0.05, 2000
         self.train, self.test = self._shrunk(train, size), self._shrunk(test, 2000)
@@ -136,16 +137,18 @@ class Study:
         values = [report.trace, float(report.lambda_max), norm, report.trace * norm**2]
         return [*values, *losses, accuracy]
 
-    def row(self, name: str, **settings) -> list[list[float]]:
-        """Train with every seed and print means with 95 % intervals."""
-        rows = [self.run(seed, **settings) for seed in range(self.seeds)]
-        show(name, rows)
-        return rows
+    def row(self, name: str, plain: list[list[float]], **settings) -> None:
+        """Train with every seed and print means, and changes paired by seed."""
+        show(name, [self.run(seed, **settings) for seed in range(self.seeds)], plain)
 
 
-def show(name: str, rows: list[list[float]]) -> None:
+def show(name: str, rows: list[list[float]], plain: list[list[float]]) -> None:
     """Print one row of the table: means with 95 % intervals over seeds."""
     cells = [interval(column) for column in zip(*rows, strict=True)]
+    pairs = list(zip(rows, plain, strict=True))
+    changes = [[math.log10(max(a[0], 1e-9) / b[0]) for a, b in pairs]]
+    changes += [[a[i] - b[i] for a, b in pairs] for i in (5, 6)]
+    cells += [interval(change) for change in changes]
     print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -175,31 +178,22 @@ def main() -> None:
         plain.append(study.run(seed, monitor=monitor))
         print("  " + ", ".join(f"{s}: {r.trace:.3g}" for s, r in monitor.history), flush=True)
 
-    print("\n| penalty | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
-    show("none", plain)
-    compared = {}
+    header = [*COLUMNS, *PAIRED]
+    print("\n| penalty | " + " | ".join(header) + " |\n" + "|---" * (len(header) + 1) + "|")
+    show("none", plain, plain)
     # SAM's loss rises by rho^2 lambda_max / 2, the noise's by strength * tr H: equal at this rho.
     spread = statistics.fmean(row[0] / row[1] for row in plain)
     for strength in (1e-4, 1e-3):
         for layers in ("all", "middle"):
-            name = f"{layers}, {strength:g}"
-            compared[name] = study.row(name, strength=strength, layers=layers)
+            study.row(f"{layers}, {strength:g}", plain, strength=strength, layers=layers)
         rho = math.sqrt(2 * strength * spread)
-        compared[f"SAM, {strength:g}"] = study.row(f"SAM, rho {rho:.2g} ({strength:g})", rho=rho)
+        study.row(f"SAM, rho {rho:.2g} ({strength:g})", plain, rho=rho)
     for name, settings in {
-        "gauss_newton, 1e-3": {"strength": 1e-3, "estimator": "gauss_newton"},
-        "every 10th, 1e-4": {"strength": 1e-4, "every_n_train_steps": 10},
         "relative, 0.1": {"strength": 0.1, "relative": True},
+        "every 10th, 1e-4": {"strength": 1e-4, "every_n_train_steps": 10},
+        "gauss_newton, 1e-3": {"strength": 1e-3, "estimator": "gauss_newton"},
     }.items():
-        compared[name] = study.row(name, **settings)
-
-    print("\nDifference from no penalty, paired by seed:\n\n| penalty | log10 trace | test loss |"
-          " test acc |\n|---|---|---|---|")  # fmt: skip
-    for name, rows in compared.items():
-        pairs = list(zip(rows, plain, strict=True))
-        falls = [math.log10(max(a[0], 1e-9) / b[0]) for a, b in pairs]
-        cells = [falls, [a[5] - b[5] for a, b in pairs], [a[6] - b[6] for a, b in pairs]]
-        print(f"| {name} | " + " | ".join(interval(cell) for cell in cells) + " |")
+        study.row(name, plain, **settings)
 
 
 if __name__ == "__main__":

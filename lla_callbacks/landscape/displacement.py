@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,13 +70,13 @@ class DisplacedLoss:
         self._groups = _grouped(self.weights)
 
     def signs(self, probe: int) -> Iterator[Tensor]:
-        """Yield ``z`` tensor by tensor, shaped like the chosen parameters."""
+        """Yield ``z`` tensor by tensor, shaped like the chosen parameters, as int8."""
         source = generator(self._seed, *self._key, probe)
         for group in self._groups:
             sizes = [w.numel() for w in group]
-            z = signs(sum(sizes), source, dtype=group[0].dtype, device=group[0].device)
+            z = signs(sum(sizes), source, dtype=torch.int8, device=group[0].device)
             for part, w in zip(torch.split(z, sizes), group, strict=True):
-                yield part.reshape(w.shape).to(w.dtype)
+                yield part.reshape(w.shape)
 
     def root_mean_square(self) -> float:
         """Return that of all chosen weights together."""
@@ -99,21 +100,70 @@ class DisplacedLoss:
         """Put the weights at ``theta + distance s z``."""
         triples = zip(self.weights, self._originals, self.signs(probe), strict=True)
         for w, original, z in triples:
-            if self.relative:
-                torch.addcmul(original, z, _rms(original), value=distance, out=w.data)
-            else:
-                torch.add(original, z, alpha=distance, out=w.data)
+            scale = _rms(original) * distance if self.relative else distance
+            # In pieces: signs as wide as the weights are never held as a whole.
+            pieces = zip(*(_pieces(t) for t in (w.data, original, z)), strict=True)
+            for target, start, direction in pieces:
+                torch.add(start, direction.to(start.dtype).mul_(scale), out=target)
 
     def gradient(self, distance: float, probe: int) -> tuple[Tensor, Gradients]:
         """Return ``phi(distance)`` and its gradient, at the price of one gradient."""
         self.move(distance, probe)
+        loss, gradients = self._backward()
+        if self._loss_scale != 1.0:
+            gradients = tuple(g if g is None else g / self._loss_scale for g in gradients)
+        return loss, self.pulled_back(gradients, distance, probe)
+
+    def accumulate(
+        self, total: list[Tensor | None], factor: float, distance: float, probe: int
+    ) -> Tensor:
+        """Add ``factor`` times the gradient of ``phi(distance)`` to a total; return the loss.
+
+        Each parameter's share is added as soon as the backward pass has it, so that no
+        second gradient is ever held as a whole.
+
+        Args:
+            total: One own tensor per parameter of the space, ``None`` where there is none yet.
+            factor: Weight of this gradient.
+            distance: Of the displacement.
+            probe: Which probe.
+        """
+
+        def take(i: int, weight: float, gradient: Tensor) -> Tensor:
+            known = total[i]
+            if known is None:
+                total[i] = weight * gradient
+            else:
+                known.add_(gradient, alpha=weight)
+            # What is returned must have the shape, and need not have the memory.
+            return gradient.new_zeros(()).expand_as(gradient)
+
+        if self.relative:
+            # The term from s(theta) needs each gradient and its signs once more.
+            loss, gradients = self.gradient(distance, probe)
+            for i, gradient in enumerate(gradients):
+                if gradient is not None:
+                    take(i, factor, gradient)
+            return loss
+        weight = factor / self._loss_scale
+        handles = [
+            tensor.register_hook(partial(take, i, weight))  # type: ignore[no-untyped-call]
+            for i, tensor in enumerate(self.space.tensors)
+        ]
+        try:
+            self.move(distance, probe)
+            return self._backward()[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _backward(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Return the loss at the present weights and its gradients, scaled."""
         with torch.inference_mode(False), torch.enable_grad():
             loss = self.evaluate()
             scaled = loss if self._loss_scale == 1.0 else loss * self._loss_scale
             gradients = torch.autograd.grad(scaled, self.space.tensors, allow_unused=True)
-        if self._loss_scale != 1.0:
-            gradients = tuple(g if g is None else g / self._loss_scale for g in gradients)
-        return loss.detach(), self.pulled_back(gradients, distance, probe)
+        return loss.detach(), gradients
 
     def pulled_back(
         self, gradients: Sequence[Tensor | None], distance: float, probe: int
@@ -156,6 +206,13 @@ def _grouped(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
             room = GROUP_SIZE - tensor.numel()
         groups[-1].append(tensor)
     return groups
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Return views of a tensor, a number of rows each."""
+    if tensor.numel() <= GROUP_SIZE or tensor.ndim == 0:
+        return [tensor]
+    return torch.split(tensor, max(1, GROUP_SIZE * len(tensor) // tensor.numel()))
 
 
 def _rms(tensor: Tensor) -> Tensor:

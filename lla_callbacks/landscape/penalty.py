@@ -176,15 +176,14 @@ def _penalty(
 
 def _pairs(loss: DisplacedLoss, step: float, num_probes: int) -> tuple[Tensor, Gradients]:
     """Return loss and gradient, averaged over ``theta + step z`` and ``theta - step z``."""
-    losses, total = [], None
+    losses = []
+    total: list[Tensor | None] = [None] * len(loss.space.tensors)
+    share = 0.5 / num_probes
     for probe in range(num_probes):
         for distance in (step, -step):
-            value, gradients = loss.gradient(distance, probe)
+            value = loss.accumulate(total, share, distance, probe)
             losses.append(value.to(torch.float64))
-            total = gradients if total is None else combined((1.0, total), (1.0, gradients))
-            del gradients
-    assert total is not None
-    return torch.stack(losses).mean(), combined((1 / len(losses), total))
+    return torch.stack(losses).mean(), tuple(total)
 
 
 def _step(loss: DisplacedLoss) -> float:

@@ -52,7 +52,7 @@ def _one_probe(
     loss: DisplacedLoss, gradients: tuple[Tensor | None, ...], probe: int
 ) -> tuple[float, Gradients]:
     pairs = zip(loss.signs(probe), loss.weights, strict=True)
-    vectors = [z * _size(w) if loss.relative else z for z, w in pairs]
+    vectors = [z * _size(w) if loss.relative else z.to(w.dtype) for z, w in pairs]
     # A gradient without a graph is constant in the parameters: its rows are zero.
     known = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g is not None]
     known = [(g, v) for g, v in known if g.requires_grad]

@@ -43,4 +43,4 @@ def signs(dim: int, source: torch.Generator, *, dtype: torch.dtype, device: torc
 
 
 # The signs that the bits of each octet stand for, (256, 8).
-_EIGHT_SIGNS = 2.0 * (torch.arange(256)[:, None] >> torch.arange(8) & 1) - 1
+_EIGHT_SIGNS = (2 * (torch.arange(256)[:, None] >> torch.arange(8) & 1) - 1).to(torch.int8)

@@ -91,7 +91,7 @@ def gradient_at(module, batch, distance, step):
     kept = [p.detach().clone() for p in parameters]
     buffers, random = [b.clone() for b in module.buffers()], torch.get_rng_state()
     for p, z in zip(parameters, probe(module, step), strict=True):
-        p.data.add_(z, alpha=distance)
+        p.data.add_(distance * z)
     gradients = torch.autograd.grad(module.loss(batch), parameters, allow_unused=True)
     torch.set_rng_state(random)
     for p, original in zip(parameters, kept, strict=True):

@@ -148,7 +148,7 @@ def test_gradient_is_that_of_the_quadratic_form(
     module = net.module()
     loss = around(module, relative=relative)
     flat = nn.utils.parameters_to_vector(module.parameters()).detach()
-    probe = torch.cat([z.reshape(-1) for z in loss.signs(0)])
+    probe = torch.cat([z.reshape(-1).double() for z in loss.signs(0)])
     matrix = curvature(net, estimator)
 
     def form(flat: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def test_native_normalization_would_be_wrong_in_third_order(name: str) -> None:
     x, y = batch()
     loss = around(module)
     parameters = list(module.parameters())
-    vectors = list(loss.signs(0))
+    vectors = [z.double() for z in loss.signs(0)]
     first = torch.autograd.grad(F.cross_entropy(module(x), y), parameters, create_graph=True)
     second = torch.autograd.grad(first, parameters, vectors, create_graph=True)
     form = sum((h * v).sum() for h, v in zip(second, vectors, strict=True))
@@ -238,7 +238,7 @@ def test_only_chosen_parameters_are_moved(estimator: str) -> None:
     module = net.module()
     flat = nn.utils.parameters_to_vector(module.parameters()).detach()
     tensor = third_derivative(net, estimator, flat)[:12, :12]
-    z = next(around(module).signs(0)).reshape(-1)
+    z = next(around(module).signs(0)).reshape(-1).double()
     truth = torch.einsum("i,ijk,j->k", z, tensor, z)
     found = unit(around(module, chosen=["0.weight"]), estimator, strength=0.5e-8)
     assert (found - truth).norm() < 2e-3 * truth.norm()

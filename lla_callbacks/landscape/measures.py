@@ -329,6 +329,9 @@ def _criteria(
     # tr H^2 from the norms of all products: better than the quadrature, with a sem.
     values["frobenius_norm"] = math.sqrt(traces.square)
     errors["frobenius_norm"] = traces.square_sem / (2 * math.sqrt(max(traces.square, 1e-300)))
+    # Growing weights before a normalization divide the trace and leave this as it is.
+    size = math.fsum(float(t.detach().double().square().sum()) for t in hessian.space.tensors)
+    values["scaled_trace"], errors["scaled_trace"] = traces.value * size, traces.sem * size
     norm = max(extremes, key=abs)
     if float(norm) != 0:
         values["stable_rank"] = traces.square / norm**2

@@ -36,6 +36,7 @@ CRITERIA = [
     "r_e",
     "mainly_positive",
     "frobenius_norm",
+    "scaled_trace",
     "stable_rank",
     "eigenvalue_ratio",
     "gradient_share",

@@ -16,10 +16,10 @@ from lla_callbacks.callbacks.compat import (
     MisconfigurationException,
     has_static_graph,
     loss_scale,
-    shards_parameters,
     unscales_gradients_itself,
     uses_mixed_precision,
 )
+from lla_callbacks.callbacks.refusals import refuse_surroundings, refuse_training
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.strength import (
     TARGET_RATIO,
@@ -27,8 +27,9 @@ from lla_callbacks.callbacks.strength import (
     FoundStrength,
     StrengthSchedule,
 )
+from lla_callbacks.callbacks.surrogate import add_gradient
 from lla_callbacks.landscape.batches import fresh
-from lla_callbacks.landscape.displacement import DisplacedLoss, Gradients
+from lla_callbacks.landscape.displacement import DisplacedLoss
 from lla_callbacks.landscape.layers import check_layers
 from lla_callbacks.landscape.middle import penalized_parameters
 from lla_callbacks.landscape.objective import trainable
@@ -40,14 +41,10 @@ from lla_callbacks.landscape.penalty import (
     penalty_gradient,
 )
 from lla_callbacks.landscape.state import preserved
-from lla_callbacks.landscape.training_step import check_replayable, takes_iterator
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.report.loggers import write_scalars
 from lla_callbacks.report.scalars import regularizer_scalars
-
-# Layers with kinks, between which differences of gradients divide by a squared step.
-PIECEWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d)
 
 
 class HessianTraceRegularizer(Callback):
@@ -156,8 +153,6 @@ class HessianTraceRegularizer(Callback):
         """What an automatic strength is, once it is found."""
         return self._found.strength
 
-    # -- refusals -----------------------------------------------------------------------
-
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before anything starts."""
         if stage != "fit":
@@ -170,49 +165,12 @@ class HessianTraceRegularizer(Callback):
                 f"two {kind} would each replace the gradient: use one, with layers= naming all "
                 "that is to be penalized."
             )
-        if self.loss is None:
-            try:
-                check_replayable(pl_module)
-            except TypeError as error:
-                raise MisconfigurationException(f"{kind}: {error}") from error
-        if shards_parameters(trainer, pl_module):
-            raise MisconfigurationException(
-                f"{kind} moves whole parameters, and {type(trainer.strategy).__name__} shards "
-                "them. Train with strategy='ddp' or in one process."
-            )
-        if takes_iterator(pl_module):
-            raise MisconfigurationException(
-                f"{kind} needs each batch before its step, and a training_step that takes "
-                "dataloader_iter fetches its own. Let it take (batch, batch_idx)."
-            )
+        refuse_surroundings(kind, trainer, pl_module, replays=self.loss is None)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: optimizers and layers that configure_model makes are there now.
         kind = type(self).__name__
-        if any(isinstance(o, torch.optim.LBFGS) for o in trainer.optimizers):
-            raise MisconfigurationException(
-                f"{kind} penalizes one gradient a step, and LBFGS evaluates the loss several "
-                "times a step. Use a first-order optimizer, or write the penalty into the loss."
-            )
-        space = ParameterSpace(trainable(pl_module))
-        if torch.finfo(space.precision).eps > 1e-5:
-            raise MisconfigurationException(
-                f"{kind} moves weights by small steps, which {space.precision} rounds away. "
-                "Train with precision='bf16-mixed' or '16-mixed', which keep float32 weights."
-            )
-        if self.layers != "middle":
-            try:
-                penalized_parameters(pl_module, space, self.layers, lambda: None)
-            except ValueError as error:
-                raise MisconfigurationException(f"{kind}: {error}") from error
-        if self.settings.estimator == "difference" and any(
-            isinstance(m, PIECEWISE) for m in pl_module.modules()
-        ):
-            rank_zero_warn(
-                f"{kind}(estimator='difference') on a network with kinks (ReLU, max-pooling): "
-                "each kink between two points counts with one over the squared step. Use "
-                "estimator='perturbation', which bounds that."
-            )
+        refuse_training(kind, trainer, pl_module, self.layers, self.settings.estimator)
 
     # -- when ---------------------------------------------------------------------------
 
@@ -259,18 +217,13 @@ class HessianTraceRegularizer(Callback):
             self._went_backward = True
         if pending is None:
             return
-        pairs = zip(trainable(pl_module).values(), pending.gradient, strict=True)
-        known = [(p, g) for p, g in pairs if g is not None]
-        factor = loss_scale(trainer) / trainer.accumulate_grad_batches
-        surrogate = _Surrogate.apply(
-            [factor * g if factor != 1.0 else g for _, g in known], *[p for p, _ in known]
+        add_gradient(
+            loss,
+            trainable(pl_module).values(),
+            pending.gradient,
+            factor=loss_scale(trainer) / trainer.accumulate_grad_batches,
+            replace=pending.contains_task,
         )
-        # In place, since hooks return nothing: what comes after takes it for the loss, be it
-        # clipping, a gradient scaler or DDP. Its value stays; what was logged is a copy.
-        with torch.enable_grad():
-            if pending.contains_task:
-                loss.detach_()
-            loss.add_(surrogate)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if pl_module.automatic_optimization or self._batch is None:
@@ -428,19 +381,6 @@ class HessianTraceRegularizer(Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             for logger in trainer.loggers:
                 write_scalars(logger, values, step)
-
-
-class _Surrogate(torch.autograd.Function):
-    """Zero, with given gradients: what a backward pass would have found, handed in."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: Gradients, *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return parameters[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        return None, *ctx.gradients
 
 
 def _check_number(name: str, value: Any, other: str, *, zero: bool) -> None:

@@ -201,6 +201,8 @@ def _compare(
 ) -> Comparison:
     first, second = (average(loss.space.flatten(g)).double() for g in (penalty, task))
     norm, task_norm = float(first.norm()), float(second.norm())
+    # Averaged over processes, so that all of them find this or none.
+    _check_finite(norm)
     ratio = norm / task_norm if task_norm else math.inf
     factor = 1.0
     if max_ratio is not None and norm > max_ratio * task_norm:
@@ -210,11 +212,13 @@ def _compare(
 
 
 def _finite(gradients: Gradients) -> Gradients:
-    known = [g for g in gradients if g is not None]
-    norm = torch.nn.utils.get_total_norm(known)
-    if not math.isfinite(float(norm)):
+    _check_finite(float(torch.nn.utils.get_total_norm([g for g in gradients if g is not None])))
+    return gradients
+
+
+def _check_finite(norm: float) -> None:
+    if not math.isfinite(norm):
         raise NonFiniteError(
-            f"the gradient of the trace penalty has norm {float(norm)}.",
+            f"the gradient of the trace penalty has norm {norm}.",
             "Lower the strength or the learning rate, or set max_ratio.",
         )
-    return gradients

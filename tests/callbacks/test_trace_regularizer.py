@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lla_callbacks import HessianTraceRegularizer
-from lla_callbacks.callbacks import trace_regularizer as module_under_test
+from lla_callbacks.callbacks import refusals
 from lla_callbacks.landscape.displacement import DisplacedLoss
 
 from .by_hand import (
@@ -513,6 +513,12 @@ class Iterating(Double):
         return self.loss(next(dataloader_iter)[0])
 
 
+class Sparse(Double):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 2, sparse=True)
+
+
 class Kinks(Double):
     def __init__(self):
         super().__init__()
@@ -527,10 +533,11 @@ class Kinks(Double):
         (lambda: Double(lambda p: Twice(p, 0.1)), {}, "several times a step.*evaluates it once"),
         (Iterating, {}, r"dataloader_iter.*\(batch, batch_idx\)"),
         (lambda: Double().to(torch.bfloat16), {}, "bfloat16 rounds away.*bf16-mixed"),
+        (Sparse, {}, "sparse=False"),
         (Double, {"layers": "net.9"}, "'net.9', which matches no module"),
         (Double, {"layers": lambda path, module: False}, "predicate"),
     ],
-    ids=["lbfgs", "closures", "iterator", "bfloat16", "layer", "predicate"],
+    ids=["lbfgs", "closures", "iterator", "bfloat16", "sparse", "layer", "predicate"],
 )
 def test_what_cannot_work_is_refused(tmp_path, make, settings, message):
     with pytest.raises(Exception, match=rf"(?s)HessianTraceRegularizer.*{message}"):
@@ -548,7 +555,7 @@ def test_middle_without_layers_is_refused(tmp_path):
 
 
 def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module_under_test, "shards_parameters", lambda *_: True)
+    monkeypatch.setattr(refusals, "shards_parameters", lambda *_: True)
     with pytest.raises(Exception, match=r"shards them.*ddp"):
         trained(tmp_path, Double, regularizer())
 

@@ -366,6 +366,21 @@ def test_gauss_newton_sees_every_form_of_a_criterion(name: str) -> None:
     assert one.norm() > 0.1
 
 
+@pytest.mark.parametrize(
+    "halved",
+    [
+        lambda m: 0.5 * F.cross_entropy(m(X), Y) + 3.0 * m[0].weight.square().sum(),
+        lambda m: (F.cross_entropy(m(X), Y, reduction="none") * 0.5).mean(),
+    ],
+    ids=["whole", "by sample"],
+)
+def test_criteria_count_with_their_weight_in_the_loss(halved: Callable[..., Tensor]) -> None:
+    module = NETS["plain"].module()
+    whole = unit(around(module), "gauss_newton")
+    found = unit(around(module, lambda: halved(module)), "gauss_newton")
+    torch.testing.assert_close(found, whole / 2, rtol=1e-6, atol=1e-8)
+
+
 def test_gauss_newton_refuses_an_unknown_criterion() -> None:
     module = NETS["plain"].module()
     loss = around(module, lambda: module(X).square().sum())

@@ -150,6 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -159,11 +161,12 @@ def main() -> None:
         return
     print("| network | method | penalized / plain step | peak MiB | beyond plain | in weights |")
     print("|---|---|---|---|---|---|")
-    for name, (make, _, _) in NETWORKS.items():
+    for name in arguments.networks:
+        make = NETWORKS[name][0]
         copy = sum(p.numel() for p in make().parameters()) * 4 / 2**20
         plain = peak(name, None)
         print(f"| {name} | plain | 1 | {plain:.1f} | | weights: {copy:.1f} MiB |", flush=True)
-        for method in METHODS:
+        for method in arguments.methods:
             seconds = train(name, method, 2 * arguments.pairs)[4:]
             penalized, others = (statistics.median(seconds[i::2]) for i in (0, 1))
             spread = sorted(a / b for a, b in zip(seconds[::2], seconds[1::2], strict=True))

@@ -2,6 +2,7 @@
 
     python examples/demo.py                                  # scikit-learn's digits
     python examples/demo.py --data FOLDER --max-epochs 3     # MNIST, Fashion-MNIST, CIFAR-10
+    python examples/demo.py --trace-regularization 1e-3      # towards flat minima
 
 Then open TensorBoard by the command in the last line.
 """
@@ -76,6 +77,9 @@ def main() -> None:
     parser.add_argument("--max-epochs", type=int, default=40)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--bundle", choices=["economy", "standard", "paper"], default="standard")
+    parser.add_argument(
+        "--trace-regularization", type=float, help="strength of a penalty on the Hessian's trace"
+    )
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="where TensorBoard looks")
     arguments = parser.parse_args()
 
@@ -87,6 +91,7 @@ def main() -> None:
         plane_points=13,
         metrics={"accuracy": MulticlassAccuracy(10, average="micro")},
         interpolate=True,
+        trace_regularization=arguments.trace_regularization,
     )
     trainer = pl.Trainer(
         max_epochs=arguments.max_epochs,

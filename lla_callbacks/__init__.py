@@ -3,6 +3,7 @@
 from lla_callbacks.callbacks.bundles import economy, paper, standard
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
+from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
 from lla_callbacks.functions import measure_hessian
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.report.hessian_report import HessianReport
@@ -22,6 +23,7 @@ __all__ = [
     "ConvexityMap",
     "HessianMonitor",
     "HessianReport",
+    "HessianTraceRegularizer",
     "LandscapeReport",
     "LossLandscapeMonitor",
     "LossLine",

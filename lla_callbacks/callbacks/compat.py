@@ -64,10 +64,40 @@ def true_precision_context(trainer: Any) -> Any:
     Mixed precision is left out: curvature is computed in full precision. "True" precision
     keeps its dtype, since the weights themselves have it.
     """
-    plugin = getattr(trainer, "precision_plugin", None)
-    if plugin is None or "Mixed" in type(plugin).__name__:
+    if uses_mixed_precision(trainer):
         return contextlib.nullcontext()
-    return plugin.train_step_context()
+    return training_precision_context(trainer)
+
+
+def training_precision_context(trainer: Any) -> Any:
+    """Return the context in which this Trainer runs training steps: autocast, default dtype."""
+    plugin = getattr(trainer, "precision_plugin", None)
+    return contextlib.nullcontext() if plugin is None else plugin.train_step_context()
+
+
+def uses_mixed_precision(trainer: Any) -> bool:
+    """Return whether this Trainer's steps run under autocast."""
+    return "Mixed" in type(getattr(trainer, "precision_plugin", None)).__name__
+
+
+def loss_scale(trainer: Any) -> float:
+    """Return the factor that a gradient scaler gives the loss at present, 1 without one."""
+    scaler = getattr(getattr(trainer, "precision_plugin", None), "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def unscales_gradients_itself(optimizer: Any) -> bool:
+    """Return whether a gradient scaler leaves it to this optimizer (a fused one) to unscale."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def has_static_graph(trainer: Any) -> bool:
+    """Return whether DDP was told that every step has the same graph.
+
+    It then learns that graph, and starts to synchronize, in the backward pass of its own
+    first output: leaving that one out leaves gradients unsynchronized without a word.
+    """
+    return bool(getattr(trainer.strategy.model, "static_graph", False))
 
 
 def shards_parameters(trainer: Any, module: nn.Module) -> bool:

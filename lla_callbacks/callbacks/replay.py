@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from lla_callbacks.callbacks.compat import muted_loggers, true_precision_context
+from lla_callbacks.callbacks.compat import (
+    muted_loggers,
+    training_precision_context,
+    true_precision_context,
+)
 from lla_callbacks.landscape.evaluation import Loss
 from lla_callbacks.landscape.training_step import mute, replay_training_step
 
 
-def trainer_loss(trainer: Any, loss: Loss | None) -> Loss:
+def trainer_loss(
+    trainer: Any, loss: Loss | None, *, batch_idx: int = 0, autocast: bool = False
+) -> Loss:
     """Return ``loss(module, batch)`` that runs in the Trainer's surroundings.
 
     Args:
         trainer: Its loggers are replaced by dummies meanwhile, and a "true" precision
             keeps its dtype.
         loss: The user's loss; ``None`` replays ``training_step``.
+        batch_idx: What a replayed ``training_step`` is told.
+        autocast: Whether mixed precision is kept as well.
     """
-    inner = replay_training_step if loss is None else loss
+    inner = partial(replay_training_step, batch_idx=batch_idx) if loss is None else loss
+    surroundings = training_precision_context if autocast else true_precision_context
 
     def evaluate(module: nn.Module, batch: Any) -> Tensor:
         # The user's own loss may log as well, through a method of the module.
         mute(module)
-        with muted_loggers(trainer), true_precision_context(trainer):
+        with muted_loggers(trainer), surroundings(trainer):
             return inner(module, batch)
 
     return evaluate

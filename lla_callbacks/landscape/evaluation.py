@@ -181,7 +181,7 @@ def evaluating(
     *,
     metrics: Mapping[str, Any] | None = None,
     predict: Predict | None = None,
-    guard_weights: bool = True,
+    check_weights: bool = True,
 ) -> Iterator[Evaluator]:
     """Within this context an objective can be evaluated many times; all is restored after.
 
@@ -196,7 +196,7 @@ def evaluating(
                 mode=objective.mode,
                 dropout=objective.dropout,
                 training=objective.training,
-                guard_weights=guard_weights,
+                check_weights=check_weights,
             )
         )
         # Compiled modules run eagerly, so that they have the values that their curvature is of.

@@ -219,7 +219,7 @@ def moving(objective: Objective, family: Family, settings: PointSettings) -> Ite
     """Within this context the weights may be moved; they are put back whatever happens."""
     try:
         with evaluating(
-            objective, metrics=settings.metrics, predict=settings.predict, guard_weights=False
+            objective, metrics=settings.metrics, predict=settings.predict, check_weights=False
         ) as evaluate:
             yield evaluate
     finally:

@@ -27,7 +27,7 @@ def repeatable(
     mode: str,
     dropout: bool,
     training: Mapping[nn.Module, bool] | None,
-    guard_weights: bool = True,
+    check_weights: bool = True,
 ) -> Iterator[Callable[[], None]]:
     """Within this context a module can be evaluated many times; yields ``reset()``.
 
@@ -42,9 +42,9 @@ def repeatable(
         mode: Normalization mode; see :func:`~lla_callbacks.landscape.state.set_mode`.
         dropout: Whether dropout stays on.
         training: How each submodule stands during training, where that is known.
-        guard_weights: See :func:`~lla_callbacks.landscape.state.preserved`.
+        check_weights: See :func:`~lla_callbacks.landscape.state.preserved`.
     """
-    with preserved(module, seed=seed, guard_weights=guard_weights):
+    with preserved(module, seed=seed, check_weights=check_weights):
         set_mode(module, mode, dropout=dropout, training=training)
         _keep_processes_apart(module)
         attributes = _Attributes(module)

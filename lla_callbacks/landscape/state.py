@@ -22,11 +22,12 @@ _TORCH_KEYS = frozenset(nn.Module().__dict__)
 
 
 @contextmanager
-def preserved(module: nn.Module, *, seed: int, guard_weights: bool = True) -> Iterator[None]:
+def preserved(module: nn.Module, *, seed: int | None, check_weights: bool = True) -> Iterator[None]:
     """Restore the module and every random stream on leaving, whatever happened inside.
 
     Kept: random streams of python, numpy, torch's CPU and every initialised CUDA device
-    (inside, all start from ``seed``, so that two passes agree); buffers (clones are swapped
+    (inside, all start from ``seed``, or with ``None`` from where they stand, so that two
+    passes agree); buffers (clones are swapped
     in, so that the originals keep value, identity and version) and frozen parameters
     likewise; plain attributes of every submodule, where torchmetrics keep their state and
     users their counters and lists; gradients (parked); ``requires_grad``; train and eval
@@ -36,9 +37,9 @@ def preserved(module: nn.Module, *, seed: int, guard_weights: bool = True) -> It
 
     Args:
         module: The module.
-        seed: Where the random streams start inside.
-        guard_weights: Whether trainable weights are watched; a caller that moves them itself
-            restores them itself.
+        seed: Where random streams start inside.
+        check_weights: Whether trainable weights are kept and checked too; without it, a
+            caller that moves them puts them back, and saves a copy.
 
     Raises:
         MeasurementError: If the trainable weights were changed inside. They are restored,
@@ -47,7 +48,7 @@ def preserved(module: nn.Module, *, seed: int, guard_weights: bool = True) -> It
     with ExitStack() as stack:
         stack.enter_context(preserved_random_streams(seed))
         stack.enter_context(_preserved_attributes(module))
-        if guard_weights:
+        if check_weights:
             stack.enter_context(_unchanged_weights(module))
         stack.enter_context(_preserved_frozen_parameters(module))
         stack.enter_context(_preserved_buffers(module))
@@ -143,12 +144,13 @@ def set_mode(
 
 
 @contextmanager
-def preserved_random_streams(seed: int) -> Iterator[None]:
-    """Restore every random stream on leaving; inside, all start from ``seed``."""
+def preserved_random_streams(seed: int | None) -> Iterator[None]:
+    """Restore every random stream on leaving; inside, all start from ``seed`` if there is one."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = _cuda_states()
     try:
-        seed_everything(seed)
+        if seed is not None:
+            seed_everything(seed)
         yield
     finally:
         random.setstate(python)

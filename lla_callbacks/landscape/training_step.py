@@ -36,7 +36,7 @@ def replay_training_step(module: nn.Module, batch: Any, batch_idx: int = 0) -> T
     names = list(inspect.signature(step).parameters.values())
     positional = [p for p in names if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     variadic = any(p.kind is p.VAR_POSITIONAL for p in names)
-    if positional and positional[0].name == "dataloader_iter":
+    if takes_iterator(module):
         output = step(iter([(batch, batch_idx, 0)]))
     elif len(positional) >= 2 or variadic:
         output = step(batch, batch_idx)
@@ -55,6 +55,14 @@ def replay_training_step(module: nn.Module, batch: Any, batch_idx: int = 0) -> T
             "that returns a scalar tensor."
         )
     return loss
+
+
+def takes_iterator(module: nn.Module) -> bool:
+    """Return whether ``training_step`` fetches its batches itself, from ``dataloader_iter``."""
+    step = getattr(module, "training_step", None)
+    return (
+        callable(step) and next(iter(inspect.signature(step).parameters), "") == "dataloader_iter"
+    )
 
 
 def mute(module: nn.Module) -> None:

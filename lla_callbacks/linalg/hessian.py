@@ -136,11 +136,11 @@ class HessianOperator(SymmetricOperator):
                     "Lower the learning rate, clip gradients, or look for bad samples in "
                     "the held batches.",
                 )
-            with _explaining_missing_derivative():
+            with explaining_missing_derivative():
                 gradients = torch.autograd.grad(
                     loss.reshape(()), self.space.tensors, create_graph=True, allow_unused=True
                 )
-                _refuse_dead_ends(gradients)
+                refuse_dead_ends(gradients)
         return value, list(gradients)
 
     def _matmat(self, columns: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class HessianOperator(SymmetricOperator):
         if not outputs:
             return torch.zeros_like(columns)
         batched = num_columns > 1
-        with self._differentiating(), _explaining_missing_derivative():
+        with self._differentiating(), explaining_missing_derivative():
             products = torch.autograd.grad(
                 outputs,
                 likes,
@@ -234,7 +234,7 @@ class HessianBlockOperator(SymmetricOperator):
         return self._hessian.product(columns, self._chosen)
 
 
-def _refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
+def refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
     """Raise if a gradient's graph ends where a function forbids a second derivative.
 
     Autograd raises only when it runs such a node, and it runs none that leads to no
@@ -253,7 +253,7 @@ def _refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
 
 
 @contextmanager
-def _explaining_missing_derivative() -> Iterator[None]:
+def explaining_missing_derivative() -> Iterator[None]:
     """Turn autograd's complaint about a missing second derivative into a named one."""
     try:
         yield

@@ -7,6 +7,7 @@ from typing import Any
 
 from lla_callbacks.landscape.layer_measures import LayerMeasurement
 from lla_callbacks.landscape.measures import HessianMeasurement
+from lla_callbacks.landscape.penalty import Comparison
 
 # Half-width of the error bands, in standard errors: about 95 % where errors are normal.
 BAND = 2.0
@@ -78,6 +79,30 @@ def layer_scalars(layer: LayerMeasurement) -> dict[str, float]:
 def cost_scalars(name: str, seconds: float, overhead: float) -> dict[str, float]:
     """Return what a firing cost in all, and the share of training time so far."""
     values = {f"{name}/seconds": seconds, f"{name}/overhead": overhead}
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def regularizer_scalars(
+    comparison: Comparison, *, strength: float, seconds: float, skipped: int
+) -> dict[str, float]:
+    """Return the trace penalty of one step, in ``regularizer/``; what is not finite is left out.
+
+    Args:
+        comparison: Penalty and loss, after a limit on their ratio.
+        strength: Factor of the trace before that limit.
+        seconds: What the extra passes took.
+        skipped: Number of penalties left out so far.
+    """
+    values = {
+        "regularizer/penalty": comparison.penalty,
+        "regularizer/ratio": comparison.ratio,
+        "regularizer/cosine": comparison.cosine,
+        "regularizer/strength": comparison.factor * strength,
+        "regularizer/seconds": seconds,
+        "regularizer/skipped": float(skipped),
+    }
+    if comparison.factor * strength:
+        values["regularizer/trace"] = comparison.penalty / (comparison.factor * strength)
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 

@@ -188,6 +188,22 @@ def test_scaling_the_loss_scales_the_spectrum() -> None:
         assert scaled.criteria[same] == pytest.approx(plain.criteria[same], rel=1e-6)
 
 
+def test_growing_weights_before_a_norm_divide_the_trace_and_not_the_scaled_one() -> None:
+    torch.manual_seed(2)
+    module = nn.Sequential(
+        nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4, eps=1e-14, affine=False), nn.Tanh()
+    ).double()
+    batch = (torch.randn(8, 3).double(), torch.randint(0, 4, (8,)))
+    small = measure_hessian(module, [batch], loss=cross_entropy, num_steps=12, num_probes=2)
+    with torch.no_grad():
+        module[0].weight.mul_(3)
+    large = measure_hessian(module, [batch], loss=cross_entropy, num_steps=12, num_probes=2)
+    assert large.trace == pytest.approx(small.trace / 9, rel=1e-6)
+    assert large.trace_times_norm2 == pytest.approx(small.trace_times_norm2, rel=1e-6)
+    weight = float(module[0].weight.detach().square().sum())
+    assert large.trace_times_norm2 == pytest.approx(large.trace * weight)
+
+
 def test_the_seed_decides_and_the_global_stream_does_not() -> None:
     module, batches, loss = CASES[0].build()
     first = measure_hessian(module, batches, loss=loss, num_steps=5, seed=3)

@@ -1,0 +1,87 @@
+"""What a penalty on the trace cannot work with, each with what to do instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+from lla_callbacks.callbacks.compat import MisconfigurationException, shards_parameters
+from lla_callbacks.landscape.layers import Layers
+from lla_callbacks.landscape.middle import penalized_parameters
+from lla_callbacks.landscape.objective import trainable
+from lla_callbacks.landscape.training_step import check_replayable, takes_iterator
+from lla_callbacks.linalg.space import ParameterSpace
+
+# Layers with kinks, between which differences of gradients divide by a squared step.
+PIECEWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d)
+
+
+def refuse_surroundings(kind: str, trainer: Any, module: nn.Module, *, replays: bool) -> None:
+    """Raise if a Trainer or a module cannot be penalized at all.
+
+    Args:
+        kind: Name of the callback, for messages.
+        trainer: The Trainer.
+        module: Its module.
+        replays: Whether the loss is that of the module's training step.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    if replays:
+        try:
+            check_replayable(module)
+        except TypeError as error:
+            raise MisconfigurationException(f"{kind}: {error}") from error
+    if shards_parameters(trainer, module):
+        raise MisconfigurationException(
+            f"{kind} moves whole parameters, and {type(trainer.strategy).__name__} shards "
+            "them. Train with strategy='ddp' or in one process."
+        )
+    if takes_iterator(module):
+        raise MisconfigurationException(
+            f"{kind} needs each batch before its step, and a training_step that takes "
+            "dataloader_iter fetches its own. Let it take (batch, batch_idx)."
+        )
+
+
+def refuse_training(
+    kind: str, trainer: Any, module: nn.Module, layers: Layers, estimator: str
+) -> None:
+    """Raise if optimizers, parameters or layers do not fit; warn of differences across kinks.
+
+    To be called once optimizers exist and ``configure_model`` has run.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+        raise MisconfigurationException(
+            f"{kind} penalizes one gradient a step, and LBFGS evaluates the loss several "
+            "times a step. Use a first-order optimizer, or write the penalty into the loss."
+        )
+    space = ParameterSpace(trainable(module))
+    if torch.finfo(space.precision).eps > 1e-5:
+        raise MisconfigurationException(
+            f"{kind} moves weights by small steps, which {space.precision} rounds away. "
+            "Train with precision='bf16-mixed' or '16-mixed', which keep float32 weights."
+        )
+    if any(getattr(m, "sparse", False) is True for m in module.modules()):
+        raise MisconfigurationException(
+            f"{kind} adds up dense gradients, and an embedding here gives sparse ones. Make it "
+            "with sparse=False."
+        )
+    if layers != "middle":  # which a forward pass tells
+        try:
+            penalized_parameters(module, space, layers, lambda: None)
+        except ValueError as error:
+            raise MisconfigurationException(f"{kind}: {error}") from error
+    if estimator == "difference" and any(isinstance(m, PIECEWISE) for m in module.modules()):
+        rank_zero_warn(
+            f"{kind}(estimator='difference') on a network with kinks (ReLU, max-pooling): "
+            "each kink between two points counts with one over the squared step. Use "
+            "estimator='perturbation', which bounds that."
+        )

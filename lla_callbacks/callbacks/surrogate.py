@@ -1,0 +1,52 @@
+"""Hand a gradient to a training loop that only knows how to take the backward pass of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def add_gradient(
+    loss: Tensor,
+    parameters: Iterable[Tensor],
+    gradients: Iterable[Tensor | None],
+    *,
+    factor: float,
+    replace: bool,
+) -> None:
+    """Let the backward pass of a loss return gradients that are known already.
+
+    In place, since hooks can return nothing: what comes after takes it for the loss, be it
+    clipping, a gradient scaler or DDP. The loss's value stays.
+
+    Args:
+        loss: What is about to be differentiated.
+        parameters: Leaves of its graph.
+        gradients: One per parameter, or ``None``.
+        factor: What the loss was multiplied by on its way here.
+        replace: Whether they take the place of the loss's own gradient, whose backward pass
+            is left out, or are added to it.
+    """
+    pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    scaled = [g if factor == 1.0 else factor * g for _, g in pairs]
+    with torch.enable_grad():
+        surrogate = _Surrogate.apply(scaled, *(p for p, _ in pairs))
+        if replace:
+            loss.detach_()
+        loss.add_(surrogate)
+
+
+class _Surrogate(torch.autograd.Function):
+    """Zero, with given gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        return None, *ctx.gradients

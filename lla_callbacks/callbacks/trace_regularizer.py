@@ -1,0 +1,390 @@
+"""Train towards flat minima: a penalty on the trace of the loss's Hessian."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lla_callbacks.callbacks.compat import (
+    Callback,
+    MisconfigurationException,
+    has_static_graph,
+    loss_scale,
+    unscales_gradients_itself,
+    uses_mixed_precision,
+)
+from lla_callbacks.callbacks.refusals import refuse_surroundings, refuse_training
+from lla_callbacks.callbacks.replay import trainer_loss
+from lla_callbacks.callbacks.strength import (
+    TARGET_RATIO,
+    TRIAL_STRENGTH,
+    FoundStrength,
+    StrengthSchedule,
+)
+from lla_callbacks.callbacks.surrogate import add_gradient
+from lla_callbacks.landscape.batches import fresh
+from lla_callbacks.landscape.displacement import DisplacedLoss
+from lla_callbacks.landscape.layers import check_layers
+from lla_callbacks.landscape.middle import penalized_parameters
+from lla_callbacks.landscape.objective import trainable
+from lla_callbacks.landscape.penalty import (
+    Comparison,
+    Estimator,
+    PenaltyGradient,
+    PenaltySettings,
+    penalty_gradient,
+)
+from lla_callbacks.landscape.state import preserved
+from lla_callbacks.linalg.errors import NonFiniteError
+from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.report.loggers import write_scalars
+from lla_callbacks.report.scalars import regularizer_scalars
+
+
+class HessianTraceRegularizer(Callback):
+    r"""Penalize the trace of the Hessian: train on ``L + strength * tr H`` instead of ``L``.
+
+    The default needs two gradients a step: the mean of those at ``theta + sigma z`` and
+    ``theta - sigma z`` with random signs ``z`` and ``sigma = sqrt(2 strength)``, which in
+    expectation is the gradient of ``L + strength tr H`` up to ``O(strength^2)``. It takes
+    the place of the gradient of the loss, whose backward pass is left out.
+
+    Works with gradient accumulation (each micro-batch has its own penalty, with the same
+    probes), clipping, mixed precision, DDP and fused optimizers, as if the penalty were
+    part of the loss. The extra passes use the same dropout mask and leave buffers, random
+    streams, metrics and logs alone; the logged loss stays the loss without penalty.
+
+    **Logged** every ``log_every_n_steps``: ``regularizer/penalty`` (strength times trace, of
+    the batch), ``regularizer/trace``, ``regularizer/ratio`` (norm of the penalty's gradient
+    over the loss's), ``regularizer/cosine`` between the two, ``regularizer/strength`` (after
+    interval, ramp and limit), ``regularizer/seconds``, ``regularizer/skipped``. A step that
+    is logged takes one gradient more.
+
+    Args:
+        strength: Factor of the trace, in units of squared weights; 1e-4 to 1e-3 were useful
+            for small networks (docs/regularizer.md). ``"auto"``: found in the first ten
+            penalized steps from ``target_ratio``, then kept.
+        layers: Whose trace: ``"all"``; ``"middle"``: weights of the middle half of
+            convolution and linear layers in forward order; ``"published_middle"``: parameter
+            tensors ``len // 4`` to ``3 len // 4``; paths or patterns of modules; a predicate
+            ``(path, module) -> bool``.
+        estimator: ``"perturbation"``, ``"difference"``, ``"gauss_newton"`` or ``"exact"``;
+            see :class:`~lla_callbacks.landscape.penalty.PenaltySettings`.
+        every_n_train_steps: Penalize every n-th optimizer step only.
+        num_probes: Probes a step.
+        start_step: First optimizer step that is penalized.
+        ramp_steps: Optimizer steps over which the strength grows linearly from there.
+        relative: Penalize the trace in units of each tensor's size, which growing weights
+            do not lower.
+        max_ratio: Scale the penalty down where its gradient's norm exceeds this many times
+            that of the loss. One gradient more.
+        target_ratio: Of an automatic strength: penalty gradient over loss gradient; default
+            0.1.
+        scale_by_interval: Whether the strength is multiplied by ``every_n_train_steps``.
+        loss: ``loss(module, batch)``; ``None`` replays ``training_step``. Manual
+            optimization needs it, and then the penalty is added at each optimizer step.
+        seed: Fixes the probes, together with the optimizer step.
+
+    Attributes:
+        comparison: Penalty beside loss, at the last step that was logged.
+        skipped: Number of penalties that were not finite and left out.
+        found_strength: What ``strength="auto"`` found, else ``None``.
+
+    Raises:
+        ValueError: If a setting is not allowed; the message says what is.
+
+    Example::
+
+        >>> from pytorch_lightning import Trainer
+        >>> from lla_callbacks import HessianTraceRegularizer
+        >>> trainer = Trainer(callbacks=[HessianTraceRegularizer(1e-3)], max_epochs=1)
+    """
+
+    def __init__(
+        self,
+        strength: float | Literal["auto"],
+        layers: str | Sequence[str] | Callable[[str, Any], bool] = "all",
+        estimator: Estimator = "perturbation",
+        every_n_train_steps: int = 1,
+        num_probes: int = 1,
+        start_step: int = 0,
+        ramp_steps: int = 0,
+        relative: bool = False,
+        max_ratio: float | None = None,
+        target_ratio: float | None = None,
+        scale_by_interval: bool = True,
+        loss: Callable[[Any, Any], Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.settings = PenaltySettings(estimator, num_probes, relative)
+        self.schedule = StrengthSchedule(
+            every_n_train_steps, start_step, ramp_steps, scale_by_interval
+        )
+        if strength != "auto":
+            _check_number("strength", strength, "'auto'", zero=True)
+            if target_ratio is not None:
+                raise ValueError(
+                    f"target_ratio is {target_ratio!r} but strength is {strength!r}: give "
+                    "strength='auto', or leave target_ratio out."
+                )
+        for name, value in {"max_ratio": max_ratio, "target_ratio": target_ratio}.items():
+            if value is not None:
+                _check_number(name, value, "None", zero=False)
+        if loss is not None and not callable(loss):
+            raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
+        check_layers(layers)
+        self.strength = strength
+        self.layers = layers
+        self.max_ratio = max_ratio
+        self.target_ratio = TARGET_RATIO if target_ratio is None else target_ratio
+        self.loss = loss
+        self.seed = seed
+        self._reset()
+
+    @property
+    def found_strength(self) -> float | None:
+        """What an automatic strength is, once it is found."""
+        return self._found.strength
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before anything starts."""
+        if stage != "fit":
+            return
+        # Before a checkpoint is loaded, which restores some of it.
+        self._reset()
+        kind = type(self).__name__
+        if sum(isinstance(other, HessianTraceRegularizer) for other in trainer.callbacks) > 1:
+            raise MisconfigurationException(
+                f"two {kind} would each replace the gradient: use one, with layers= naming all "
+                "that is to be penalized."
+            )
+        refuse_surroundings(kind, trainer, pl_module, replays=self.loss is None)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Not in setup: optimizers and layers that configure_model makes are there now.
+        kind = type(self).__name__
+        refuse_training(kind, trainer, pl_module, self.layers, self.settings.estimator)
+
+    # -- when ---------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        self.comparison: Comparison | None = None
+        self.skipped = 0
+        self._found = FoundStrength(self.target_ratio)
+        self._chosen: tuple[tuple[str, ...], list[str]] = ((), [])
+        self._last_logged: int | None = None
+        # Whether the backward pass of a step's own loss has run since the fit began.
+        self._went_backward = False
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
+        self._pending: PenaltyGradient | None = None
+        self._batch: tuple[Any, int] | None = None
+        self._num_backward = 0
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._forget_batch()
+        if self.strength == 0 or not self.schedule.due(trainer.global_step):
+            return
+        self._batch = (batch, batch_idx)
+        if pl_module.automatic_optimization:
+            # Here no graph is alive, so that the weights may move.
+            replaces = self._went_backward or not has_static_graph(trainer)
+            self._pending = self._penalize(trainer, pl_module, with_task=replaces)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        if self._batch is None or not pl_module.automatic_optimization:
+            self._went_backward = True
+            return
+        self._num_backward += 1
+        if self._num_backward > 1:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: the optimizer evaluates the loss several times a step, "
+                "and only the first gradient would be penalized. Use an optimizer that "
+                "evaluates it once."
+            )
+        pending, self._pending = self._pending, None
+        if pending is None or not pending.contains_task:
+            self._went_backward = True
+        if pending is None:
+            return
+        add_gradient(
+            loss,
+            trainable(pl_module).values(),
+            pending.gradient,
+            factor=loss_scale(trainer) / trainer.accumulate_grad_batches,
+            replace=pending.contains_task,
+        )
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if pl_module.automatic_optimization or self._batch is None:
+            return
+        found = self._penalize(trainer, pl_module, with_task=False)
+        if found is None:
+            return
+        # The gradients of a fused optimizer are still scaled here.
+        factor = loss_scale(trainer) if unscales_gradients_itself(optimizer) else 1.0
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for p, g in zip(trainable(pl_module).values(), found.gradient, strict=True):
+            if id(p) in own and p.grad is not None and g is not None:
+                p.grad.add_(trainer.strategy.reduce(g, reduce_op="mean"), alpha=factor)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._forget_batch()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "skipped": self.skipped,
+            "strength": self._found.strength,
+            "ratios": self._found.ratios,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
+        self._found.strength = state_dict["strength"]
+        self._found.ratios = list(state_dict["ratios"])
+
+    # -- what ---------------------------------------------------------------------------
+
+    def _penalize(self, trainer: Any, module: Any, *, with_task: bool) -> PenaltyGradient | None:
+        """Return the penalty's gradient for the present batch; ``None`` if there is none."""
+        began = time.monotonic()
+        step = trainer.global_step
+        searching = self.strength == "auto" and self._found.strength is None
+        strength = self._strength(step)
+        to_log = self._is_to_log(trainer, step)
+        loss = self._loss_around(trainer, module, step, searching=searching)
+        try:
+            found = penalty_gradient(
+                loss,
+                strength,
+                self.settings,
+                # Differences divide rounding by a small step: not under autocast.
+                with_task=with_task and self._keeps_precision(trainer),
+                compare=to_log or searching,
+                max_ratio=None if searching else self.max_ratio,
+                average=lambda vector: trainer.strategy.reduce(vector, reduce_op="mean"),
+            )
+        except NonFiniteError as error:
+            self._skip(error, trainer)
+            return None
+        finally:
+            del loss
+        if searching:
+            assert found.comparison is not None
+            self._found.add(found.comparison.ratio / strength, step)
+            if self._found.strength is not None:
+                rank_zero_info(
+                    f"{type(self).__name__}: strength is {self._found.strength:.3g} from here on."
+                )
+            return None
+        if to_log:
+            assert found.comparison is not None
+            self.comparison = found.comparison
+            self._log(trainer, step, strength, found.comparison, time.monotonic() - began)
+        return found
+
+    def _strength(self, step: int) -> float:
+        if self.strength != "auto":
+            return float(self.strength) * self.schedule.factor(step)
+        if self._found.strength is None:
+            return TRIAL_STRENGTH
+        return self._found.strength * self.schedule.factor(step)
+
+    def _keeps_precision(self, trainer: Any) -> bool:
+        return self.settings.estimator == "perturbation" or not uses_mixed_precision(trainer)
+
+    def _loss_around(
+        self, trainer: Any, module: Any, step: int, *, searching: bool
+    ) -> DisplacedLoss:
+        assert self._batch is not None
+        batch, batch_idx = self._batch
+        # Rounding in half precision would be taken for curvature while a strength is found.
+        autocast = self.settings.estimator == "perturbation" and not searching
+        inner = trainer_loss(trainer, self.loss, batch_idx=batch_idx, autocast=autocast)
+
+        def evaluate() -> Tensor:
+            gradients = torch.is_grad_enabled()
+            # From where random streams stand: the dropout mask of the step that follows.
+            # The weights are put back by who moves them.
+            with (
+                preserved(module, seed=None, check_weights=False),
+                torch.set_grad_enabled(gradients),
+            ):
+                return inner(module, fresh(batch, module.device))
+
+        space = ParameterSpace(trainable(module))
+        return DisplacedLoss(
+            evaluate,
+            space,
+            self._names(module, space, evaluate),
+            seed=self.seed,
+            key=(step,),
+            relative=self.settings.relative,
+            loss_scale=loss_scale(trainer) if autocast else 1.0,
+        )
+
+    def _names(
+        self, module: nn.Module, space: ParameterSpace, evaluate: Callable[[], Tensor]
+    ) -> list[str]:
+        """Return the penalized parameters; anew where others have become trainable."""
+        if self._chosen[0] != space.names:
+
+            def run() -> None:
+                with torch.no_grad():
+                    evaluate()
+
+            try:
+                names = penalized_parameters(module, space, self.layers, run)
+            except ValueError as error:
+                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+            self._chosen = (space.names, names)
+        return self._chosen[1]
+
+    def _skip(self, error: NonFiniteError, trainer: Any) -> None:
+        self.skipped += 1
+        if self.skipped == 1:
+            settling = " While a gradient scaler settles this is normal."
+            rank_zero_warn(
+                f"{type(self).__name__}: a penalty was left out, and training goes on without "
+                f"it: {error} Further ones are counted in regularizer/skipped."
+                + (settling if loss_scale(trainer) != 1.0 else "")
+            )
+
+    # -- where to -----------------------------------------------------------------------
+
+    def _is_to_log(self, trainer: Any, step: int) -> bool:
+        every = trainer.log_every_n_steps
+        last = self._last_logged
+        return bool(every) and (last is None or step - last >= every)
+
+    def _log(
+        self, trainer: Any, step: int, strength: float, comparison: Comparison, seconds: float
+    ) -> None:
+        self._last_logged = step
+        values = regularizer_scalars(
+            comparison, strength=strength, seconds=seconds, skipped=self.skipped
+        )
+        for tag, value in values.items():
+            trainer.callback_metrics[tag] = torch.tensor(value)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            for logger in trainer.loggers:
+                write_scalars(logger, values, step)
+
+
+def _check_number(name: str, value: Any, other: str, *, zero: bool) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        least = "at least 0" if zero else "above 0"
+        raise ValueError(f"{name} is {value!r}; give a finite number {least}, or {other}.")

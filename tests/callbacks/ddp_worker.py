@@ -1,0 +1,89 @@
+"""One of two processes that train with the regularizer: ``ddp_worker.py RANK PORT FOLDER``."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lla_callbacks import HessianTraceRegularizer
+from tests.callbacks.by_hand import Double, half_loader
+
+# Name: strategy, Trainer, module and regularizer settings.
+RUNS = {
+    "plain": ({}, {}, {}, {}),
+    "static graph": ({"static_graph": True}, {}, {}, {}),
+    # (A static graph with accumulation fails in torch itself, without any callback.)
+    "static graph, interval": ({"static_graph": True}, {}, {}, {"every_n_train_steps": 2}),
+    "static graph, exact": (
+        {"static_graph": True}, {}, {"smooth": True}, {"estimator": "exact"}
+    ),
+    "unused": ({"find_unused_parameters": True}, {}, {"unused": True}, {}),
+    "bucket view": ({"gradient_as_bucket_view": True}, {}, {}, {}),
+    "accumulation": ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2}, {}, {}),
+    "scaler": ({}, {"scaler": True, "accumulate_grad_batches": 2}, {}, {}),
+    "limit": ({}, {}, {}, {"strength": 1e-2, "max_ratio": 0.05}),
+    "difference": ({}, {}, {"smooth": True}, {"estimator": "difference"}),
+    "manual": ({}, {}, {"smooth": True, "manual": True}, {}),
+}  # fmt: skip
+
+
+def loss(module, batch):
+    return module.loss(batch)
+
+
+class Manual(Double):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+def train(strategy, trainer, module, settings, folder, rank):
+    torch.manual_seed(3)
+    trainer = dict(trainer)
+    if trainer.pop("scaler", False):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        trainer["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
+    made = Manual if module.pop("manual", False) else Double
+    if made is Manual:
+        settings = {**settings, "loss": loss}
+    network = made(**module)
+    pl.Trainer(
+        accelerator="cpu", devices=2, max_epochs=1, logger=False, enable_checkpointing=False,
+        # It would shuffle, whatever the loader does.
+        use_distributed_sampler=False,
+        strategy=DDPStrategy(process_group_backend="gloo", **strategy), default_root_dir=folder,
+        enable_progress_bar=False, enable_model_summary=False, **trainer,
+        callbacks=[HessianTraceRegularizer(**{"strength": 1e-3, **settings})],
+    ).fit(network, half_loader(rank))  # fmt: skip
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def main() -> None:
+    rank, port, folder = sys.argv[1:]
+    os.environ |= {
+        "LOCAL_RANK": rank, "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port
+    }  # fmt: skip
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    found = {}
+    for name, (strategy, trainer, module, settings) in RUNS.items():
+        found[name] = train(strategy, trainer, dict(module), settings, folder, int(rank))
+    torch.save(found, Path(folder) / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

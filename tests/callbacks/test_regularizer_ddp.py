@@ -1,0 +1,106 @@
+"""Two real processes that train with the regularizer, against one loop by hand in float64."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .by_hand import (
+    STRENGTH,
+    Double,
+    added,
+    difference,
+    exact,
+    gradient_at,
+    half_loader,
+    perturbation,
+    train_by_hand,
+)
+from .ddp_worker import RUNS
+
+GRADIENTS = {"static graph, exact": exact, "difference": difference}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """What both processes end with: rank to run to name to tensor."""
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    worker = Path(__file__).with_name("ddp_worker.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(rank), str(port), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-2000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def limited(module, batches, step):
+    """The whole batch decides how far the penalty is scaled down."""
+    plain = [gradient_at(module, batch, 0.0, step) for batch in batches]
+    total = [perturbation(module, batch, step, 1e-2) for batch in batches]
+    plain, total = (added([0.5, 0.5], parts) for parts in (plain, total))
+    penalty = added([1.0, -1.0], [total, plain])
+    norms = [float(torch.cat([g.reshape(-1) for g in x]).norm()) for x in (penalty, plain)]
+    return added([1.0, min(1.0, 0.05 * norms[1] / norms[0])], [plain, penalty])
+
+
+def by_hand(name):
+    """Train on both processes' batches in turn, together."""
+    _, trainer, settings, penalty = RUNS[name]
+    torch.manual_seed(3)
+    module = Double(**{k: v for k, v in settings.items() if k != "manual"})
+    batches = [b for pair in zip(half_loader(0), half_loader(1), strict=True) for b in pair]
+    if name == "limit":
+        optimizer = module.configure_optimizers()
+        for step in range(4):
+            found = limited(module, batches[2 * step : 2 * step + 2], step)
+            for p, g in zip(module.parameters(), found, strict=True):
+                p.grad = g
+            optimizer.step()
+        return module
+    every = penalty.get("every_n_train_steps", 1)
+    return train_by_hand(
+        module,
+        batches,
+        gradient=GRADIENTS.get(name, perturbation),
+        strength=lambda step: 0 if step % every else every * STRENGTH,
+        together=2 * trainer.get("accumulate_grad_batches", 1),
+        clip=trainer.get("gradient_clip_val"),
+    )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_are_the_loop_by_hand(weights, name):
+    reference = dict(by_hand(name).named_parameters())
+    torch.manual_seed(3)
+    start = dict(
+        Double(**{k: v for k, v in RUNS[name][2].items() if k != "manual"}).named_parameters()
+    )
+    for rank in range(2):
+        found = weights[rank][name]
+        assert found.keys() == reference.keys()
+        for key, value in found.items():
+            # Differences divide rounding by a squared step of about 4e-3.
+            limit = 1e-9 if name == "difference" else 1e-12
+            assert float((value - reference[key].detach()).abs().max()) < limit, key
+    moved = max(float((weights[0][name][k] - p.detach()).abs().max()) for k, p in start.items())
+    assert moved > 1e-2

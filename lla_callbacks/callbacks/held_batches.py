@@ -26,6 +26,7 @@ class HeldBatches:
         self.batches: list[Any] = []
         self.complete = False
         self._count = 0
+        self._enough = False
 
     def add(self, batch: Any, *, most: float = float("inf")) -> None:
         """Hold one more batch.
@@ -34,9 +35,12 @@ class HeldBatches:
             batch: Any structure of tensors.
             most: Number of batches there are: then all is held that can be.
         """
-        self.batches.append(hold(batch))
-        self._count += sample_count(batch)
-        self.complete = self._count >= self.num_samples or len(self.batches) >= most
+        # Another process may still wait for its own.
+        if not self._enough:
+            self.batches.append(hold(batch))
+            self._count += sample_count(batch)
+            self._enough = self._count >= self.num_samples or len(self.batches) >= most
+        self.complete = self._enough
 
     def add_loader(self, trainer: Any, module: Any, loader: Any, seed: int) -> None:
         """Hold the first batches of a user's own loader, which must not notice.

@@ -373,12 +373,20 @@ class Monitor(Callback):
 
     def _all_hold(self) -> bool:
         """Return whether every process holds its batches; then each holds those of all."""
+        if self._processes.size == 1:
+            return self._held.complete
+        # Together, since what follows is an exchange.
         self._held.complete = self._processes.all(self._held.complete)
-        if self._held.complete:
-            # A loader of the user's own is the same in every process.
-            alike = self.dataloader is not None
+        if not self._held.complete:
+            return False
+        # A loader of the user's own is the same in every process.
+        alike = self.dataloader is not None
+        try:
             self._held.batches = self._processes.union(self._held.batches, alike=alike)
-        return self._held.complete
+        except Exception as error:  # noqa: BLE001 - no batches, no measurements; training goes on
+            self._warn(error, "holding a batch", _REMEDIES["holding a batch"])
+            self._held.batches = []
+        return bool(self._held.batches)
 
     def _hold_loader(self, trainer: Any, module: Any) -> None:
         add = self._held.add_loader

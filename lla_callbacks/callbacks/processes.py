@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lla_callbacks.landscape.grid import fail_together
 
 
 class Processes:
@@ -59,8 +62,12 @@ class Processes:
         """
         if self.size == 1:
             return things
-        if alike:
-            shared: list[Any] = self._strategy.broadcast(things, src=0)
-            return shared
-        every = [self._strategy.broadcast(things, src=rank) for rank in range(self.size)]
+        # Packed first: what cannot be packed must fail in all before any waits for it.
+        try:
+            packed, trouble = pickle.dumps(things), None
+        except Exception as error:  # noqa: BLE001 - raised below, in all processes together
+            packed, trouble = b"", error
+        fail_together(self, trouble)
+        sources = [0] if alike else range(self.size)
+        every = [pickle.loads(self._strategy.broadcast(packed, src=rank)) for rank in sources]
         return [thing for part in every for thing in part]

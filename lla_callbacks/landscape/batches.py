@@ -62,6 +62,11 @@ def fresh(batch: Any, device: torch.device) -> Any:
     return _map(batch, move)
 
 
+def rewrapped(batch: Any) -> Any:
+    """Return new containers around the same tensors."""
+    return _map(batch, lambda tensor: tensor)
+
+
 def split(batch: Any, size: int) -> Iterator[Any]:
     """Yield parts of at most ``size`` samples; tensors of another leading size are shared.
 

@@ -23,7 +23,7 @@ from lla_callbacks.landscape.grid import Alone, Share, centred, fail_together, s
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import space_of
 from lla_callbacks.landscape.trajectory import Path, principal_components
-from lla_callbacks.linalg.errors import NotYetError
+from lla_callbacks.linalg.errors import NotYetError, forgetful
 from lla_callbacks.linalg.space import ParameterSpace
 
 SINGLE = ("random", "random2", *NAMES, "gradient", "update", "adam_m", "adam_v", "pc1", "pc2")
@@ -163,7 +163,7 @@ class DirectionSource:
                 fail_together(self.share or Alone(), trouble)
             except Exception as error:
                 # Another slice would fail in the same way, at the same cost.
-                self._failed = error
+                self._failed = forgetful(error)
                 raise
             self._known |= {name: self._same(d) for name, d in found.items()}
 
@@ -179,6 +179,11 @@ class DirectionSource:
             self._named(n) if isinstance(n, str) else direction_of(n, self._space(), f"own {k}")
             for k, n in enumerate(names, start=1)
         )
+
+    def path_on(self, names: Sequence[Any]) -> Path | None:
+        """Return the path of training, if these are the axes that it is projected on."""
+        both = [n for n in names if isinstance(n, str)] == ["pc1", "pc2"]
+        return self.path if both else None
 
     def is_normalized(self, names: Sequence[Any]) -> bool:
         """Return whether the normalization plays a part in these directions."""

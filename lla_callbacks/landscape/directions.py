@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -94,6 +94,11 @@ def random_directions(
     raw = [torch.randn(space.dim, generator=generator(seed, 2, k), dtype=torch.float64)
            for k in range(count)]  # fmt: skip
     found = [filters.scaled(raw[0])]
+    if filters.num_moved() == 0:
+        raise ValueError(
+            "every parameter has one dimension, and vectors is 'zero': nothing moves. Give "
+            "vectors='tensor' or 'entry'."
+        )
     if count == 2:
         found.append(filters.orthogonal_to(raw[0], raw[1]))
     unit = UNITS[normalization]
@@ -112,7 +117,7 @@ def normalized(
 ) -> Direction:
     """Return a direction scaled like a random one; see :func:`random_directions`."""
     check_normalization(normalization, vectors)
-    vector = Filters(module, space, normalization, vectors).scaled(direction.vector.double().cpu())
+    vector = Filters(module, space, normalization, vectors).scaled(direction.vector.cpu().double())
     vector = vector.to(space.device, space.dtype)
     return Direction(vector, direction.name, UNITS[normalization])
 
@@ -152,7 +157,7 @@ def direction_of(thing: Any, space: ParameterSpace, name: str = "own") -> Direct
     if not torch.isfinite(vector).all():
         raise ValueError(f"the direction {name!r} is not finite: give finite entries.")
     if isinstance(thing, Direction):
-        return thing
+        return replace(thing, vector=vector)
     return Direction(vector, name, "own")
 
 
@@ -241,7 +246,8 @@ def flat_weights(source: Any, space: ParameterSpace, missing: float | None = Non
 
 def cosine(a: Direction, b: Direction) -> float:
     """Return the cosine of the angle between two directions; 0 where one has no length."""
-    first, second = a.vector.double(), b.vector.double()
+    # On the CPU first: some devices know no float64.
+    first, second = a.vector.cpu().double(), b.vector.cpu().double()
     lengths = float(first.norm()) * float(second.norm())
     return float(first @ second) / lengths if lengths else 0.0
 

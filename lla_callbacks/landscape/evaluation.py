@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lla_callbacks.landscape.batches import fresh, tensors_of
-from lla_callbacks.landscape.repetition import repeatable
+from lla_callbacks.landscape.batches import fresh, rewrapped, tensors_of
+from lla_callbacks.landscape.repetition import keep_processes_apart, repeatable
 from lla_callbacks.landscape.twice_differentiable import NoDropout, eager
 
 if TYPE_CHECKING:
@@ -54,12 +54,14 @@ class Evaluator:
         self.metrics = {
             k: deepcopy(m).to(objective.device) for k, m in metrics.items() if is_metric(m)
         }
+        for metric in self.metrics.values():
+            if isinstance(metric, nn.Module):
+                keep_processes_apart(metric)
         # Some losses differentiate on their own way (physics-informed ones, penalties).
         self._needs_grad = False
         # Looking at every function of a forward pass costs a small network as much as the pass,
         # so it ends once all batches went through without any dropout.
         self._no_dropout = None if objective.dropout else NoDropout()
-        self._passed: set[int] = set()
 
     def __call__(self, statistics: Statistics | None = None) -> Tensor:
         """Return loss and metrics, shape ``(1 + len(metrics),)``, float64 on the CPU.
@@ -82,7 +84,9 @@ class Evaluator:
             for metric in self.metrics.values():
                 metric.update(*pair)
             for values, function in zip(others, self.functions.values(), strict=True):
-                values.append(self._guarded(i, function, statistics).detach().reshape(()))
+                values.append(_scalar(self._guarded(i, function, statistics)))
+        if self._no_dropout is not None and not self._no_dropout.active:
+            self._no_dropout = None
         results = [self._mean(losses)]
         results += [_number(k, m.compute()) for k, m in self.metrics.items()]
         results += [self._mean(values) for values in others]
@@ -124,29 +128,21 @@ class Evaluator:
         """Call a function of (module, batch) from the starting state."""
         self._reset()
         load_statistics(statistics)
-        if _versions(self.batches[i]) != self._versions[i]:
-            # The last evaluation wrote into its batch.
+        if not self._versions[i] or _versions(self.batches[i]) != self._versions[i]:
+            # The last evaluation wrote into its batch, or might have, unseen.
             self.batches[i] = fresh(self.objective.batches[i], self.objective.device)
             self._versions[i] = _versions(self.batches[i])
         module = self.objective.module
         with torch.set_grad_enabled(self._needs_grad):
             try:
                 with self._no_dropout or nullcontext():
-                    result = function(module, self.batches[i])
-                self._look_away(i)
-                return result
+                    # New containers around the same tensors: a step may put others into them.
+                    return function(module, rewrapped(self.batches[i]))
             except RuntimeError as error:
                 if self._needs_grad or "does not require grad" not in str(error):
                     raise
         self._needs_grad = True
         return self._guarded(i, function, statistics)
-
-    def _look_away(self, i: int) -> None:
-        """Note a pass of batch ``i``; after one of each without dropout look no more."""
-        self._passed.add(i)
-        guard = self._no_dropout
-        if guard is not None and not guard.active and len(self._passed) == len(self.batches):
-            self._no_dropout = None
 
     def statistics(self) -> Statistics:
         """Return the batch norms' statistics at the present weights, over all batches.
@@ -266,6 +262,15 @@ def _first_entry_through(module: nn.Module, batch: Any) -> Any:
             f"{type(module).__name__} has no forward that metrics could be fed from: give "
             "predict=callable(module, batch) -> (predictions, targets)."
         ) from error
+
+
+def _scalar(value: Any) -> Tensor:
+    found = torch.as_tensor(value).detach()
+    if found.numel() != 1:
+        raise ValueError(
+            f"a metric function returned shape {tuple(found.shape)}; return one number a batch."
+        )
+    return found.reshape(())
 
 
 def _number(name: str, value: Any) -> float:

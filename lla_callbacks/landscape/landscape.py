@@ -29,7 +29,7 @@ from lla_callbacks.landscape.slices import (
     measure_path,
     measure_plane,
 )
-from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.linalg.errors import forgetful
 
 # Opens a progress bar of a total; yields what advances it.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
@@ -217,8 +217,9 @@ class _Work:
         """Return a slice, or None with its reason noted."""
         try:
             return action(*arguments)
-        except (ValueError, MeasurementError) as error:
-            self.missing[what] = error
+        except Exception as error:  # noqa: BLE001 - one slice must not cost the others
+            # Without its traceback, whose frames hold graphs and weights.
+            self.missing[what] = forgetful(error)
             return None
 
     def left(self) -> float | None:
@@ -232,7 +233,7 @@ class _Work:
         s = self.settings
         names = plane_names(name)
         first, second = self.source.get(names)
-        path = self.source.path if "pc1" in names else None
+        path = self.source.path_on(names)
         alphas, betas = plane_coordinates((first, second), path, s.plane_points, s.reach)
         if path is not None:
             path = measure_path(self.objective, path, self.source.weights, share=self.share)
@@ -270,7 +271,7 @@ class _Work:
         s = self.settings
         names = plane_names(name)
         first, second = self.source.get(names)
-        path = self.source.path if "pc1" in names else None
+        path = self.source.path_on(names)
         alphas, betas = plane_coordinates((first, second), path, s.convexity_points, s.reach)
         with self.progress("Convexity map", len(alphas) * len(betas)) as advance:
             return measure_convexity(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lla_callbacks.landscape.batches import fresh, sample_count, split
 from lla_callbacks.landscape.evaluation import Loss, Statistics, evaluating, load_statistics
+from lla_callbacks.landscape.repetition import keep_processes_apart
 from lla_callbacks.landscape.state import preserved, set_mode
 from lla_callbacks.landscape.twice_differentiable import twice_differentiable
 from lla_callbacks.linalg.errors import MeasurementError
@@ -125,6 +126,7 @@ class Objective:
         gradients = torch.is_grad_enabled()
         with preserved(self.module, seed=self.seed), torch.set_grad_enabled(gradients):
             set_mode(self.module, self.mode, dropout=self.dropout, training=self.training)
+            keep_processes_apart(self.module)
             load_statistics(statistics)
             # Curvature in full precision: autocast would cost digits, not time, here.
             with self._context(), torch.autocast(self.device.type, enabled=False):

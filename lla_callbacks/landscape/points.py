@@ -20,11 +20,9 @@ from lla_callbacks.linalg.space import ParameterSpace
 Evaluation = Literal["auto", "loop", "vmap"]
 
 # A pass of fewer seconds than this is bound by launching its operations, and only then does
-# batching points pay: an MLP with 200 samples took 0.4 to 0.6 of the time, larger networks 0.75
-# to 2.5 times as long (docs/benchmarks/planes.md).
-LAUNCH_BOUND = 0.005
-# Points in the pass that is timed against the loop.
-TRIAL = 16
+# batching points pay: an MLP of 2,000 parameters took 0.45 of the time, larger networks 1.1 to
+# 3.3 times as long (docs/benchmarks/planes.md).
+LAUNCH_BOUND = 0.002
 # Seconds between two calls of `keep`.
 KEEP_EVERY = 5.0
 
@@ -318,8 +316,17 @@ class _Visit:
             if batched is None:
                 self._one(waiting.pop(0))
                 continue
-            chunk, waiting = waiting[: batched.size], waiting[batched.size :]
-            self._book(chunk, batched(self.points[chunk]))
+            chunk = waiting[: batched.size]
+            try:
+                found = batched(self.points[chunk])
+            except Exception:
+                if self.settings.evaluation == "vmap":
+                    raise
+                # Out of memory, say: the loop needs less.
+                batched = None
+                continue
+            waiting = waiting[len(chunk) :]
+            self._book(chunk, found)
         return "loop" if batched is None else "vmap"
 
     def _batched(self, waiting: list[int]) -> BatchedEvaluator | None:
@@ -348,7 +355,7 @@ class _Visit:
             batched.fit(len(waiting))
             if not batched.agrees(self.points[trial], self.table[trial]):
                 return None
-            chunk = waiting[: min(batched.size, TRIAL)]
+            chunk = waiting[: batched.size]
             began = time.perf_counter()
             found = batched(self.points[chunk])
             together = (time.perf_counter() - began) / len(chunk)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lla_callbacks.landscape.state import (
     copy_of,
     is_state,
+    known_modules,
     preserved,
     seed_everything,
     set_mode,
@@ -46,7 +47,7 @@ def repeatable(
     """
     with preserved(module, seed=seed, check_weights=check_weights):
         set_mode(module, mode, dropout=dropout, training=training)
-        _keep_processes_apart(module)
+        keep_processes_apart(module)
         attributes = _Attributes(module)
         tensors = _Tensors(module)
         modes = [(m.__dict__, m.training) for m in module.modules()]
@@ -65,7 +66,10 @@ class _Attributes:
     """Plain attributes of every submodule, put back by value."""
 
     def __init__(self, module: nn.Module) -> None:
-        memo: dict[int, Any] = {}
+        self._known = known_modules(module)
+        memo = dict(self._known)
+        # Containers that hold nothing that could change: long ones are compared, not copied.
+        self._flat: set[int] = set()
         self._modules: list[tuple[dict[str, Any], set[str], dict[str, Any], dict[str, Any]]] = []
         for m in module.modules():
             fixed: dict[str, Any] = {}
@@ -74,10 +78,16 @@ class _Attributes:
                 if is_state(key):
                     kept = copy_of(value, memo)
                     (fixed if kept is value else changing)[key] = kept
+                    if kept is not value and _is_flat(kept):
+                        self._flat.add(id(kept))
             self._modules.append((m.__dict__, set(m.__dict__), fixed, changing))
 
     def reset(self) -> None:
-        memo: dict[int, Any] = {}
+        memo = dict(self._known)
+        for namespace, _, _, changing in self._modules:
+            for key, kept in changing.items():
+                if id(kept) in self._flat and _same_items(namespace.get(key), kept):
+                    memo[id(kept)] = namespace[key]
         for namespace, keys, fixed, changing in self._modules:
             if namespace.keys() != keys:
                 for key in namespace.keys() - keys:
@@ -85,6 +95,23 @@ class _Attributes:
             namespace.update(fixed)
             for key, kept in changing.items():
                 namespace[key] = copy_of(kept, memo)
+
+
+def _is_flat(value: Any) -> bool:
+    """Return whether a list or dict holds only what :func:`copy_of` leaves as it is."""
+    if type(value) not in (list, dict):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return all(copy_of(item, {}) is item for item in items)
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    """Return whether two lists or dicts hold the same objects in the same order."""
+    if type(a) is not type(b) or len(a) != len(b):
+        return False
+    if isinstance(a, dict):
+        return all(k is m and v is w for (k, v), (m, w) in zip(a.items(), b.items(), strict=True))
+    return all(v is w for v, w in zip(a, b, strict=True))
 
 
 class _Tensors:
@@ -113,7 +140,7 @@ class _Tensors:
                     self._values[key] = (tensor, value, tensor._version)
 
 
-def _keep_processes_apart(module: nn.Module) -> None:
+def keep_processes_apart(module: nn.Module) -> None:
     """Let synchronised batch norm use its own process's statistics.
 
     Processes that share the points of a slice evaluate different weights, whose statistics
@@ -122,3 +149,7 @@ def _keep_processes_apart(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, nn.SyncBatchNorm):
             m.__dict__["forward"] = _BatchNorm.forward.__get__(m)
+        # A metric that synchronises would wait for processes at other weights.
+        for switch in ("sync_on_compute", "_to_sync"):
+            if isinstance(m.__dict__.get(switch), bool):
+                m.__dict__[switch] = False

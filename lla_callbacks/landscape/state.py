@@ -178,7 +178,7 @@ def _cuda_states() -> list[Tensor]:
 
 @contextmanager
 def _preserved_attributes(module: nn.Module) -> Iterator[None]:
-    memo: dict[int, Any] = {}
+    memo = known_modules(module)
     saved: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
         for m in module.modules():
@@ -198,6 +198,14 @@ def _preserved_attributes(module: nn.Module) -> Iterator[None]:
 def is_state(key: str) -> bool:
     """Return whether an attribute of a module is the user's, not torch's own."""
     return key not in _TORCH_KEYS
+
+
+def known_modules(module: nn.Module) -> dict[int, Any]:
+    """Return a memo by which :func:`copy_of` leaves registered submodules what they are.
+
+    A plain list of them is how many modules remember an order.
+    """
+    return {id(m): m for m in module.modules()}
 
 
 def copy_of(value: Any, memo: dict[int, Any]) -> Any:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def forgetful(error: Exception) -> Exception:
+    """Return an error without tracebacks and causes, so that keeping it keeps nothing alive."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
 class MeasurementError(RuntimeError):
     """A measurement that could not be completed.
 

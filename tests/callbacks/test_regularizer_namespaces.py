@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import lla_callbacks
-from lla_callbacks import HessianMonitor, HessianTraceRegularizer
+from lla_callbacks import HessianMonitor, HessianTraceRegularizer, LossLandscapeMonitor
 
 from .by_hand import STRENGTH, Double, deviation, double_loader
 from .modules import Plain, differences, loader, plain_loss, quiet_trainer
@@ -105,6 +105,8 @@ def test_command_line_refuses_a_wrong_estimator(
 def test_bundles_switch_it_on_and_off(tmp_path, namespace, make_module, make_logger, bundle):
     make = getattr(lla_callbacks, bundle)
     cheap = {"num_steps": 3, "num_probes": 2, "num_samples": 4, "figures": False}
+    # Of the landscape monitor.
+    cheap |= {"plane_points": 3, "line_points": 3, "num_rays": 1, "convexity_points": 0}
 
     def weights(**settings):
         return trained(tmp_path, namespace, make_module, make(**cheap, **settings))
@@ -117,8 +119,8 @@ def test_bundles_switch_it_on_and_off(tmp_path, namespace, make_module, make_log
     assert differences(plain, weights(trace_regularization=0.01)) != []
     settings = {"strength": 0.01, "every_n_train_steps": 3}
     kinds = [type(callback) for callback in make(trace_regularization=settings)]
-    assert kinds == [HessianMonitor, HessianTraceRegularizer]
-    assert make(trace_regularization=settings)[1].schedule.every_n_train_steps == 3
+    assert kinds == [HessianMonitor, LossLandscapeMonitor, HessianTraceRegularizer]
+    assert make(trace_regularization=settings)[-1].schedule.every_n_train_steps == 3
 
 
 @pytest.mark.parametrize(

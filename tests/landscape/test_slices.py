@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from lla_callbacks import interpolate, loss_line, loss_plane
+from lla_callbacks import interpolate, loss_line, loss_plane, measure_hessian
 from lla_callbacks.landscape.directions import Direction, random_directions
 from lla_callbacks.landscape.eigenvectors import curved_directions
 from lla_callbacks.landscape.grid import centred, coarse_to_fine, complete_axes, spanning
@@ -423,8 +423,9 @@ def test_a_grid_that_was_cut_off_goes_on_and_ends_as_if_it_had_not(tmp_path: Any
 
     resumed = loss_plane(module, [batch], loss=counted, file=file, **settings)
     assert torch.equal(resumed.loss, whole.loss)
-    assert resumed.facts.num_points == 45 - 20
-    assert len(calls) == 1 + 25
+    # One call each told what the grid is of, and what its centre is.
+    assert resumed.facts.num_points == 45 - 19
+    assert len(calls) == 2 + 26
     again = loss_plane(module, [batch], loss=counted, file=file, **settings)
     assert again.facts.num_points == 0
     assert torch.equal(again.loss, whole.loss)
@@ -549,3 +550,86 @@ def test_under_inference_mode_it_works_all_the_same() -> None:
         inside = loss_plane(module, two_batches(), loss=cross_entropy, directions="hessian")
     torch.testing.assert_close(inside.loss, outside.loss, rtol=1e-5, atol=1e-6)
     cross_entropy(module, two_batches()[0]).backward()
+
+
+def test_submodules_in_a_plain_list_are_the_ones_that_move() -> None:
+    class Ordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+            self.order = [self.a, self.b]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for module in self.order:
+                x = torch.tanh(module(x))
+            return x
+
+    module = Ordered()
+    line = loss_line(module, two_batches(), loss=cross_entropy, alphas=[-1.0, 0.0, 1.0])
+    assert len(set(line.loss.tolist())) == 3
+    report = measure_hessian(module, two_batches(), loss=cross_entropy, num_steps=4)
+    assert abs(report.lambda_max) > 1e-3
+
+
+def test_a_batch_that_a_step_replaces_in_place_is_whole_at_every_point() -> None:
+    def halving(module: nn.Module, batch: Any) -> Tensor:
+        batch["x"] = batch["x"] / 2
+        return F.cross_entropy(module(batch["x"]), batch["y"])
+
+    batch = {"x": two_batches()[0][0], "y": two_batches()[0][1]}
+    same = loss_line(
+        tanh_net(), [batch], loss=halving, directions=torch.zeros(43), alphas=[-1.0, 0.0, 1.0],
+        evaluation="loop",
+    )  # fmt: skip
+    assert len(set(same.loss.tolist())) == 1
+
+
+def test_long_lists_of_the_user_are_compared_and_still_restored() -> None:
+    module = tanh_net()
+    module.log = [(i, "seen") for i in range(1000)]
+
+    def loss(m: nn.Module, batch: Any) -> Tensor:
+        m.log.append(("now", len(m.log)))
+        return cross_entropy(m, batch) * len(m.log)
+
+    same = loss_line(
+        module, two_batches(), loss=loss, directions=torch.zeros(43), alphas=[-1.0, 0.0, 1.0],
+        evaluation="loop",
+    )  # fmt: skip
+    assert len(set(same.loss.tolist())) == 1
+    assert len(module.log) == 1000
+
+
+def test_a_path_is_drawn_on_its_own_axes_only() -> None:
+    start = {n: p.detach() + 1 for n, p in tanh_net().named_parameters()}
+    middle = {n: p.detach() + torch.randn_like(p) for n, p in tanh_net().named_parameters()}
+    settings = {"loss": cross_entropy, "checkpoints": [start, middle]}
+    module = tanh_net()
+    assert loss_plane(module, two_batches(), directions="trajectory", **settings).path is not None
+    for names in (("pc1", "gradient"), ("pc2", "pc1")):
+        assert loss_plane(module, two_batches(), directions=names, **settings).path is None
+
+
+def test_metrics_do_not_wait_for_other_processes() -> None:
+    metric = MulticlassAccuracy(3, average="micro")
+    metric.distributed_available_fn = lambda: True
+    waited = []
+    metric.dist_sync_fn = lambda *a, **k: waited.append(1)
+    loss_line(tanh_net(), two_batches(), loss=cross_entropy, metrics={"a": metric}, alphas=[0.0])
+    assert waited == []
+    assert metric.sync_on_compute
+
+
+def test_a_resumed_grid_sees_another_loss(tmp_path: Any) -> None:
+    file = tmp_path / "plane.npz"
+    module = tanh_net()
+    settings = {"alphas": ALPHAS, "betas": BETAS, "file": file}
+    loss_plane(module, two_batches(), loss=cross_entropy, **settings)
+    with pytest.raises(ValueError, match="other weights"):
+        loss_plane(module, two_batches(), loss=lambda m, b: 2 * cross_entropy(m, b), **settings)
+
+
+def test_where_nothing_moves_it_says_so() -> None:
+    module = Weights((5,))
+    with pytest.raises(ValueError, match=r"nothing moves.*vectors='tensor'"):
+        loss_line(module, [torch.zeros(3, 1)], loss=linear(torch.ones(5, dtype=torch.float64)))

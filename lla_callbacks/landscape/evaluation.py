@@ -101,8 +101,9 @@ class Evaluator:
         """Return the mean over samples, added up as doubles in the order of the batches."""
         counts = self.objective.counts
         total = sum(counts)
-        numbers = torch.stack([v.float() if v.dtype != torch.float64 else v for v in values])
-        return float(sum(n / total * v for n, v in zip(counts, numbers.tolist(), strict=True)))
+        # One wait for the device in all.
+        numbers = [v.item() for v in values] if len(values) == 1 else _numbers(values)
+        return float(sum(n / total * v for n, v in zip(counts, numbers, strict=True)))
 
     def run(self, i: int, statistics: Statistics = ()) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the loss of batch ``i`` and, if metrics want them, predictions and targets."""
@@ -262,6 +263,13 @@ def _first_entry_through(module: nn.Module, batch: Any) -> Any:
             f"{type(module).__name__} has no forward that metrics could be fed from: give "
             "predict=callable(module, batch) -> (predictions, targets)."
         ) from error
+
+
+def _numbers(values: list[Tensor]) -> list[float]:
+    found: list[float] = torch.stack(
+        [v.float() if v.dtype != torch.float64 else v for v in values]
+    ).tolist()
+    return found
 
 
 def _scalar(value: Any) -> Tensor:

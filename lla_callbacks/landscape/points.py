@@ -368,12 +368,17 @@ class _Visit:
     def _one(self, i: int) -> None:
         point = self.points[i].tolist()
         self.family.place(point)
-        self._book([i], self.evaluate(self.family.statistics(point))[None])
+        self.table[i] = self.evaluate(self.family.statistics(point))
+        self.done[i] = True
+        self._tell(1)
 
     def _book(self, chunk: Sequence[int], found: Tensor) -> None:
         self.table[chunk], self.done[chunk] = found, True
+        self._tell(len(chunk))
+
+    def _tell(self, count: int) -> None:
         if self.listener is not None:
-            self.listener(len(chunk))
+            self.listener(count)
         if self.keep is not None and time.monotonic() - self.kept > KEEP_EVERY:
             self.keep(self.table, self.done)
             self.kept = time.monotonic()

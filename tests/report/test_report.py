@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
 from lla_callbacks import HessianReport, measure_hessian
@@ -135,7 +136,7 @@ def test_the_density_figure_draws_the_spectrum(report: HessianReport) -> None:
     assert "8 samples" in note
     assert "batch statistics" in note
     assert "12 Lanczos steps" in note
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
 
 
 def test_the_history_figure_follows_the_extremes(report: HessianReport) -> None:
@@ -146,7 +147,7 @@ def test_the_history_figure_follows_the_extremes(report: HessianReport) -> None:
     assert any(
         np.allclose(line.get_ydata(), [float(m.lambda_max) for _, m in history]) for line in drawn
     ), lines
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-8, 1e8])
@@ -160,4 +161,4 @@ def test_figures_survive_extreme_spectra(scale: float) -> None:
         report.layer_figure(),
         history_figure([(0, report), (1, report)]),
     ):
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()

@@ -17,7 +17,7 @@ from lla_callbacks.landscape.filters import Filters
 from lla_callbacks.landscape.grid import Alone, Share, fail_together, gathered
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import Offsets, PointSettings, moving, space_of
-from lla_callbacks.landscape.slices import SliceFacts
+from lla_callbacks.landscape.slices import SliceFacts, facts_of
 from lla_callbacks.linalg.probes import generator
 
 # Where the walk begins, as a share of the filters' norms; it doubles from there.
@@ -166,17 +166,7 @@ def measure_basin(
         max_radius,
         filters.num_moved(),
         rtol,
-        SliceFacts(
-            objective.mode,
-            normalization,
-            seed,
-            objective.num_samples,
-            space.dim,
-            str(space.precision).removeprefix("torch."),
-            "loop",
-            int(table[done, 2].sum()),
-            time.perf_counter() - began,
-        ),
+        facts_of(objective, normalization, seed, began, num_points=int(table[done, 2].sum())),
     )
 
 

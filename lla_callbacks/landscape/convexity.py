@@ -13,7 +13,7 @@ from lla_callbacks.landscape.directions import Direction
 from lla_callbacks.landscape.grid import Alone, Share, coarse_to_fine, fail_together, gathered
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import Offsets, space_of
-from lla_callbacks.landscape.slices import SliceFacts
+from lla_callbacks.landscape.slices import SliceFacts, facts_of
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.probes import generator, rademacher
@@ -151,17 +151,7 @@ def measure_convexity(
         done.reshape(shape),
         directions,
         spent,
-        SliceFacts(
-            objective.mode,
-            normalization,
-            seed,
-            objective.num_samples,
-            space.dim,
-            str(space.precision).removeprefix("torch."),
-            "loop",
-            int(done.sum()),
-            time.perf_counter() - began,
-        ),
+        facts_of(objective, normalization, seed, began, num_points=int(done.sum())),
     )
 
 

@@ -275,7 +275,9 @@ def measure_plane(
         _centre(objective, values, points),
         cosine(*directions),
         path,
-        _facts(objective, values, normalization, seed, began),
+        facts_of(
+            objective, normalization, seed, began, num_points=values.num_new, method=values.method
+        ),
     )
 
 
@@ -328,7 +330,9 @@ def _line(
         values.evaluated,
         directions,
         math.nan if on_segment else _centre(objective, values, points),
-        _facts(objective, values, normalization, seed, began),
+        facts_of(
+            objective, normalization, seed, began, num_points=values.num_new, method=values.method
+        ),
     )
 
 
@@ -350,9 +354,16 @@ def _centre(objective: Objective, values: Values, points: Tensor) -> float:
     return objective()
 
 
-def _facts(
-    objective: Objective, values: Values, normalization: str, seed: int, began: float
+def facts_of(
+    objective: Objective,
+    normalization: str,
+    seed: int,
+    began: float,
+    *,
+    num_points: int,
+    method: str = "loop",
 ) -> SliceFacts:
+    """Return the conditions of a measurement that began at this count of the clock."""
     space = space_of(objective)
     return SliceFacts(
         objective.mode,
@@ -361,7 +372,7 @@ def _facts(
         objective.num_samples,
         space.dim,
         str(space.precision).removeprefix("torch."),
-        values.method,
-        values.num_new,
+        method,
+        num_points,
         time.perf_counter() - began,
     )

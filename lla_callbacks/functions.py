@@ -12,7 +12,8 @@ from lla_callbacks.landscape.batches import first_samples, hold
 from lla_callbacks.landscape.evaluation import Loss
 from lla_callbacks.landscape.layers import Layers
 from lla_callbacks.landscape.measures import HessianSettings, measure
-from lla_callbacks.landscape.objective import GRAPH_MEMORY, Mode, Objective, trainable
+from lla_callbacks.landscape.objective import Engine, Mode, Objective, trainable
+from lla_callbacks.landscape.precision import Precision, at_precision, check_precision
 from lla_callbacks.landscape.stability import stability_limit
 from lla_callbacks.landscape.training_step import check_replayable, replay_training_step
 from lla_callbacks.linalg.space import ParameterSpace
@@ -37,7 +38,9 @@ def measure_hessian(
     optimizer: torch.optim.Optimizer | None = None,
     num_samples: int | None = None,
     microbatch_size: int | None = None,
-    graph_memory: int = GRAPH_MEMORY,
+    max_memory: int | None = None,
+    engine: Engine = "auto",
+    precision: Precision = "float32",
     chunk_size: int = 1,
     seed: int = 0,
 ) -> HessianReport:
@@ -73,8 +76,17 @@ def measure_hessian(
         optimizer: Gives the criterion ``stability``.
         num_samples: Take batches until they have this many samples; ``None`` takes all.
         microbatch_size: Evaluate batches in parts of at most this many samples.
-        graph_memory: Bytes that kept gradient graphs may take; batches beyond that cost 3
-            gradients a product instead of 2.
+        max_memory: Bytes that a measurement may take beside the module. Graphs that do not fit
+            are built anew for each product (3 gradients instead of 2), batches that do not fit
+            are split where their samples do not see each other, and where that is not enough,
+            differences of gradients take over. ``None``: half of what a training step takes,
+            and 256 MiB at least.
+        engine: ``"exact"``: double backward. ``"difference"``: central differences of gradients,
+            in the memory of a training step, with their own error in every result; what they
+            cannot say within 5 % is a gap. ``"auto"``: exact, and by difference where a second
+            derivative does not exist or does not fit in memory.
+        precision: ``"float32"``: half-precision weights are widened for the measurement, and no
+            autocast. ``"training"``: as the module has it.
         chunk_size: Vectors in one backward pass.
         seed: Fixes every random vector.
 
@@ -96,21 +108,25 @@ def measure_hessian(
         seed=seed,
         chunk_size=chunk_size,
     )
-    objective = objective_of(
-        module,
-        batches,
-        loss,
-        mode=mode,
-        dropout=dropout,
-        seed=seed,
-        num_samples=num_samples,
-        microbatch_size=microbatch_size,
-        graph_memory=graph_memory,
-    )
+    check_precision(precision)
     limit = None
     if optimizer is not None:
         limit = stability_limit(optimizer, ParameterSpace(trainable(module)))
-    return HessianReport.of(measure(objective, settings, limit=limit))
+    with at_precision(module, precision):
+        objective = objective_of(
+            module,
+            batches,
+            loss,
+            mode=mode,
+            dropout=dropout,
+            seed=seed,
+            num_samples=num_samples,
+            microbatch_size=microbatch_size,
+            max_memory=max_memory,
+            engine=engine,
+            precision=precision,
+        )
+        return HessianReport.of(measure(objective, settings, limit=limit))
 
 
 def objective_of(
@@ -123,7 +139,9 @@ def objective_of(
     seed: int,
     num_samples: int | None,
     microbatch_size: int | None,
-    graph_memory: int = GRAPH_MEMORY,
+    max_memory: int | None = None,
+    engine: Engine = "auto",
+    precision: Precision = "float32",
 ) -> Objective:
     """Return the objective that every function measures: copies of batches, frozen.
 
@@ -148,5 +166,7 @@ def objective_of(
         dropout=dropout,
         seed=seed,
         microbatch_size=microbatch_size,
-        graph_memory=graph_memory,
+        max_memory=max_memory,
+        engine=engine,
+        precision=precision,
     )

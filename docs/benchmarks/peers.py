@@ -35,8 +35,9 @@ from trace_estimators import pool_of, train
 
 from lla_callbacks import measure_hessian
 from lla_callbacks.landscape.objective import Objective
-from lla_callbacks.linalg.hessian import HessianOperator, LossTerm
+from lla_callbacks.linalg.hessian import HessianOperator
 from lla_callbacks.linalg.lanczos import lanczos
+from lla_callbacks.linalg.loss_operator import LossTerm
 
 NETWORKS = ("mlp", "transformer", "resnet20", "resnet20-batch")
 TOOLS = ("lla_callbacks", "pyhessian", "curvlinops", "hessian-eigenthings")

@@ -19,8 +19,9 @@ from networks import ResNet20, SmallTransformer, cifar10, conv_bn, digits, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lla_callbacks.linalg.hessian import HessianOperator, LossTerm
+from lla_callbacks.linalg.hessian import HessianOperator
 from lla_callbacks.linalg.lanczos import lanczos
+from lla_callbacks.linalg.loss_operator import LossTerm
 from lla_callbacks.linalg.probes import generator, rademacher
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 _NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
@@ -58,13 +59,14 @@ def muted_loggers(trainer: Any) -> Iterator[None]:
         trainer.loggers = loggers
 
 
-def true_precision_context(trainer: Any) -> Any:
-    """Return the context in which a step of this Trainer sees its default dtype.
+def full_precision_context(trainer: Any) -> Any:
+    """Return the context in which a step of this Trainer computes in float32 at least.
 
-    Mixed precision is left out: curvature is computed in full precision. "True" precision
-    keeps its dtype, since the weights themselves have it.
+    Mixed precision is left out, and so is half precision, whose weights are widened meanwhile;
+    double precision keeps its default dtype.
     """
-    if uses_mixed_precision(trainer):
+    plugin = type(getattr(trainer, "precision_plugin", None)).__name__
+    if uses_mixed_precision(trainer) or "Half" in plugin:
         return contextlib.nullcontext()
     return training_precision_context(trainer)
 
@@ -102,10 +104,46 @@ def has_static_graph(trainer: Any) -> bool:
 
 def shards_parameters(trainer: Any, module: nn.Module) -> bool:
     """Return whether parameters are spread over processes (FSDP, DeepSpeed)."""
-    strategy = type(getattr(trainer, "strategy", None)).__name__
-    if any(sign in strategy for sign in ("FSDP", "DeepSpeed", "ModelParallel")):
+    if flattens_parameters(trainer, module) or spreads_parameters(trainer):
         return True
     return any("FSDP" in type(m).__name__ for m in module.modules())
+
+
+def flattens_parameters(trainer: Any, module: nn.Module) -> bool:
+    """Return whether a strategy keeps shards of its own making (FSDP1, DeepSpeed).
+
+    A module's parameters are then views, or empty, and cannot be moved from outside.
+    """
+    strategy = type(getattr(trainer, "strategy", None)).__name__
+    if any(sign in strategy for sign in ("FSDP", "DeepSpeed")):
+        return True
+    return any(type(m).__name__ == "FullyShardedDataParallel" for m in module.modules())
+
+
+def spreads_parameters(trainer: Any) -> bool:
+    """Return whether the strategy is for distributed tensors (FSDP2, tensor parallelism)."""
+    return "ModelParallel" in type(getattr(trainer, "strategy", None)).__name__
+
+
+def data_parallel_group(trainer: Any) -> tuple[Any, int, int]:
+    """Return the process group over which batches differ, this rank in it, and its size.
+
+    The group is ``None`` for all processes.
+    """
+    if spreads_parameters(trainer):
+        # Before processes have begun there is no mesh.
+        with contextlib.suppress(RuntimeError):
+            part = trainer.strategy.device_mesh["data_parallel"]
+            return part.get_group(), int(part.get_local_rank()), int(part.size())
+    return None, int(getattr(trainer, "global_rank", 0)), int(getattr(trainer, "world_size", 1))
+
+
+def autocast_dtype(trainer: Any) -> torch.dtype | None:
+    """Return the dtype in which this Trainer's steps compute under autocast, if they do."""
+    if not uses_mixed_precision(trainer):
+        return None
+    precision = str(getattr(trainer.precision_plugin, "precision", ""))
+    return torch.bfloat16 if "bf16" in precision else torch.float16
 
 
 def prepared(trainer: Any, module: Any, batch: Any) -> Any:

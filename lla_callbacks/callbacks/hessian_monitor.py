@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -12,11 +13,18 @@ from torch import nn
 from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
 from lla_callbacks.landscape.layers import layer_parameters, outside
 from lla_callbacks.landscape.measures import HessianSettings, measure
-from lla_callbacks.landscape.objective import GRAPH_MEMORY, Mode, Objective
+from lla_callbacks.landscape.objective import Engine, Mode, Objective
+from lla_callbacks.landscape.precision import Precision
+from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.report.figures import history_figure
 from lla_callbacks.report.hessian_report import HessianReport
 from lla_callbacks.report.layer_figures import layer_history_figure
 from lla_callbacks.report.scalars import custom_scalars_layout, hessian_scalars
+
+_GAP_REMEDY = (
+    "The exact engine says it: set engine='exact', in one process or under DDP, or measure a "
+    "checkpoint by measure_hessian."
+)
 
 
 class HessianMonitor(Monitor):
@@ -72,8 +80,18 @@ class HessianMonitor(Monitor):
             has the depth that ``hessian/num_steps`` says.
         trace_rtol: Stop probing early at this relative standard error.
         microbatch_size: Evaluate batches in parts of at most this many samples.
-        graph_memory: Bytes that kept gradient graphs may take (2 GiB by default); batches
-            beyond that cost 3 gradients a product instead of 2.
+        max_memory: Bytes that a measurement may take beside training. Graphs that do not fit are
+            built anew for each product (3 gradients instead of 2), batches that do not fit are
+            split where their samples do not see each other, and where that is not enough,
+            differences of gradients take over. ``None``: half of what a training step takes, so
+            that the peak stays within 1.5 times its own, and 256 MiB at least.
+        engine: ``"exact"``: double backward. ``"difference"``: central differences of gradients,
+            in the memory of a training step, with their own error in every result; what they
+            cannot say within 5 % is a gap. ``"auto"``: exact, and by difference where a second
+            derivative does not exist or does not fit in memory, or parameters are sharded; one
+            line in the log says so.
+        precision: ``"float32"``: no autocast, and half-precision weights are widened for the
+            measurement. ``"training"``: as the Trainer has it; bfloat16 costs 1 to 4 %.
         figures: Whether figures are drawn.
         save_arrays: Whether every result is written to
             ``<log_dir>/hessian/step_00000100.npz`` (TensorBoard thins images out).
@@ -95,6 +113,8 @@ class HessianMonitor(Monitor):
         >>> trainer = Trainer(callbacks=[HessianMonitor()], max_epochs=1)
     """
 
+    measures_shards = True
+
     def __init__(
         self,
         every_n_epochs: int | None = None,
@@ -115,7 +135,9 @@ class HessianMonitor(Monitor):
         eig_rtol: float | None = None,
         trace_rtol: float | None = None,
         microbatch_size: int | None = None,
-        graph_memory: int = GRAPH_MEMORY,
+        max_memory: int | None = None,
+        engine: Engine = "auto",
+        precision: Precision = "float32",
         figures: bool = True,
         save_arrays: bool = True,
         custom_scalars: bool = True,
@@ -143,7 +165,9 @@ class HessianMonitor(Monitor):
             seed=seed,
             max_overhead=max_overhead,
             microbatch_size=microbatch_size,
-            graph_memory=graph_memory,
+            max_memory=max_memory,
+            engine=engine,
+            precision=precision,
             figures=figures,
             save_arrays=save_arrays,
             custom_scalars=custom_scalars,
@@ -151,6 +175,11 @@ class HessianMonitor(Monitor):
         )
         self.history: list[tuple[int, HessianReport]] = []
         self.report: HessianReport | None = None
+
+    def _reset(self) -> None:
+        super()._reset()
+        # Why differences took over in this run; empty while the exact engine serves.
+        self._fallback = ""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.history = []
@@ -178,6 +207,9 @@ class HessianMonitor(Monitor):
         progress: Callable[[str, int], AbstractContextManager[Callable[[int], object]]],
     ) -> HessianReport:
         settings = self.settings
+        if self._fallback:
+            # What failed once would fail again, at its cost.
+            objective.engine = "difference"
         if quick:
             settings = HessianSettings(
                 num_steps=2,
@@ -192,24 +224,42 @@ class HessianMonitor(Monitor):
             groups = layer_parameters(module, space_of(module), settings.layers)
             products += len(groups) * settings.layer_plan.max_matvecs
         with progress("Hessian", products) as advance:
-            found = measure(objective, settings, limit=moment.limit, listener=advance)
+            found = measure(
+                objective,
+                settings,
+                limit=moment.limit,
+                listener=advance,
+                share=self._processes,
+            )
+        if self._fallback:
+            found = replace(found, engine_reason=self._fallback)
         return HessianReport.of(found)
 
     def _keep(self, result: HessianReport, moment: Moment) -> None:
         self.report = result
         if moment.function == "fit":
             self.history.append((moment.step, result))
+        if result.engine == "difference" and not self._fallback and self.engine == "auto":
+            self._fallback = result.engine_reason
+            rank_zero_info(
+                f"{type(self).__name__}: products by differences of gradients, since "
+                f"{result.engine_reason}"
+            )
+        for what, reason in result.gaps.items():
+            self._warn(MeasurementError(f"{what}: {reason}.", _GAP_REMEDY), what, remedy="")
 
     def _scalars(self, result: HessianReport) -> dict[str, float]:
         return hessian_scalars(result, self.name)
 
     def _figures(self, result: HessianReport, moment: Moment) -> Mapping[str, Any]:
         step = moment.step
-        drawn = {
-            "density": result.figure(title=f"Hessian spectrum at step {step}"),
-            "layer_traces": result.layer_figure(title=f"Curvature by layer at step {step}"),
-        }
-        if self.settings.num_layer_steps:
+        drawn = {}
+        if "density" not in result.gaps:
+            drawn["density"] = result.figure(title=f"Hessian spectrum at step {step}")
+        if "layers" not in result.gaps:
+            title = f"Curvature by layer at step {step}"
+            drawn["layer_traces"] = result.layer_figure(title=title)
+        if self.settings.num_layer_steps and "layers" not in result.gaps:
             title = f"Spectrum of each layer and of the whole at step {step}"
             drawn["layer_densities"] = result.layer_density_figure(title=title)
             title = f"How unlike the whole each layer is at step {step}"

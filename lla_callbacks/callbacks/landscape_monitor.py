@@ -15,8 +15,9 @@ from lla_callbacks.landscape.choice import DirectionSource
 from lla_callbacks.landscape.directions import Normalization, Vectors
 from lla_callbacks.landscape.evaluation import Predict
 from lla_callbacks.landscape.landscape import LandscapeSettings, measure_landscape
-from lla_callbacks.landscape.objective import GRAPH_MEMORY, Mode, Objective
+from lla_callbacks.landscape.objective import Engine, Mode, Objective
 from lla_callbacks.landscape.points import Evaluation
+from lla_callbacks.landscape.precision import Precision
 from lla_callbacks.landscape.trajectory import Trajectory
 from lla_callbacks.linalg.errors import NotYetError
 from lla_callbacks.report.landscape_figures import mesh_of
@@ -89,7 +90,10 @@ class LossLandscapeMonitor(Monitor):
         evaluation: ``"loop"``, ``"vmap"`` or ``"auto"``: whichever a short measurement finds
             faster.
         microbatch_size: Evaluate batches in parts of at most this many samples.
-        graph_memory: Bytes that kept gradient graphs may take, for Hessian directions.
+        max_memory: Bytes that Hessian directions may take; see
+            :class:`~lla_callbacks.HessianMonitor` for this and the next two.
+        engine: How Hessian directions are computed.
+        precision: ``"float32"`` or ``"training"``.
         figures: Whether figures are drawn.
         save_arrays: Whether every slice is written to
             ``<log_dir>/landscape/<slice>/step_00000100.npz``.
@@ -108,8 +112,6 @@ class LossLandscapeMonitor(Monitor):
         >>> from lla_callbacks import LossLandscapeMonitor
         >>> trainer = Trainer(callbacks=[LossLandscapeMonitor()], max_epochs=1)
     """
-
-    shares_work = True
 
     def __init__(
         self,
@@ -142,7 +144,9 @@ class LossLandscapeMonitor(Monitor):
         time_budget: float | None = 60.0,
         evaluation: Evaluation = "auto",
         microbatch_size: int | None = None,
-        graph_memory: int = GRAPH_MEMORY,
+        max_memory: int | None = None,
+        engine: Engine = "auto",
+        precision: Precision = "float32",
         figures: bool = True,
         save_arrays: bool = True,
         name: str = "landscape",
@@ -191,7 +195,9 @@ class LossLandscapeMonitor(Monitor):
             seed=seed,
             max_overhead=max_overhead,
             microbatch_size=microbatch_size,
-            graph_memory=graph_memory,
+            max_memory=max_memory,
+            engine=engine,
+            precision=precision,
             figures=figures,
             save_arrays=save_arrays,
             custom_scalars=False,

@@ -7,8 +7,8 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import nn
 from lla_callbacks.callbacks.compat import (
     Callback,
     MisconfigurationException,
+    autocast_dtype,
+    flattens_parameters,
     is_barebones,
     progress,
     shards_parameters,
@@ -27,11 +29,21 @@ from lla_callbacks.callbacks.held_batches import HeldBatches, check_loader
 from lla_callbacks.callbacks.processes import Processes
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.schedule import DEFAULT_OVERHEAD, Budget, Schedule
-from lla_callbacks.landscape.objective import Mode, Objective, check_mode, trainable
+from lla_callbacks.landscape.objective import (
+    Engine,
+    Mode,
+    Objective,
+    check_engine,
+    check_mode,
+    trainable,
+)
+from lla_callbacks.landscape.precision import Precision, at_precision, check_precision
+from lla_callbacks.landscape.sharded import is_sharded
 from lla_callbacks.landscape.stability import StabilityLimit, stability_limit
 from lla_callbacks.landscape.state import Snapshot, take_snapshot, weights_at
 from lla_callbacks.landscape.training_step import check_replayable
-from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
+from lla_callbacks.linalg.sharing import fail_together
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
 from lla_callbacks.report.scalars import cost_scalars
@@ -74,15 +86,17 @@ class Monitor(Callback):
         max_overhead: Largest share of training time; see
             :class:`~lla_callbacks.HessianMonitor`.
         microbatch_size: Evaluate batches in parts of at most this many samples.
-        graph_memory: Bytes that kept graphs may take.
+        max_memory: Bytes that a measurement may take.
+        engine: How to multiply with the Hessian.
+        precision: In which arithmetic.
         figures: Whether figures are drawn.
         save_arrays: Whether results are written beside the logs.
         custom_scalars: Whether TensorBoard gets a layout.
         name: First part of every tag.
     """
 
-    # Whether several processes can measure one objective together.
-    shares_work = False
+    # Whether parameters may be spread over processes.
+    measures_shards = False
 
     def __init__(
         self,
@@ -97,7 +111,9 @@ class Monitor(Callback):
         seed: int,
         max_overhead: float | None,
         microbatch_size: int | None,
-        graph_memory: int,
+        max_memory: int | None,
+        engine: Engine,
+        precision: Precision,
         figures: bool,
         save_arrays: bool,
         custom_scalars: bool,
@@ -109,7 +125,10 @@ class Monitor(Callback):
         _check_positive("num_samples", num_samples)
         if microbatch_size is not None:
             _check_positive("microbatch_size", microbatch_size)
-        _check_positive("graph_memory", graph_memory)
+        if max_memory is not None:
+            _check_positive("max_memory", max_memory)
+        check_engine(engine)
+        check_precision(precision)
         for flag, value in {
             "dropout": dropout,
             "figures": figures,
@@ -140,7 +159,9 @@ class Monitor(Callback):
         self.dataloader = dataloader
         self.seed = seed
         self.microbatch_size = microbatch_size
-        self.graph_memory = graph_memory
+        self.max_memory = max_memory
+        self.engine: Engine = engine
+        self.precision: Precision = precision
         self.figures = figures
         self.save_arrays = save_arrays
         self.custom_scalars = custom_scalars
@@ -234,18 +255,18 @@ class Monitor(Callback):
                 check_replayable(pl_module)
             except TypeError as error:
                 raise MisconfigurationException(f"{kind}: {error}") from error
-        if shards_parameters(trainer, pl_module):
+        if flattens_parameters(trainer, pl_module):
             raise MisconfigurationException(
-                f"{kind} cannot differentiate twice through parameters sharded by "
-                f"{type(trainer.strategy).__name__}. Train with one process, or load the "
-                "checkpoint into a plain module and call measure_hessian(module, batches)."
+                f"{kind} cannot move parameters that {type(trainer.strategy).__name__} shards in "
+                "its own way. Train with ModelParallelStrategy and fully_shard (FSDP2) or with "
+                "DDP, or load the checkpoint into a plain module and call "
+                "measure_hessian(module, batches)."
             )
-        if getattr(trainer, "world_size", 1) > 1 and not self.shares_work:
+        if shards_parameters(trainer, pl_module) and not self.measures_shards:
             raise MisconfigurationException(
-                f"{kind} measures in one process, and this Trainer has "
-                f"{trainer.world_size}: each would see the Hessian of its own batches only. "
-                "Train with devices=1, or call measure_hessian(module, batches) on a "
-                "checkpoint."
+                f"{kind} moves whole parameters, and {type(trainer.strategy).__name__} spreads "
+                "them. Train with DDP or in one process, or load the checkpoint into a plain "
+                "module and call loss_plane(module, batches)."
             )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -354,6 +375,12 @@ class Monitor(Callback):
     def _check_module(self, trainer: Any, module: nn.Module) -> None:
         if is_barebones(trainer):
             return
+        if self.engine == "exact" and is_sharded(module):
+            raise MisconfigurationException(
+                f"{type(self).__name__}: engine is 'exact', and torch differentiates only once "
+                "through parameters that fully_shard has spread: give engine='difference' or "
+                "'auto'."
+            )
         try:
             self._check(module)
         except ValueError as error:
@@ -422,24 +449,12 @@ class Monitor(Callback):
         """Measure and report once, by default now; return the scalars, none if it failed."""
         began = time.monotonic()
         self._last_step = moment.step if moment else trainer.global_step
+        if moment is None:
+            moment = Moment(trainer.global_step, function)
         try:
-            if moment is None:
-                limit = self._limit(trainer, module)
-                only = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
-                moment = Moment(trainer.global_step, function, limit, optimizer=only)
-            # Lightning evaluates in inference mode, whose tensors nothing can be done with later.
-            with torch.inference_mode(False), weights_at(module, moment.snapshot):
-                objective = Objective(
-                    module,
-                    self._held.batches,
-                    trainer_loss(trainer, self.loss),
-                    mode=self.mode,
-                    dropout=self.dropout,
-                    seed=self.seed,
-                    training=self._training,
-                    microbatch_size=self.microbatch_size,
-                    graph_memory=self.graph_memory,
-                )
+            moment = self._completed(trainer, module, moment)
+            with ExitStack() as stack:
+                objective = self._objective(trainer, module, moment, stack)
                 result = self._measure(
                     objective,
                     moment,
@@ -465,6 +480,54 @@ class Monitor(Callback):
             for logger in self._loggers(trainer):
                 self._guarded("logging", write_scalars, logger, values, moment.step)
         return values
+
+    def _completed(self, trainer: Any, module: nn.Module, moment: Moment) -> Moment:
+        """Return a moment of the present weights with what the optimizer knows of them."""
+        if moment.snapshot is not None:
+            return moment
+        limit, only, trouble = None, None, None
+        try:
+            limit = self._limit(trainer, module)
+            only = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+        except Exception as error:  # noqa: BLE001 - raised below, in all processes together
+            trouble = error
+        fail_together(self._processes, trouble)
+        return replace(moment, limit=limit, optimizer=only)
+
+    def _objective(
+        self, trainer: Any, module: nn.Module, moment: Moment, stack: ExitStack
+    ) -> Objective:
+        """Return the objective at a moment's weights, which it has until the stack unwinds.
+
+        Raises:
+            MeasurementError: If any process cannot make its own.
+        """
+        made, trouble = None, None
+        try:
+            # Lightning evaluates in inference mode, whose tensors nothing can be done with later.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(weights_at(module, moment.snapshot))
+            stack.enter_context(at_precision(module, self.precision))
+            as_trained = self.precision == "training"
+            made = Objective(
+                module,
+                self._held.batches,
+                trainer_loss(trainer, self.loss, as_trained=as_trained),
+                mode=self.mode,
+                dropout=self.dropout,
+                seed=self.seed,
+                training=self._training,
+                microbatch_size=self.microbatch_size,
+                max_memory=self.max_memory,
+                engine=self.engine,
+                precision=self.precision,
+                arithmetic=autocast_dtype(trainer) if as_trained else None,
+            )
+        except Exception as error:  # noqa: BLE001 - raised below, in all processes together
+            trouble = error
+        fail_together(self._processes, trouble)
+        assert made is not None
+        return made
 
     # -- where to -----------------------------------------------------------------------
 
@@ -531,8 +594,8 @@ def _runs(trainer: Any, function: str) -> bool:
 
 
 def _remedy(error: Exception, what: str) -> str:
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return "Lower num_samples or num_steps, or set microbatch_size."
+    if is_out_of_memory(error):
+        return "Lower num_samples or num_steps, or set max_memory or microbatch_size."
     if isinstance(error, OSError):
         return "Free disk space, or set save_arrays=False and figures=False."
     return _REMEDIES.get(what, "Set figures=False or custom_scalars=False to do without.")

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lla_callbacks.landscape.grid import fail_together
+from lla_callbacks.callbacks.compat import data_parallel_group
+from lla_callbacks.linalg.sharing import fail_together
 
 
 class Processes:
-    """A Trainer's processes, through its strategy.
+    """A Trainer's processes, as far as they hold different batches.
+
+    Under tensor parallelism several processes compute the same batch together and count as one.
 
     Args:
         trainer: The Trainer; ``None``: this process alone.
@@ -24,17 +27,15 @@ class Processes:
 
     def __init__(self, trainer: Any = None) -> None:
         self._strategy: Any = getattr(trainer, "strategy", None)
-        self.rank = int(getattr(trainer, "global_rank", 0))
-        self.size = int(getattr(trainer, "world_size", 1))
+        self._group, self.rank, self.size = data_parallel_group(trainer)
+        # All processes there are must come to the same decisions.
+        self._everyone = int(getattr(trainer, "world_size", 1))
 
     def total(self, values: Tensor) -> Tensor:
-        """Return the sum over processes of a tensor on the CPU."""
+        """Return the sum over processes of a tensor, on its own device; one exchange."""
         if self.size == 1:
             return values
-        # A copy: some strategies sum in place.
-        moved = values.clone().to(self._strategy.root_device)
-        summed: Tensor = self._strategy.reduce(moved, reduce_op="sum")
-        return summed.to(values.device)
+        return self._sum(values, self._group)
 
     def same(self, tensor: Tensor) -> Tensor:
         """Return the first process's tensor."""
@@ -45,13 +46,13 @@ class Processes:
 
     def agree(self, decision: bool) -> bool:
         """Return the first process's decision, for what depends on clocks."""
-        return decision if self.size == 1 else bool(self._strategy.broadcast(decision, src=0))
+        return decision if self._everyone == 1 else bool(self._strategy.broadcast(decision, src=0))
 
     def all(self, decision: bool) -> bool:
         """Return whether all processes say yes."""
-        if self.size == 1:
+        if self._everyone == 1:
             return decision
-        return float(self.total(torch.tensor([float(decision)]))[0]) == self.size
+        return float(self._sum(torch.tensor([float(decision)]), None)[0]) == self._everyone
 
     def union(self, things: list[Any], *, alike: bool = False) -> list[Any]:
         """Return the things of all processes, in the order of the processes.
@@ -68,6 +69,16 @@ class Processes:
         except Exception as error:  # noqa: BLE001 - raised below, in all processes together
             packed, trouble = b"", error
         fail_together(self, trouble)
-        sources = [0] if alike else range(self.size)
-        every = [pickle.loads(self._strategy.broadcast(packed, src=rank)) for rank in sources]
-        return [thing for part in every for thing in part]
+        every: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(every, packed, group=self._group)
+        return [thing for part in every[: 1 if alike else None] for thing in pickle.loads(part)]
+
+    def _sum(self, values: Tensor, group: Any) -> Tensor:
+        # A copy, since it is summed in place; where the strategy's backend can reach it.
+        moved = values.clone().to(self._strategy.root_device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Without the barrier that a strategy's own reduce puts before each sum.
+            torch.distributed.all_reduce(moved, group=group)
+        else:
+            moved = self._strategy.reduce(moved, reduce_op="sum")
+        return moved.to(values.device)

@@ -8,28 +8,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import (
+    full_precision_context,
     muted_loggers,
     training_precision_context,
-    true_precision_context,
 )
 from lla_callbacks.landscape.evaluation import Loss
 from lla_callbacks.landscape.training_step import mute, replay_training_step
 
 
 def trainer_loss(
-    trainer: Any, loss: Loss | None, *, batch_idx: int = 0, autocast: bool = False
+    trainer: Any, loss: Loss | None, *, batch_idx: int = 0, as_trained: bool = False
 ) -> Loss:
     """Return ``loss(module, batch)`` that runs in the Trainer's surroundings.
 
     Args:
-        trainer: Its loggers are replaced by dummies meanwhile, and a "true" precision
-            keeps its dtype.
+        trainer: Its loggers are replaced by dummies meanwhile.
         loss: The user's loss; ``None`` replays ``training_step``.
         batch_idx: What a replayed ``training_step`` is told.
-        autocast: Whether mixed precision is kept as well.
+        as_trained: Whether the Trainer's precision is kept: autocast, default dtype. Otherwise
+            float32 at least.
     """
     inner = partial(replay_training_step, batch_idx=batch_idx) if loss is None else loss
-    surroundings = training_precision_context if autocast else true_precision_context
+    surroundings = training_precision_context if as_trained else full_precision_context
 
     def evaluate(module: nn.Module, batch: Any) -> Tensor:
         # The user's own loss may log as well, through a method of the module.

@@ -312,7 +312,7 @@ class HessianTraceRegularizer(Callback):
         batch, batch_idx = self._batch
         # Rounding in half precision would be taken for curvature while a strength is found.
         autocast = self.settings.estimator == "perturbation" and not searching
-        inner = trainer_loss(trainer, self.loss, batch_idx=batch_idx, autocast=autocast)
+        inner = trainer_loss(trainer, self.loss, batch_idx=batch_idx, as_trained=autocast)
 
         def evaluate() -> Tensor:
             gradients = torch.is_grad_enabled()

@@ -14,11 +14,12 @@ from torch import Tensor
 from lla_callbacks.landscape.directions import Normalization, Vectors
 from lla_callbacks.landscape.evaluation import Evaluator
 from lla_callbacks.landscape.filters import Filters
-from lla_callbacks.landscape.grid import Alone, Share, fail_together, gathered
+from lla_callbacks.landscape.grid import gathered
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import Offsets, PointSettings, moving, space_of
 from lla_callbacks.landscape.slices import SliceFacts, facts_of
 from lla_callbacks.linalg.probes import generator
+from lla_callbacks.linalg.sharing import Alone, Share, fail_together
 
 # Where the walk begins, as a share of the filters' norms; it doubles from there.
 FIRST_RADIUS = 1 / 64

@@ -10,6 +10,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lla_callbacks.landscape.precision import widened_half
+
 
 def sample_count(batch: Any) -> int:
     """Return the number of samples in a batch: the first tensor's leading size.
@@ -51,13 +53,20 @@ def hold(batch: Any) -> Any:
     return _map(batch, lambda t: t.detach().to("cpu", copy=True))
 
 
-def fresh(batch: Any, device: torch.device) -> Any:
-    """Return a copy of a held batch on a device, free to be changed by a training step."""
+def fresh(batch: Any, device: torch.device, *, widen: bool = False) -> Any:
+    """Return a copy of a held batch on a device, free to be changed by a training step.
+
+    Args:
+        batch: The batch.
+        device: Where to.
+        widen: Whether half-precision tensors become float32.
+    """
 
     def move(tensor: Tensor) -> Tensor:
         # Also makes an ordinary tensor out of one that was made under inference mode.
         with torch.inference_mode(False):
-            return tensor.detach().to(device, copy=True)
+            moved = tensor.detach().to(device, copy=True)
+            return widened_half(moved) if widen else moved
 
     return _map(batch, move)
 

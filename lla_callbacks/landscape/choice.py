@@ -19,11 +19,12 @@ from lla_callbacks.landscape.directions import (
     random_directions,
 )
 from lla_callbacks.landscape.eigenvectors import MOST_STEPS, NAMES, curved_directions
-from lla_callbacks.landscape.grid import Alone, Share, centred, fail_together, spanning
+from lla_callbacks.landscape.grid import centred, spanning
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import space_of
 from lla_callbacks.landscape.trajectory import Path, principal_components
 from lla_callbacks.linalg.errors import NotYetError, forgetful
+from lla_callbacks.linalg.sharing import Alone, Share, fail_together
 from lla_callbacks.linalg.space import ParameterSpace
 
 SINGLE = ("random", "random2", *NAMES, "gradient", "update", "adam_m", "adam_v", "pc1", "pc2")

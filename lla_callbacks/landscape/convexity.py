@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.landscape.directions import Direction
-from lla_callbacks.landscape.grid import Alone, Share, coarse_to_fine, fail_together, gathered
+from lla_callbacks.landscape.grid import coarse_to_fine, gathered
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import Offsets, space_of
 from lla_callbacks.landscape.slices import SliceFacts, facts_of
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.sharing import Alone, Share, fail_together
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lla_callbacks.landscape.filters import Filters
+from lla_callbacks.landscape.precision import original_of
 from lla_callbacks.linalg.errors import NotYetError
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.space import ParameterSpace
@@ -199,7 +200,7 @@ def adam_directions(
     """
     found = []
     for key, name in (("exp_avg", "Adam m"), ("exp_avg_sq", "Adam v")):
-        parts = [optimizer.state.get(tensor, {}).get(key) for tensor in space.tensors]
+        parts = [optimizer.state.get(original_of(tensor), {}).get(key) for tensor in space.tensors]
         if all(part is None for part in parts):
             raise NotYetError(
                 f"{type(optimizer).__name__} keeps no {key} of these parameters (before its first "

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 
 from lla_callbacks.landscape.directions import Direction, gradient_direction
-from lla_callbacks.landscape.objective import Objective
+from lla_callbacks.landscape.objective import Objective, with_hessian
 from lla_callbacks.linalg.lanczos import lanczos
+from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator, rademacher
 
 NAMES = ("top1", "top2", "bottom1")
@@ -45,43 +46,49 @@ def curved_directions(
         MeasurementError: If the loss or a product is not finite or cannot be had.
         ValueError: If there are fewer eigenvalues than asked for.
     """
-    hessian = objective.hessian()
-    hessian.listener = listener
+
+    def use(hessian: LossOperator) -> dict[str, Direction]:
+        hessian.listener = listener
+        return _directions(hessian, wanted, seed, num_steps)
+
+    return with_hessian(objective, use)[0]
+
+
+def _directions(
+    hessian: LossOperator, wanted: set[str], seed: int, num_steps: int
+) -> dict[str, Direction]:
     found: dict[str, Direction] = {}
-    try:
-        norm = math.sqrt(sum(float(t.detach().square().sum()) for t in hessian.space.tensors))
-        if "gradient" in wanted:
-            found["gradient"] = gradient_direction(hessian.gradient, hessian.loss, norm)
-        names = [name for name in NAMES if name in wanted]
-        if not names:
-            return found
-        start = rademacher(
-            hessian.shape[0], generator(seed, 3), dtype=hessian.dtype, device=hessian.device
-        )
-        ends = "max" if names == ["top1"] else "both"
-        run = lanczos(hessian, start, num_steps, rtol=RTOL, which=ends)
-        if "top2" in names and run.num_steps < 2:
-            raise ValueError("the Hessian has one eigenvalue only: choose 'top1' without 'top2'.")
-        for name in names:
-            index = {"top1": -1, "top2": run.num_steps - 2, "bottom1": 0}[name] % run.num_steps
-            value = float(run.values[index])
-            vector = run.vectors([index])[:, 0]
-            vector = vector / torch.linalg.vector_norm(vector)
-            slope = float(hessian.gradient @ vector)
-            if slope < 0:
-                vector, slope = -vector, -slope
-            found[name] = Direction(
-                vector,
-                f"{_LABELS[name]}, λ = {value:.3g}",
-                "‖v‖",
-                _reach(hessian.loss, value, norm),
-                value,
-                float(run.residuals[index]),
-                slope,
-            )
+    norm = math.sqrt(sum(float(t.detach().square().sum()) for t in hessian.space.tensors))
+    if "gradient" in wanted:
+        found["gradient"] = gradient_direction(hessian.gradient, hessian.loss, norm)
+    names = [name for name in NAMES if name in wanted]
+    if not names:
         return found
-    finally:
-        hessian.release()
+    start = rademacher(
+        hessian.shape[0], generator(seed, 3), dtype=hessian.dtype, device=hessian.device
+    )
+    ends = "max" if names == ["top1"] else "both"
+    run = lanczos(hessian, start, num_steps, rtol=RTOL, which=ends)
+    if "top2" in names and run.num_steps < 2:
+        raise ValueError("the Hessian has one eigenvalue only: choose 'top1' without 'top2'.")
+    for name in names:
+        index = {"top1": -1, "top2": run.num_steps - 2, "bottom1": 0}[name] % run.num_steps
+        value = float(run.values[index])
+        vector = run.vectors([index])[:, 0]
+        vector = vector / torch.linalg.vector_norm(vector)
+        slope = float(hessian.gradient @ vector)
+        if slope < 0:
+            vector, slope = -vector, -slope
+        found[name] = Direction(
+            vector,
+            f"{_LABELS[name]}, λ = {value:.3g}",
+            "‖v‖",
+            _reach(hessian.loss, value, norm),
+            value,
+            float(run.residuals[index]),
+            slope,
+        )
+    return found
 
 
 def _reach(loss: float, eigenvalue: float, norm: float) -> float:

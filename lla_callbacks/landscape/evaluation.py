@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lla_callbacks.landscape.batches import fresh, rewrapped, tensors_of
+from lla_callbacks.landscape.batches import rewrapped, tensors_of
 from lla_callbacks.landscape.repetition import keep_processes_apart, repeatable
 from lla_callbacks.landscape.twice_differentiable import NoDropout, eager
 
@@ -46,7 +46,7 @@ class Evaluator:
         reset: Callable[[], None],
     ) -> None:
         self.objective = objective
-        self.batches = [fresh(batch, objective.device) for batch in objective.batches]
+        self.batches = [objective.fresh(i) for i in range(len(objective.batches))]
         self._versions = [_versions(batch) for batch in self.batches]
         self._reset = reset
         self._predict = predict
@@ -131,7 +131,7 @@ class Evaluator:
         load_statistics(statistics)
         if not self._versions[i] or _versions(self.batches[i]) != self._versions[i]:
             # The last evaluation wrote into its batch, or might have, unseen.
-            self.batches[i] = fresh(self.objective.batches[i], self.objective.device)
+            self.batches[i] = self.objective.fresh(i)
             self._versions[i] = _versions(self.batches[i])
         module = self.objective.module
         with torch.set_grad_enabled(self._needs_grad):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.linalg.sharing import Share
 
 
 def centred(reach: float, count: int) -> Tensor:
@@ -111,60 +110,6 @@ def _flat(index: Iterable[int], shape: Sequence[int]) -> int:
     for i, n in zip(index, shape, strict=True):
         flat = flat * n + i
     return flat
-
-
-class Share(Protocol):
-    """How several processes divide the points of a slice among them."""
-
-    rank: int
-    size: int
-
-    def total(self, values: Tensor) -> Tensor:
-        """Return the sum over processes of a float64 tensor on the CPU."""
-
-    def same(self, tensor: Tensor) -> Tensor:
-        """Return the first process's tensor."""
-
-
-class Alone:
-    """One process."""
-
-    rank = 0
-    size = 1
-
-    def total(self, values: Tensor) -> Tensor:
-        """Return the values."""
-        return values
-
-    def same(self, tensor: Tensor) -> Tensor:
-        """Return the tensor."""
-        return tensor
-
-
-def fail_together(share: Share, trouble: Exception | None) -> None:
-    """Raise in every process if one is in trouble, so that none waits for it.
-
-    Raises:
-        MeasurementError: In all of several processes, so that all take the same way on.
-        Exception: The trouble itself, if there is one process only.
-    """
-    if share.size == 1:
-        if trouble is not None:
-            raise trouble
-        return
-    mine = torch.zeros(share.size, dtype=torch.float64)
-    mine[share.rank] = float(trouble is not None)
-    failed = torch.nonzero(share.total(mine)).flatten().tolist()
-    if not failed:
-        return
-    # The first of them tells the others why, as bytes, since sums are all that is exchanged.
-    words = torch.zeros(400, dtype=torch.float64)
-    if share.rank == failed[0]:
-        text = f"{type(trouble).__name__}: {trouble}".encode()[: len(words)]
-        words[: len(text)] = torch.tensor(list(text), dtype=torch.float64)
-    told = bytes(int(b) for b in share.total(words).tolist() if b).decode(errors="ignore")
-    message = f"process {failed[0]} failed in this measurement ({told})."
-    raise MeasurementError(message, "") from trouble
 
 
 def gathered(share: Share, table: Tensor, done: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from lla_callbacks.landscape.choice import (
 from lla_callbacks.landscape.convexity import Convexity, measure_convexity
 from lla_callbacks.landscape.directions import Normalization, Vectors, check_normalization
 from lla_callbacks.landscape.evaluation import Predict, check_metrics
-from lla_callbacks.landscape.grid import Alone, Share, centred, fail_together
+from lla_callbacks.landscape.grid import centred
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import Evaluation, PointSettings
 from lla_callbacks.landscape.slices import (
@@ -30,6 +30,7 @@ from lla_callbacks.landscape.slices import (
     measure_plane,
 )
 from lla_callbacks.linalg.errors import forgetful
+from lla_callbacks.linalg.sharing import Alone, Share, fail_together
 
 # Opens a progress bar of a total; yields what advances it.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]

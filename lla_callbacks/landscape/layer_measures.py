@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lla_callbacks.landscape.eigenvalue import Eigenvalue, extremes
 from lla_callbacks.linalg.distance import Quadrature, published_distance, shape_distance
-from lla_callbacks.linalg.hessian import HessianBlockOperator, HessianOperator
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
+from lla_callbacks.linalg.loss_operator import HessianBlockOperator, LossOperator
 from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 
@@ -119,7 +119,7 @@ class LayerPlan:
 
 
 def measure_layers(
-    hessian: HessianOperator,
+    hessian: LossOperator,
     groups: Mapping[str, Sequence[str]],
     whole: Quadrature,
     traces: TraceEstimate,

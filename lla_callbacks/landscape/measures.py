@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lla_callbacks.landscape import criteria
 from lla_callbacks.landscape.eigenvalue import Eigenvalue, extremes
+from lla_callbacks.landscape.engine_error import engine_error, verified_ends
 from lla_callbacks.landscape.layer_measures import (
     LayerMeasurement,
     LayerPlan,
@@ -19,14 +20,15 @@ from lla_callbacks.landscape.layer_measures import (
     measure_layers,
 )
 from lla_callbacks.landscape.layers import Layers, check_layers, layer_parameters, outside
-from lla_callbacks.landscape.objective import Objective
+from lla_callbacks.landscape.objective import Objective, with_hessian
 from lla_callbacks.landscape.stability import StabilityLimit
 from lla_callbacks.linalg.density import sampling_error
 from lla_callbacks.linalg.distance import Quadrature
-from lla_callbacks.linalg.hessian import HessianOperator
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
+from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.operators import ScaledOperator
 from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 
 # Which eigenvalue the ratio lambda_1 / lambda_k names, and how many eigenvectors span the
@@ -156,9 +158,13 @@ class HessianMeasurement:
             equal depth).
         num_probes: Trace probes used.
         mode: Normalization mode.
-        precision: Dtype of the arithmetic, that of the parameters.
+        precision: Dtype of the arithmetic.
         seed: Seed of the random vectors.
         seconds: Wall time.
+        engine: How products were computed: ``"exact"`` or ``"difference"``.
+        engine_reason: Why not exactly; empty if it was.
+        product_error: Estimated relative error of a product with a random vector; 0 if exact.
+        gaps: What could not be said within a bound, by name, and why: it is NaN, or empty.
     """
 
     lambda_max: Eigenvalue
@@ -186,6 +192,10 @@ class HessianMeasurement:
     precision: str
     seed: int
     seconds: float
+    engine: str = "exact"
+    engine_reason: str = ""
+    product_error: float = 0.0
+    gaps: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layer_traces(self) -> dict[str, LayerTrace]:
@@ -217,6 +227,7 @@ def measure(
     *,
     limit: StabilityLimit | None = None,
     listener: Callable[[int], object] | None = None,
+    share: Share | None = None,
 ) -> HessianMeasurement:
     """Return everything that one spectrum run tells about the Hessian of an objective.
 
@@ -226,32 +237,50 @@ def measure(
         limit: Stability limit of the optimizer, for the criterion ``stability``; NaN
             without one.
         listener: Called after products, with their number.
+        share: Processes that share the batches; all get the same result.
 
     Raises:
         MeasurementError: If the loss or a product is not finite or cannot be had.
     """
     began = time.perf_counter()
-    hessian = objective.hessian(chunk_size=settings.chunk_size)
-    hessian.listener = listener
-    try:
-        space = hessian.space
-        groups = layer_parameters(objective.module, space, settings.layers)
-        blocks = {layer: space.index(names).to(space.device) for layer, names in groups.items()}
-        runs, traces = _run(hessian, settings, blocks)
-        ends = extremes(runs)
-        values, errors = _criteria(hessian, runs, ends, traces)
-        stability = _stability(hessian, limit, ends[1], settings)
-        values["stability"], errors["stability"] = float(stability), stability.residual
-        whole = Quadrature.of(runs, space.dim)
+
+    def use(hessian: LossOperator) -> HessianMeasurement:
+        hessian.listener = listener
+        return _measured(objective, hessian, settings, limit)
+
+    found, reason = with_hessian(objective, use, chunk_size=settings.chunk_size, share=share)
+    seconds = time.perf_counter() - began
+    return replace(found, engine_reason=reason, seconds=seconds)
+
+
+def _measured(
+    objective: Objective,
+    hessian: LossOperator,
+    settings: HessianSettings,
+    limit: StabilityLimit | None,
+) -> HessianMeasurement:
+    """Spend the products, and leave out what the engine cannot say."""
+    space = hessian.space
+    groups = layer_parameters(objective.module, space, settings.layers)
+    blocks = {layer: space.index(names).to(space.device) for layer, names in groups.items()}
+    runs, traces = _run(hessian, settings, blocks)
+    off = engine_error(hessian, runs[0], settings.seed)
+    ends, gaps = verified_ends(hessian, runs, extremes(runs))
+    if off.gap:
+        gaps |= dict.fromkeys(("trace", "layers", "density", "criteria"), off.gap)
+    values, errors = _criteria(hessian, runs, extremes(runs), traces)
+    stability = _stability(hessian, limit, ends[1], settings)
+    values["stability"], errors["stability"] = float(stability), stability.residual
+    whole = Quadrature.of(runs, space.dim)
+    layers = {}
+    if not off.gap:
         layers = measure_layers(hessian, groups, whole, traces, settings.layer_plan)
-        norm = float(space.flatten(space.tensors).norm())
-    finally:
-        hessian.release()
-    return HessianMeasurement(
+    norm = float(space.flatten(space.tensors).norm())
+    found = HessianMeasurement(
         lambda_max=ends[1],
         lambda_min=ends[0],
         trace=traces.value,
-        trace_sem=traces.sem,
+        trace_sem=math.hypot(traces.sem, off.trace),
         weight_norm=norm,
         layers=layers,
         unlayered=tuple(outside(space, groups)),
@@ -270,14 +299,37 @@ def measure(
         num_steps=max(run.num_steps for run in runs),
         num_probes=traces.num_probes,
         mode=objective.mode,
-        precision=str(hessian.space.precision).removeprefix("torch."),
+        precision=objective.arithmetic_name,
         seed=settings.seed,
-        seconds=time.perf_counter() - began,
+        seconds=0.0,
+        engine=hessian.engine,
+        product_error=off.random,
+        gaps=gaps,
+    )
+    return _without_random(found) if off.gap else found
+
+
+def _without_random(m: HessianMeasurement) -> HessianMeasurement:
+    """Return a measurement without whatever rests on products with random vectors."""
+    none = torch.empty(0, dtype=torch.float64)
+    # What only depends on the largest eigenvalue has its own check.
+    kept = {"stability"}
+    return replace(
+        m,
+        trace=math.nan,
+        trace_sem=math.nan,
+        nodes=none,
+        weights=none,
+        run_sizes=(),
+        eigenvalues=none,
+        eigenvalue_residuals=none,
+        criteria={k: v if k in kept else math.nan for k, v in m.criteria.items()},
+        criteria_errors={k: v if k in kept else math.nan for k, v in m.criteria_errors.items()},
     )
 
 
 def _run(
-    hessian: HessianOperator, settings: HessianSettings, blocks: Mapping[str, Tensor]
+    hessian: LossOperator, settings: HessianSettings, blocks: Mapping[str, Tensor]
 ) -> tuple[list[LanczosRun], TraceEstimate]:
     """Spend the products: Lanczos runs, then probes of what the first run left open."""
     source = generator(settings.seed)
@@ -302,7 +354,7 @@ def _run(
 
 
 def _criteria(
-    hessian: HessianOperator,
+    hessian: LossOperator,
     runs: Sequence[LanczosRun],
     ends: tuple[Eigenvalue, Eigenvalue],
     traces: TraceEstimate,
@@ -376,7 +428,7 @@ def _ratio_error(top: float, top_error: float, bottom: float, bottom_error: floa
     return math.hypot(top_error / bottom, top * bottom_error / bottom**2)
 
 
-def _gradient_share(hessian: HessianOperator, run: LanczosRun) -> tuple[float, float]:
+def _gradient_share(hessian: LossOperator, run: LanczosRun) -> tuple[float, float]:
     """Return ``||P g||^2 / ||g||^2`` for the top eigenvectors, and a bound of its error.
 
     Gur-Ari et al. 2018, section 2. By Davis and Kahan the projectors onto the Ritz vectors
@@ -397,7 +449,7 @@ def _gradient_share(hessian: HessianOperator, run: LanczosRun) -> tuple[float, f
 
 
 def _stability(
-    hessian: HessianOperator,
+    hessian: LossOperator,
     limit: StabilityLimit | None,
     lambda_max: Eigenvalue,
     settings: HessianSettings,

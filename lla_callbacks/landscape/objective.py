@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lla_callbacks.landscape.batches import fresh, sample_count, split
 from lla_callbacks.landscape.evaluation import Loss, Statistics, evaluating, load_statistics
+from lla_callbacks.landscape.memory import MemoryPlan, saved_bytes
+from lla_callbacks.landscape.precision import HALF, Precision, check_precision
 from lla_callbacks.landscape.repetition import keep_processes_apart
+from lla_callbacks.landscape.sharded import is_sharded, reshard, sharded_gradients
 from lla_callbacks.landscape.state import preserved, set_mode
-from lla_callbacks.landscape.twice_differentiable import twice_differentiable
-from lla_callbacks.linalg.errors import MeasurementError
-from lla_callbacks.linalg.hessian import HessianOperator, LossTerm
+from lla_callbacks.landscape.twice_differentiable import once_differentiable, twice_differentiable
+from lla_callbacks.linalg.difference import DifferenceOperator, first_derivative
+from lla_callbacks.linalg.errors import (
+    MeasurementError,
+    NoSecondDerivativeError,
+    OutOfMemoryError,
+    forgetful,
+)
+from lla_callbacks.linalg.hessian import HessianOperator
+from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm
+from lla_callbacks.linalg.sharing import Alone, Share
+from lla_callbacks.linalg.space import ParameterSpace
 
 Mode = Literal["batch", "eval", "recalibrate"]
-
-# Graphs of all batches are kept for the whole run while they fit in this many bytes.
-# Choice: a small share of the memory of any machine that trains networks.
-GRAPH_MEMORY = 2 * 2**30
+Engine = Literal["auto", "exact", "difference"]
+Result = TypeVar("Result")
 
 
 class Objective:
@@ -45,8 +55,14 @@ class Objective:
         microbatch_size: Split batches into parts of at most this many samples, to save
             memory. Allowed where the loss is a mean over samples that do not see each
             other; this is verified once, on the first batch.
-        graph_memory: Bytes that kept graphs may take; batches beyond that are
-            differentiated anew for every product (3 gradients instead of 2).
+        max_memory: Bytes that a measurement may take; see
+            :class:`~lla_callbacks.landscape.memory.MemoryPlan`. ``None``: half of what a training
+            step takes, and 256 MiB at least.
+        engine: How to multiply with the Hessian; see :func:`with_hessian`.
+        precision: ``"float32"``: no autocast, and half-precision batches are widened, for use
+            inside :func:`~lla_callbacks.landscape.precision.at_precision`. ``"training"``: as the
+            loss itself has it.
+        arithmetic: Dtype in which the loss computes under autocast, where it does.
 
     Attributes:
         num_samples: Samples behind the loss: of each batch, the leading size of its first
@@ -67,9 +83,14 @@ class Objective:
         seed: int = 0,
         training: Mapping[nn.Module, bool] | None = None,
         microbatch_size: int | None = None,
-        graph_memory: int = GRAPH_MEMORY,
+        max_memory: int | None = None,
+        engine: Engine = "auto",
+        precision: Precision = "float32",
+        arithmetic: torch.dtype | None = None,
     ) -> None:
         check_mode(mode, dropout)
+        check_engine(engine)
+        check_precision(precision)
         if microbatch_size is not None and microbatch_size < 1:
             raise ValueError(f"microbatch_size is {microbatch_size}; give 1 or more, or None.")
         self.module = module
@@ -78,7 +99,10 @@ class Objective:
         self.dropout = dropout
         self.seed = seed
         self.training = training
-        self._graph_memory = graph_memory
+        self.engine: Engine = engine
+        self.precision: Precision = precision
+        self.arithmetic = arithmetic
+        self._max_memory = max_memory
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("there is no batch to measure on: give at least one.")
@@ -93,6 +117,8 @@ class Objective:
             self.batches = [part for batch in whole for part in split(batch, microbatch_size)]
             self._check_splittable(whole[0], list(split(whole[0], microbatch_size)))
         self.counts = [sample_count(batch) for batch in self.batches]
+        self._saved: int | None = None
+        self._splittable: bool | None = None
         self.num_samples = sum(self.counts)
 
     def __call__(self) -> float:
@@ -100,58 +126,172 @@ class Objective:
         with evaluating(self) as evaluate:
             return float(evaluate()[0])
 
-    def hessian(self, *, chunk_size: int = 1) -> HessianOperator:
-        """Return the Hessian of ``L`` at the present weights."""
+    def fresh(self, i: int) -> Any:
+        """Return a copy of batch ``i`` on the module's device, free to be changed."""
+        return self._fresh(self.batches[i])
+
+    def hessian(
+        self, *, chunk_size: int = 1, engine: Engine | None = None, share: Share | None = None
+    ) -> LossOperator:
+        """Return the Hessian of ``L`` at the present weights.
+
+        Args:
+            chunk_size: Vectors in one backward pass.
+            engine: ``"exact"`` or ``"difference"``; ``None`` or ``"auto"``: the one of
+                :attr:`engines` that is tried first.
+            share: Processes that take their parts of the batches; each must have them all.
+
+        Raises:
+            MeasurementError: If the loss is not finite or cannot be differentiated so.
+        """
+        if engine in (None, "auto"):
+            engine = self.engines[0]
         statistics: Statistics = ()
         if self.mode == "recalibrate":
             with evaluating(self) as evaluate:
                 statistics = evaluate.statistics()
-        keep = self._num_kept_graphs()
+        context = self._context if engine == "exact" else self._plain_context
+        share = share or Alone()
+        parts = list(zip(self.batches, self.counts, strict=True))
+        mine = parts[share.rank :: share.size]
+        sharded = is_sharded(self.module)
+        if sharded:
+            # Whatever one process computes, all must, so that they can gather parameters.
+            mine += [(parts[0][0], 0)] * (-(-len(parts) // share.size) - len(mine))
+        if engine == "difference":
+            terms = [self._term(b, n, statistics, context, halve=not sharded) for b, n in mine]
+            differentiate = sharded_gradients if sharded else first_derivative
+            return self._rounded(
+                DifferenceOperator(
+                    terms,
+                    trainable(self.module),
+                    context=context,
+                    share=share,
+                    differentiate=differentiate,
+                )
+            )
+        kept = 0
+        if mine:
+            plan = self._memory_plan([n for _, n in mine])
+            kept = plan.num_kept
+            if plan.parts > 1 and self._is_splittable(mine[0][0], plan.part_size):
+                mine = [(p, sample_count(p)) for b, _ in mine for p in split(b, plan.part_size)]
+            elif plan.parts > 1 and self._max_memory is not None:
+                raise OutOfMemoryError(
+                    f"the graph of one batch takes about {plan.graph / 2**20:,.0f} MiB, and "
+                    f"max_memory={self._max_memory} allows {self._max_memory / 2**20:,.0f} MiB.",
+                    "Raise max_memory, lower the batch size, or take engine='difference'.",
+                )
         terms = [
-            LossTerm(lambda batch=batch: self._evaluate(batch, statistics), weight, keep=i < keep)  # type: ignore[misc]
-            for i, (batch, weight) in enumerate(zip(self.batches, self._weights(), strict=True))
+            self._term(b, n, statistics, context, keep=i < kept) for i, (b, n) in enumerate(mine)
         ]
-        return HessianOperator(
-            terms, trainable(self.module), chunk_size=chunk_size, context=self._context
+        return self._rounded(
+            HessianOperator(
+                terms,
+                trainable(self.module),
+                chunk_size=chunk_size,
+                context=context,
+                share=share,
+            )
         )
 
-    def _weights(self) -> list[float]:
-        return [count / self.num_samples for count in self.counts]
+    @property
+    def engines(self) -> tuple[Literal["exact", "difference"], ...]:
+        """The ways of multiplying that may be tried, in order."""
+        if is_sharded(self.module) and self.engine == "auto":
+            return ("difference",)
+        return ("exact", "difference") if self.engine == "auto" else (self.engine,)
+
+    @property
+    def arithmetic_name(self) -> str:
+        """The precision of the computation, in words."""
+        if self.arithmetic is not None:
+            return f"{str(self.arithmetic).removeprefix('torch.')} autocast"
+        return str(ParameterSpace(trainable(self.module)).precision).removeprefix("torch.")
+
+    def _rounded(self, operator: LossOperator) -> LossOperator:
+        if self.arithmetic is not None:
+            operator.eps = max(operator.eps, torch.finfo(self.arithmetic).eps)
+        return operator
+
+    def _term(
+        self,
+        batch: Any,
+        count: int,
+        statistics: Statistics,
+        context: Callable[[], AbstractContextManager[None]],
+        *,
+        keep: bool = False,
+        halve: bool = True,
+    ) -> LossTerm:
+        """Return one batch as a summand, which can be halved where memory runs out."""
+
+        def halves() -> list[LossTerm]:
+            size = -(-sample_count(batch) // 2)
+            if not self._is_splittable(batch, size):
+                raise OutOfMemoryError(
+                    "there is not enough memory for one batch, and its samples see each other.",
+                    "Lower num_samples, give a dataloader of smaller batches, or take mode='eval' "
+                    "or engine='difference'.",
+                )
+            total = sample_count(batch)
+            shares = [(part, count * sample_count(part) / total) for part in split(batch, size)]
+            return [self._term(b, n, statistics, context) for b, n in shares]  # type: ignore[arg-type]
+
+        return LossTerm(
+            lambda: self._evaluate(batch, statistics, context),
+            count / self.num_samples,
+            keep=keep,
+            halves=halves if halve and sample_count(batch) > 1 else None,
+        )
 
     def _context(self) -> AbstractContextManager[None]:
         return twice_differentiable(dropout=self.dropout)
 
-    def _evaluate(self, batch: Any, statistics: Statistics = ()) -> Tensor:
+    def _plain_context(self) -> AbstractContextManager[None]:
+        return once_differentiable(dropout=self.dropout)
+
+    def _fresh(self, batch: Any) -> Any:
+        halves = any(p.dtype in HALF for p in trainable(self.module).values())
+        return fresh(batch, self.device, widen=self.precision == "float32" and not halves)
+
+    def _evaluate(
+        self,
+        batch: Any,
+        statistics: Statistics = (),
+        context: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> Tensor:
         """Return the loss of one held batch, with its graph if gradients are enabled."""
         gradients = torch.is_grad_enabled()
+        reshard(self.module)
         with preserved(self.module, seed=self.seed), torch.set_grad_enabled(gradients):
             set_mode(self.module, self.mode, dropout=self.dropout, training=self.training)
             keep_processes_apart(self.module)
             load_statistics(statistics)
             # Curvature in full precision: autocast would cost digits, not time, here.
-            with self._context(), torch.autocast(self.device.type, enabled=False):
-                return self.loss(self.module, fresh(batch, self.device))
+            full = torch.autocast(self.device.type, enabled=False)
+            with (context or self._context)(), full if self.arithmetic is None else nullcontext():
+                return self.loss(self.module, self._fresh(batch))
 
-    def _num_kept_graphs(self) -> int:
-        """Return how many batches' graphs fit, judged by what one forward pass saves."""
-        if len(self.batches) == 1:
-            return 1
-        seen: dict[int, int] = {}
+    def _memory_plan(self, counts: Sequence[int]) -> MemoryPlan:
+        """Return what fits, judged by what one forward pass saves."""
+        if self._saved is None:
+            self._saved = saved_bytes(
+                lambda: self._evaluate(self.batches[0]), list(trainable(self.module).values())
+            )
+        per_sample = self._saved / max(1, self.counts[0])
+        weights = sum(p.numel() * p.element_size() for p in trainable(self.module).values())
+        return MemoryPlan.of([n * per_sample for n in counts], counts, weights, self._max_memory)
 
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with torch.inference_mode(False), torch.enable_grad(), hooks:
-            self._evaluate(self.batches[0])
-        weights = {p.untyped_storage().data_ptr() for p in trainable(self.module).values()}
-        saved = sum(size for pointer, size in seen.items() if pointer not in weights)
-        # The graph of a gradient holds the forward pass, the backward pass and their
-        # intermediates. Measured on four kinds of networks: 1.6 to 2.3 times what the
-        # forward pass saves; three times is on the safe side.
-        return max(1, int(self._graph_memory // (3 * saved + 1)))
+    def _is_splittable(self, batch: Any, size: int) -> bool:
+        """Return whether parts of a batch add up to it, judged by its loss."""
+        if self._splittable is None:
+            try:
+                self._check_splittable(batch, list(split(batch, size)))
+                self._splittable = True
+            except (MeasurementError, TypeError):
+                self._splittable = False
+        return self._splittable
 
     def _check_splittable(self, whole: Any, parts: list[Any]) -> None:
         counts = [sample_count(part) for part in parts]
@@ -167,6 +307,54 @@ class Objective:
                 "is not a mean over samples.",
                 "Leave out microbatch_size, or use mode='eval'.",
             )
+
+
+def with_hessian(
+    objective: Objective,
+    use: Callable[[LossOperator], Result],
+    *,
+    chunk_size: int = 1,
+    share: Share | None = None,
+) -> tuple[Result, str]:
+    """Use the Hessian of an objective, by the first engine that can; return why it was that.
+
+    The exact engine is tried first. Differences of gradients take over where a second
+    derivative does not exist, or does not fit in memory, or where parameters are sharded.
+
+    Args:
+        objective: The loss.
+        use: What to do with the Hessian; called anew with the second engine if the first fails.
+        chunk_size: Vectors in one backward pass.
+        share: Processes that share the work.
+
+    Returns:
+        What ``use`` returns, and the reason for differences, empty for the exact engine.
+
+    Raises:
+        MeasurementError: If the loss or a product is not finite or cannot be had.
+    """
+    reason = ""
+    if objective.engine == "difference":
+        reason = "engine='difference' was asked for"
+    elif objective.engines[0] == "difference":
+        reason = "the parameters are sharded, and torch differentiates through that once only"
+    for last, engine in enumerate(objective.engines, start=1):
+        failed: Exception
+        try:
+            with objective.hessian(chunk_size=chunk_size, engine=engine, share=share) as hessian:
+                return use(hessian), reason
+        except (NoSecondDerivativeError, OutOfMemoryError) as error:
+            if last == len(objective.engines):
+                raise
+            failed = forgetful(error)
+        reason = f"{type(failed).__name__}: {failed}"
+    raise AssertionError("an objective has at least one engine")
+
+
+def check_engine(engine: str) -> None:
+    """Raise a ValueError for an engine that does not exist."""
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine is {engine!r}; give one of {', '.join(get_args(Engine))}.")
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lla_callbacks.landscape.batched import BatchedEvaluator
 from lla_callbacks.landscape.evaluation import Evaluator, Predict, Statistics, evaluating
-from lla_callbacks.landscape.grid import Alone, Keep, Share, fail_together, gathered
+from lla_callbacks.landscape.grid import Keep, gathered
 from lla_callbacks.landscape.objective import Objective, trainable
+from lla_callbacks.linalg.sharing import Alone, Share, fail_together
 from lla_callbacks.linalg.space import ParameterSpace
 
 Evaluation = Literal["auto", "loop", "vmap"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lla_callbacks.landscape.directions import Direction, cosine
 from lla_callbacks.landscape.evaluation import Statistics
-from lla_callbacks.landscape.grid import Keep, Share, coarse_to_fine
+from lla_callbacks.landscape.grid import Keep, coarse_to_fine
 from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import (
     Family,
@@ -25,6 +25,7 @@ from lla_callbacks.landscape.points import (
     space_of,
 )
 from lla_callbacks.landscape.trajectory import Path
+from lla_callbacks.linalg.sharing import Share
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.landscape.precision import original_of
+from lla_callbacks.linalg.space import ParameterSpace, whole
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def stability_limit(
     """
     diagonal = torch.zeros(space.dim, dtype=torch.float64, device=space.device)
     shift = torch.zeros_like(diagonal)
-    where = {id(t): space.slices[n] for n, t in zip(space.names, space.tensors, strict=True)}
+    where = {
+        id(original_of(t)): space.slices[n] for n, t in zip(space.names, space.tensors, strict=True)
+    }
     for group in optimizer.param_groups:
         sign = -1.0 if group.get("maximize") else 1.0
         for parameter in group["params"]:
@@ -72,7 +75,7 @@ def stability_limit(
             if entry is None or sign < 0:
                 return None
             value, decay = entry
-            diagonal[index] = value.reshape(-1) if isinstance(value, Tensor) else value
+            diagonal[index] = whole(value).reshape(-1) if isinstance(value, Tensor) else value
             shift[index] = decay
     return StabilityLimit(diagonal, shift)
 

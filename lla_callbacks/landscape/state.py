@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.linalg.space import local_part
 
 _TORCH_KEYS = frozenset(nn.Module().__dict__)
 
@@ -252,7 +253,8 @@ def _inner(value: Any, memo: dict[int, Any]) -> Any:
 @contextmanager
 def _unchanged_weights(module: nn.Module) -> Iterator[None]:
     """Restore trainable weights that were changed inside, and say so."""
-    saved = [(p, p.detach().clone()) for p in module.parameters() if p.requires_grad]
+    trained = [local_part(p) for p in module.parameters() if p.requires_grad]
+    saved = [(p, p.detach().clone()) for p in trained]
     changed = False
     try:
         yield

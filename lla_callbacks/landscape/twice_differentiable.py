@@ -33,6 +33,19 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def once_differentiable(*, dropout: bool) -> Iterator[None]:
+    """Within this context, forward passes use torch's own kernels, as training does.
+
+    Compiled modules stay compiled and attention stays fused; dropout does nothing, unless
+    ``dropout`` asks for it. Normalization is composed of elementary operations, as for second
+    derivatives, so that running statistics are not updated and both ways agree.
+    """
+    substitutes = _NORMALIZATIONS if dropout else _NORMALIZATIONS | _NO_DROPOUT
+    with _Substitution(substitutes):
+        yield
+
+
 class NoDropout(TorchFunctionMode):
     """Within this context functional dropout does nothing, also where it is hard-wired.
 

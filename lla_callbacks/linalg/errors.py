@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 def forgetful(error: Exception) -> Exception:
     """Return an error without tracebacks and causes, so that keeping it keeps nothing alive."""
@@ -35,3 +37,15 @@ class NonFiniteError(MeasurementError):
 
 class NoSecondDerivativeError(MeasurementError):
     """An operation of the model cannot be differentiated twice."""
+
+
+class OutOfMemoryError(MeasurementError):
+    """A measurement needs more memory than there is, however small its pieces."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that an allocation failed, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)

@@ -11,8 +11,9 @@ from torch import Tensor
 class ParameterSpace:
     """The order in which named parameters are laid out in one flat vector.
 
-    A tensor that carries several names (tied weights) is laid out once, under its first
-    name. Vectors are float64 if a parameter is, else float32: a bfloat16 model gets
+    Parameters that are spread over processes (distributed tensors) are laid out whole, the same
+    vector in every process. A tensor that carries several names (tied weights) is laid out once,
+    under its first name. Vectors are float64 if a parameter is, else float32: a bfloat16 model gets
     float32 vectors, since Lanczos in bfloat16 has no digits left.
 
     Args:
@@ -70,9 +71,9 @@ class ParameterSpace:
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return one vector ``(dim,)``; ``None`` (an unused parameter) becomes zeros."""
         parts = [
-            like.new_zeros(like.numel(), dtype=self.dtype)
+            torch.zeros(like.numel(), dtype=self.dtype, device=self.device)
             if tensor is None
-            else tensor.detach().reshape(-1).to(self.dtype)
+            else whole(tensor.detach()).reshape(-1).to(self.dtype)
             for tensor, like in zip(tensors, self.tensors, strict=True)
         ]
         return torch.cat(parts)
@@ -80,9 +81,13 @@ class ParameterSpace:
     def unflatten(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Return tensors shaped and typed like the parameters, from a vector ``(dim,)``."""
         return tuple(
-            vector[self.slices[name]].reshape(like.shape).to(like.dtype)
+            spread_like(vector[self.slices[name]].reshape(like.shape).to(like.dtype), like)
             for name, like in zip(self.names, self.tensors, strict=True)
         )
+
+    def split(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Return the flat pieces of a vector ``(dim,)``, one a parameter, in order."""
+        return torch.split(vector, [t.numel() for t in self.tensors])
 
     def index(self, names: Iterable[str]) -> Tensor:
         """Return the positions of some parameters in the flat vector, ascending."""
@@ -96,3 +101,36 @@ class ParameterSpace:
             if name in chosen
         ]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Return whether a tensor is one of torch's distributed ones, spread over processes."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with all its entries, gathered from the processes it is spread over."""
+    if not is_spread(tensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor, sharing its memory."""
+    if not is_spread(tensor):
+        return tensor
+    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor, the same in every process, spread over them as another one is."""
+    if not is_spread(like):
+        return tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    # Every process has all of it, so nothing needs to be sent.
+    everywhere = distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
+    return everywhere.redistribute(mesh, like.placements)  # type: ignore[attr-defined]

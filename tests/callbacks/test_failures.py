@@ -425,7 +425,7 @@ def test_layers_may_be_made_by_the_module_hooks(tmp_path, make_module):
         ({"figures": "no"}, "figures is 'no'; give True or False"),
         ({"save_arrays": None}, "save_arrays is None; give True or False"),
         ({"mode": "eval", "dropout": True}, "dropout is True in mode 'eval'"),
-        ({"graph_memory": 0}, "graph_memory is 0; give a whole number"),
+        ({"max_memory": 0}, "max_memory is 0; give a whole number"),
         ({"seed": 2**63}, "give a whole number below"),
         ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
         ({"max_overhead": 0}, "max_overhead is 0; give a positive share of training time"),

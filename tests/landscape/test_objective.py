@@ -212,7 +212,7 @@ def test_graphs_beyond_the_memory_are_built_anew_with_the_same_result() -> None:
     before = len(calls)
     assert torch.equal(everything @ vector, first)
     assert len(calls) == before
-    little = Objective(module, batches, counted, graph_memory=1).hessian()
+    little = Objective(module, batches, counted, max_memory=1).hessian()
     before = len(calls)
     torch.testing.assert_close(little @ vector, first, rtol=1e-12, atol=1e-12)
     assert len(calls) == before + 3

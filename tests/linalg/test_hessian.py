@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from lla_callbacks.linalg.errors import NonFiniteError, NoSecondDerivativeError
-from lla_callbacks.linalg.hessian import HessianOperator, LossTerm
+from lla_callbacks.linalg.hessian import HessianOperator
+from lla_callbacks.linalg.loss_operator import LossTerm
 from lla_callbacks.linalg.space import ParameterSpace
 from tests.cases import Tied, cross_entropy, dense_hessian, tanh_net, trainable
 

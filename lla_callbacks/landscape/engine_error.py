@@ -1,0 +1,110 @@
+"""What products that are not exact can say, and what is left out as a gap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lla_callbacks.landscape.eigenvalue import Eigenvalue
+from lla_callbacks.linalg.lanczos import LanczosRun
+from lla_callbacks.linalg.loss_operator import LossOperator
+from lla_callbacks.linalg.probes import generator, rademacher
+
+# Relative error of a product beyond which it says nothing. Smooth networks stay below 0.01 in
+# float32; networks with kinks (ReLU) were seen from 0.1 on (docs/benchmarks/engines.md). Choice.
+BOUND = 0.05
+# The smallest eigenvalue may be tiny beside the largest: its error counts against this share of
+# it at least.
+LEAST_SCALE = 0.1
+# Probes whose quadratic forms are taken at two steps.
+NUM_PAIRS = 3
+
+
+@dataclass(frozen=True)
+class EngineError:
+    """How far an engine's products are off, along what a measurement needs.
+
+    Attributes:
+        random: Relative error of the product with a random vector.
+        trace: Error of the trace, one standard deviation of what a probe's is off by.
+    """
+
+    random: float = 0.0
+    trace: float = 0.0
+
+    @property
+    def gap(self) -> str:
+        """Why nothing that rests on random vectors is reported; empty if it is."""
+        if self.random <= BOUND:
+            return ""
+        return (
+            f"differences of gradients are off by {self.random:.0%} along random directions, more "
+            f"than {BOUND:.0%}: they see the kinks of ReLU or max-pooling, or too few digits"
+        )
+
+
+def engine_error(hessian: LossOperator, run: LanczosRun, seed: int) -> EngineError:
+    """Return the error along random vectors, from products at two steps.
+
+    Args:
+        hessian: The Hessian; exact ones cost nothing here.
+        run: A Lanczos run from a random start.
+        seed: Of the further probes, which differ from those of the trace.
+    """
+    if hessian.engine == "exact":
+        return EngineError()
+    start = run.basis[0] * run.start_norm
+    pairs = [(start, run.first_product)]
+    source = generator(seed, 5)
+    for _ in range(NUM_PAIRS - 1):
+        probe = rademacher(hessian.shape[0], source, dtype=hessian.dtype, device=hessian.device)
+        pairs.append((probe, hessian @ probe))
+    relative, forms = [], []
+    for probe, product in pairs:
+        error = hessian.engine_error(probe, product)
+        size = float(product.norm())
+        relative.append(float(error.norm()) / size if size else 0.0)
+        forms.append(float(probe.double() @ error.double()))
+    return EngineError(max(relative), math.sqrt(sum(f * f for f in forms) / len(forms)))
+
+
+def verified_ends(
+    hessian: LossOperator, runs: Sequence[LanczosRun], ends: tuple[Eigenvalue, Eigenvalue]
+) -> tuple[tuple[Eigenvalue, Eigenvalue], dict[str, str]]:
+    """Return the extremes with the engine's own error in their residuals, and gaps.
+
+    Each Ritz vector is multiplied once more, so that its residual is seen and not inferred from
+    a factorisation that the engine's errors have passed through.
+
+    Args:
+        hessian: The Hessian; exact ones cost nothing here.
+        runs: The Lanczos runs behind the extremes.
+        ends: Smallest and largest eigenvalue.
+
+    Returns:
+        The extremes, NaN where the engine is off by more than :data:`BOUND`, and by name why.
+    """
+    if hessian.engine == "exact":
+        return ends, {}
+    found: list[Eigenvalue] = []
+    gaps: dict[str, str] = {}
+    largest = max(abs(float(end)) for end in ends)
+    for name, position, end in (("lambda_min", 0, ends[0]), ("lambda_max", -1, ends[1])):
+        run = min(runs, key=lambda r: abs(float(r.values[position]) - float(end)))
+        vector = run.vectors([position % run.num_steps])[:, 0]
+        vector = vector / vector.norm()
+        product = hessian @ vector
+        error = float(hessian.engine_error(vector, product).norm())
+        value = float(vector.double() @ product.double())
+        left = float((product - value * vector).norm())
+        scale = max(abs(value), LEAST_SCALE * largest)
+        if not error <= BOUND * scale:
+            gaps[name] = (
+                f"differences of gradients are off by {error / scale:.0%} along its direction, "
+                f"more than {BOUND:.0%}"
+            )
+            found.append(Eigenvalue(math.nan, math.nan))
+        else:
+            found.append(Eigenvalue(value, max(left, end.residual) + error))
+    return (found[0], found[1]), gaps

@@ -1,0 +1,97 @@
+"""What a measurement keeps in memory, judged beforehand by what one forward pass saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The graph of a gradient holds the forward pass, the backward pass and their intermediates.
+# Measured on four kinds of networks: 1.6 to 2.3 times what the forward pass saves; three times
+# is on the safe side.
+GRAPH_OVER_FORWARD = 3
+# A training step holds weights, gradients and two moments of each, and what a forward pass saves.
+COPIES_IN_TRAINING = 4
+# Whatever a training step takes, so much more is not felt. Choice.
+LEAST_MEMORY = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Which graphs are kept, and in how many parts a batch goes through.
+
+    Graphs of batches are kept for a whole run (2 gradients a product) while they fit beside
+    the graph of the one that is being differentiated; the others are built anew for each product
+    (3 gradients). Where not even one graph fits, batches are split.
+
+    Attributes:
+        num_kept: Batches whose graphs are kept, the first ones.
+        parts: Parts that the largest batch must be split into, 1 if it fits whole.
+        part_size: Samples in a part.
+        graph: Bytes of the largest batch's graph.
+    """
+
+    num_kept: int
+    parts: int
+    part_size: int
+    graph: float
+
+    @classmethod
+    def of(
+        cls,
+        saved: Sequence[float],
+        counts: Sequence[int],
+        weights: float,
+        max_memory: int | None,
+    ) -> MemoryPlan:
+        """Return the plan.
+
+        Args:
+            saved: Bytes that the forward pass of each batch saves.
+            counts: Samples of each batch.
+            weights: Bytes of the trainable weights.
+            max_memory: Bytes allowed; ``None``: half of what a training step takes, so that the
+                peak stays within 1.5 times its own, and :data:`LEAST_MEMORY` at least.
+        """
+        step = COPIES_IN_TRAINING * weights + max(saved)
+        allowed = max(LEAST_MEMORY, step / 2) if max_memory is None else max_memory
+        graphs = [GRAPH_OVER_FORWARD * s for s in saved]
+        largest = max(graphs)
+        parts = 1
+        while largest / parts > allowed and parts < max(counts):
+            parts *= 2
+        size = -(-max(counts) // parts)
+        if sum(graphs) <= allowed or len(graphs) == 1:
+            return cls(len(graphs) if parts == 1 else 0, parts, size, largest)
+        room, kept = allowed - largest, 0
+        while parts == 1 and kept < len(graphs) and sum(graphs[: kept + 1]) <= room:
+            kept += 1
+        return cls(kept, parts, size, largest)
+
+
+def saved_bytes(evaluate: Callable[[], Any], weights: Sequence[Tensor]) -> int:
+    """Return how many bytes a forward pass saves for its backward pass, beside the weights."""
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        try:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        except (NotImplementedError, RuntimeError):
+            # Distributed tensors and their like have no storage of their own.
+            seen[id(tensor)] = tensor.numel() * tensor.element_size()
+        return tensor.detach()
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), hooks:
+        evaluate()
+    known = set()
+    for weight in weights:
+        try:
+            known.add(weight.untyped_storage().data_ptr())
+        except (NotImplementedError, RuntimeError):
+            continue
+    return sum(size for pointer, size in seen.items() if pointer not in known)

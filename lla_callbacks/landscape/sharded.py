@@ -1,0 +1,48 @@
+"""Modules whose parameters are spread over processes by torch's ``fully_shard``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether parts of a module gather their parameters only while they compute.
+
+    Gradients then exist only by ``backward()``, and only once: torch 2.13 gives neither
+    ``autograd.grad`` nor a second derivative (``torch.distributed.fsdp.fully_shard``).
+    """
+    return any(_units(module))
+
+
+def sharded_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradients of a loss by ``backward()``; the parameters' own stay untouched."""
+    parked = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        return [p.grad for p in parameters]
+    finally:
+        for p, gradient in zip(parameters, parked, strict=True):
+            p.grad = gradient
+
+
+def reshard(module: nn.Module) -> None:
+    """Let every part forget the parameters it has gathered: they may be moved before it computes.
+
+    After a forward pass the outermost part keeps them for the backward pass.
+    """
+    for unit in _units(module):
+        unit.reshard()
+
+
+def _units(module: nn.Module) -> list[Any]:
+    return [
+        m
+        for m in module.modules()
+        # Asked of the class: a module looks up what it does not have at length.
+        if hasattr(type(m), "reshard") and hasattr(type(m), "set_reshard_after_backward")
+    ]

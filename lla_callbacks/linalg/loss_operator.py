@@ -1,0 +1,288 @@
+"""The Hessian of a loss as an operator: what every way of multiplying with it shares."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.linalg.errors import NonFiniteError, OutOfMemoryError
+from lla_callbacks.linalg.operators import SymmetricOperator
+from lla_callbacks.linalg.sharing import Alone, Share, explain_together
+from lla_callbacks.linalg.space import ParameterSpace
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One summand ``weight * evaluate()`` of a loss, usually one batch.
+
+    Attributes:
+        evaluate: Returns the scalar loss of this batch at the present parameters, with
+            its autograd graph; called twice, it returns the same number.
+        weight: Share of this batch in the whole loss; over all processes they add up to one.
+        keep: Whether the gradient's graph of this batch is kept between products
+            (2 gradients a product) or built anew for each (3 gradients, less memory).
+        halves: Returns the same summand as two of half the samples, for where memory runs
+            out; ``None`` if the samples see each other, or there is one only.
+    """
+
+    evaluate: Callable[[], Tensor]
+    weight: float
+    keep: bool = True
+    halves: Callable[[], Sequence[LossTerm]] | None = None
+
+
+class LossOperator(SymmetricOperator):
+    """The Hessian of ``L = sum_b weight_b L_b`` with respect to named parameters.
+
+    Unused parameters have zero rows. Parameters that appear under two names count once.
+    Processes may hold different terms: each product is then one sum over processes, the same in
+    all of them, and what one of them fails at, all fail at together. For that the operator is a
+    context manager: on leaving, the processes tell each other whether all went well.
+
+    Args:
+        terms: The batches of this process.
+        parameters: Name to leaf tensor with ``requires_grad``; the same in every process.
+        context: Entered around every forward and backward pass.
+        share: The processes.
+
+    Attributes:
+        engine: How products are computed, in a word.
+        space: Layout of the flat vectors.
+        loss: The loss ``L``, a float.
+        gradient: ``dL/dtheta``, shape ``(dim,)``.
+
+    Raises:
+        NonFiniteError: If a loss, a gradient or a product is not finite.
+    """
+
+    engine = "exact"
+
+    def __init__(
+        self,
+        terms: Sequence[LossTerm],
+        parameters: Mapping[str, Tensor],
+        *,
+        context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        share: Share | None = None,
+    ) -> None:
+        self.share: Share = share or Alone()
+        if not terms and self.share.size == 1:
+            raise ValueError("a Hessian needs at least one batch.")
+        self.space = ParameterSpace(parameters)
+        super().__init__(self.space.dim, self.space.dtype, self.space.device)
+        self.eps = torch.finfo(self.space.precision).eps
+        self._terms = list(terms)
+        self._context = context
+        self._released = False
+        # Whether the processes have parted: one told the others that it will not go on.
+        self._parted = False
+        self.loss = 0.0
+        self.gradient = torch.zeros(self.space.dim, dtype=self.dtype, device=self.device)
+
+    def block(self, names: Sequence[str]) -> HessianBlockOperator:
+        """Return the Hessian of some parameters alone."""
+        return HessianBlockOperator(self, names)
+
+    def product(self, columns: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Return the product restricted to the chosen parameters, both sides.
+
+        Args:
+            columns: ``(size, k)``, where ``size`` counts the chosen parameters' elements.
+            chosen: Positions of parameters in ``space.names``, ascending.
+        """
+        if self._released:
+            raise RuntimeError("this operator was released; build a new one.")
+        total = self._together(lambda: self._local_product(columns, chosen), columns.shape)
+        # The largest magnitude is NaN if any entry is.
+        if not math.isfinite(float(total.abs().max())):
+            raise NonFiniteError(
+                "a Hessian-vector product is not finite although the loss is.",
+                "Look for a function whose second derivative diverges (sqrt, norm or log "
+                "at zero) in the model.",
+            )
+        return total
+
+    def release(self) -> None:
+        """Drop what the operator holds; it cannot multiply any more."""
+        self._terms, self._released = [], True
+
+    def engine_error(self, vector: Tensor, product: Tensor) -> Tensor:
+        """Return an estimate of how far a product is from exact, shape ``(dim,)``.
+
+        Args:
+            vector: ``v``, shape ``(dim,)``.
+            product: The operator's own ``H v``.
+        """
+        return torch.zeros_like(product)
+
+    def __enter__(self) -> LossOperator:
+        """Begin to multiply."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Release the operator, and tell the other processes whether all went well here.
+
+        Raises:
+            MeasurementError: If another process failed.
+        """
+        self.release()
+        if self.share.size == 1 or self._parted:
+            return
+        trouble = error if isinstance(error, Exception) else None
+        if error is not None and trouble is None:
+            # The run is being ended, here and by Lightning in the others.
+            return
+        self._add_up(self.gradient.new_zeros(0), trouble)
+
+    @abstractmethod
+    def _local_product(self, columns: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Return this process's summand of a product."""
+
+    def _matmat(self, columns: Tensor) -> Tensor:
+        return self.product(columns, range(len(self.space.tensors)))
+
+    def _together(self, compute: Callable[[], Tensor], shape: Sequence[int]) -> Tensor:
+        """Return the sum over processes of what each computes, by one exchange.
+
+        Raises:
+            Exception: If any process fails, in all.
+        """
+        if self.share.size == 1:
+            return compute()
+        part, trouble = self.gradient.new_zeros(0), None
+        try:
+            part = compute()
+        except Exception as error:  # noqa: BLE001 - raised again, in all processes
+            trouble = error
+        total = self._add_up(part.reshape(-1), trouble)
+        return total[: math.prod(shape)].reshape(shape)
+
+    def _add_up(self, part: Tensor, trouble: Exception | None) -> Tensor:
+        """Add up over processes; the last entry of what is sent counts those in trouble.
+
+        Whatever the processes exchange has the same length, rounded up to whole vectors of the
+        space, so that one that leaves early answers to whatever the others wait for.
+        """
+        length = self._message_length()
+        chunks = max(1, -(-part.numel() // length))
+        totals = []
+        for i in range(chunks):
+            message = part.new_zeros(length + 1)
+            piece = part[i * length : (i + 1) * length]
+            message[: piece.numel()] = piece
+            message[-1] = float(trouble is not None)
+            message = self.share.total(message)
+            # Parted at the first sign: nobody sends further chunks then.
+            if float(message[-1]) != 0:
+                self._parted = True
+                explain_together(self.share, trouble)
+            totals.append(message[:-1])
+        return torch.cat(totals)
+
+    def _message_length(self) -> int:
+        # The gradient and the loss must fit too.
+        return self.space.dim + 2
+
+    @contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        with torch.inference_mode(False), torch.enable_grad(), self._context():
+            yield
+
+    def _begin(self, compute: Callable[[], tuple[float, Tensor]]) -> None:
+        """Set loss and gradient, those of all processes together.
+
+        Raises:
+            NonFiniteError: If one of them is not finite.
+        """
+
+        def packed() -> Tensor:
+            loss, gradient = compute()
+            # The loss as two numbers of the vectors' dtype, so that no digit of it is lost.
+            high = gradient.new_tensor(loss)
+            return torch.cat(
+                [gradient, torch.stack([high, gradient.new_tensor(loss - float(high))])]
+            )
+
+        if self.share.size == 1:
+            self.loss, self.gradient = compute()
+        else:
+            both = self._together(packed, (self.space.dim + 2,))
+            self.loss, self.gradient = float(both[-2]) + float(both[-1]), both[:-2]
+        if not torch.isfinite(self.gradient).all():
+            raise NonFiniteError(
+                "the gradient of the loss is not finite.",
+                "Look for a division by zero or an overflow in the model at these weights.",
+            )
+
+    def _halve(self, i: int, error: Exception) -> None:
+        """Replace a term by two of half its samples, where that is possible.
+
+        Raises:
+            OutOfMemoryError: If it is not.
+        """
+        halves = self._terms[i].halves
+        if halves is None:
+            raise OutOfMemoryError(
+                f"there is not enough memory for one batch ({error}).",
+                "Lower num_samples or num_steps, give a dataloader of smaller batches, or set "
+                "engine='difference', which needs no more than a training step.",
+            ) from error
+        self._terms[i : i + 1] = halves()
+
+
+class HessianBlockOperator(SymmetricOperator):
+    """The Hessian of some parameters alone: a principal block, cheaper than the whole.
+
+    Only the block's gradients are differentiated, and only towards the block, so that a
+    product never walks parts of the graph that do not matter.
+
+    Args:
+        hessian: The operator whose graphs are used.
+        names: Parameters of the block.
+    """
+
+    def __init__(self, hessian: LossOperator, names: Sequence[str]) -> None:
+        rows = hessian.space.index(names)
+        if rows.numel() == 0:
+            raise ValueError("a block needs at least one parameter.")
+        super().__init__(rows.numel(), hessian.dtype, hessian.device)
+        self.eps = hessian.eps
+        self._hessian = hessian
+        self._chosen = [i for i, name in enumerate(hessian.space.names) if name in set(names)]
+
+    def _matmat(self, columns: Tensor) -> Tensor:
+        return self._hessian.product(columns, self._chosen)
+
+
+def loss_value(loss: Tensor) -> float:
+    """Return a loss as a number, once it is known to be one that can be differentiated.
+
+    Raises:
+        ValueError: If it is no scalar with a graph.
+        NonFiniteError: If it is not finite.
+    """
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            f"the loss has shape {tuple(loss.shape)} and requires_grad="
+            f"{loss.requires_grad}; it must be a scalar that depends on a "
+            "trainable parameter."
+        )
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the loss is {value}.",
+            "Lower the learning rate, clip gradients, or look for bad samples in the held batches.",
+        )
+    return value

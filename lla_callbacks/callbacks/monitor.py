@@ -29,6 +29,7 @@ from lla_callbacks.callbacks.held_batches import HeldBatches, check_loader
 from lla_callbacks.callbacks.processes import Processes
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.schedule import DEFAULT_OVERHEAD, Budget, Schedule
+from lla_callbacks.landscape.memory import Findings
 from lla_callbacks.landscape.objective import (
     Engine,
     Mode,
@@ -217,6 +218,7 @@ class Monitor(Callback):
     def _reset(self) -> None:
         self._processes = Processes()
         self._held = HeldBatches(self.num_samples)
+        self._findings = Findings()
         self._start: Moment | None = None
         self._start_pending = True
         self._training: dict[nn.Module, bool] | None = None
@@ -522,6 +524,7 @@ class Monitor(Callback):
                 engine=self.engine,
                 precision=self.precision,
                 arithmetic=autocast_dtype(trainer) if as_trained else None,
+                findings=self._findings,
             )
         except Exception as error:  # noqa: BLE001 - raised below, in all processes together
             trouble = error

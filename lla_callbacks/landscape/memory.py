@@ -19,6 +19,19 @@ COPIES_IN_TRAINING = 4
 LEAST_MEMORY = 256 * 2**20
 
 
+@dataclass
+class Findings:
+    """What one measurement found out about held batches, and later ones need not again.
+
+    Attributes:
+        saved: Bytes that the forward pass of the first batch saves.
+        splittable: Whether parts of a batch add up to it.
+    """
+
+    saved: int | None = None
+    splittable: bool | None = None
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Which graphs are kept, and in how many parts a batch goes through.

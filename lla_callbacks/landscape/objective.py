@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lla_callbacks.landscape.batches import fresh, sample_count, split
 from lla_callbacks.landscape.evaluation import Loss, Statistics, evaluating, load_statistics
-from lla_callbacks.landscape.memory import MemoryPlan, saved_bytes
+from lla_callbacks.landscape.memory import Findings, MemoryPlan, saved_bytes
 from lla_callbacks.landscape.precision import HALF, Precision, check_precision
 from lla_callbacks.landscape.repetition import keep_processes_apart
 from lla_callbacks.landscape.sharded import is_sharded, reshard, sharded_gradients
@@ -63,6 +63,7 @@ class Objective:
             inside :func:`~lla_callbacks.landscape.precision.at_precision`. ``"training"``: as the
             loss itself has it.
         arithmetic: Dtype in which the loss computes under autocast, where it does.
+        findings: What earlier objectives on the same batches found out.
 
     Attributes:
         num_samples: Samples behind the loss: of each batch, the leading size of its first
@@ -87,6 +88,7 @@ class Objective:
         engine: Engine = "auto",
         precision: Precision = "float32",
         arithmetic: torch.dtype | None = None,
+        findings: Findings | None = None,
     ) -> None:
         check_mode(mode, dropout)
         check_engine(engine)
@@ -117,8 +119,7 @@ class Objective:
             self.batches = [part for batch in whole for part in split(batch, microbatch_size)]
             self._check_splittable(whole[0], list(split(whole[0], microbatch_size)))
         self.counts = [sample_count(batch) for batch in self.batches]
-        self._saved: int | None = None
-        self._splittable: bool | None = None
+        self._findings = findings or Findings()
         self.num_samples = sum(self.counts)
 
     def __call__(self) -> float:
@@ -275,23 +276,23 @@ class Objective:
 
     def _memory_plan(self, counts: Sequence[int]) -> MemoryPlan:
         """Return what fits, judged by what one forward pass saves."""
-        if self._saved is None:
-            self._saved = saved_bytes(
+        if self._findings.saved is None:
+            self._findings.saved = saved_bytes(
                 lambda: self._evaluate(self.batches[0]), list(trainable(self.module).values())
             )
-        per_sample = self._saved / max(1, self.counts[0])
+        per_sample = self._findings.saved / max(1, self.counts[0])
         weights = sum(p.numel() * p.element_size() for p in trainable(self.module).values())
         return MemoryPlan.of([n * per_sample for n in counts], counts, weights, self._max_memory)
 
     def _is_splittable(self, batch: Any, size: int) -> bool:
         """Return whether parts of a batch add up to it, judged by its loss."""
-        if self._splittable is None:
+        if self._findings.splittable is None:
             try:
                 self._check_splittable(batch, list(split(batch, size)))
-                self._splittable = True
+                self._findings.splittable = True
             except (MeasurementError, TypeError):
-                self._splittable = False
-        return self._splittable
+                self._findings.splittable = False
+        return self._findings.splittable
 
     def _check_splittable(self, whole: Any, parts: list[Any]) -> None:
         counts = [sample_count(part) for part in parts]

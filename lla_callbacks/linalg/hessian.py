@@ -229,6 +229,5 @@ def explaining_missing_derivative() -> Iterator[None]:
             raise
         raise NoSecondDerivativeError(
             f"an operation has no second derivative ({text.splitlines()[0]}).",
-            "Give loss=callable(module, batch) that avoids it, or replace it by elementary "
-            "operations.",
+            "Take engine='difference', or give loss=callable(module, batch) that avoids it.",
         ) from error

@@ -96,7 +96,6 @@ class WithoutSecondDerivative(Plain):
         (Infinite, "loss is inf.*Lower the learning rate", [0, 1]),
         (Exploding, "not finite|(loss is (inf|nan)).*Lower|Look", [0]),
         (Skipping, "returned no loss.*Give loss=callable", []),
-        (WithoutSecondDerivative, "no second derivative.*Give loss=callable", []),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
@@ -112,6 +111,26 @@ def test_failure_leaves_a_gap_one_warning_and_the_same_run(tmp_path, make_module
     assert len(ours(record)) == 1
     assert differences(without, outcome(trainer)) == []
     assert steps(watcher) == logged_steps(trainer.logger) == left
+
+
+def test_without_a_second_derivative_differences_take_over_and_say_so(tmp_path, caplog):
+    without = outcome(fit(tmp_path, None, WithoutSecondDerivative))
+    watcher = monitor(every_n_train_steps=2)
+    with caplog.at_level("INFO"):
+        trainer = fit(tmp_path, watcher, WithoutSecondDerivative)
+    said = [r.getMessage() for r in caplog.records if "by differences" in r.getMessage()]
+    assert len(said) == 1
+    assert "once_differentiable" in said[0]
+    assert {report.engine for _, report in watcher.history} == {"difference"}
+    assert all("once_differentiable" in report.engine_reason for _, report in watcher.history)
+    assert differences(without, outcome(trainer)) == []
+
+
+def test_the_exact_engine_refuses_what_has_no_second_derivative(tmp_path):
+    watcher = monitor(engine="exact")
+    with pytest.warns(UserWarning, match=r"no second derivative.*engine='difference'"):
+        fit(tmp_path, watcher, WithoutSecondDerivative)
+    assert steps(watcher) == []
 
 
 class RaisingOnce:
@@ -205,7 +224,7 @@ def test_out_of_memory_names_its_own_remedy(tmp_path):
     def greedy(module, batch):
         raise MemoryError("no more")
 
-    with pytest.warns(UserWarning, match="Lower num_samples or num_steps, or set microbatch_size"):
+    with pytest.warns(UserWarning, match=r"Lower num_samples.*max_memory or microbatch_size"):
         fit(tmp_path, monitor(loss=greedy))
 
 

@@ -158,8 +158,8 @@ def test_values_that_are_not_finite_survive_the_exchange():
 
 def test_the_others_are_told_who_failed_and_why():
     text = b"ValueError: too bad"
-    words = torch.zeros(400, dtype=torch.float64)
-    words[: len(text)] = torch.tensor(list(text), dtype=torch.float64)
+    words = torch.zeros(401, dtype=torch.float64)
+    words[1 : 1 + len(text)] = torch.tensor(list(text), dtype=torch.float64)
     failed = torch.tensor([0.0, 1.0], dtype=torch.float64)
     with pytest.raises(MeasurementError, match=r"process 1 failed.*ValueError: too bad"):
         fail_together(Two(0, [failed, words]), None)

@@ -1,0 +1,238 @@
+"""Run by test_parallel.py: trains in two processes with a HessianMonitor.
+
+python -m tests.callbacks.parallel_worker FOLDER CASE
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lla_callbacks import HessianMonitor
+
+SETTINGS = {"every_n_train_steps": 4, "num_samples": 16, "num_steps": 6, "num_probes": 5}
+
+
+class Net(pl.LightningModule):
+    """A smooth network in float64, with batch norm and dropout."""
+
+    def __init__(self, unused=False):
+        super().__init__()
+        torch.manual_seed(5)
+        self.net = nn.Sequential(
+            nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 2)
+        ).double()
+        if unused:
+            self.unused = nn.Linear(2, 2).double()
+
+    def training_step(self, batch, batch_idx):
+        loss = cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss, sync_dist=True)
+        return loss
+
+    def train_dataloader(self):
+        source = torch.Generator().manual_seed(7)
+        x = torch.randn(36, 3, generator=source, dtype=torch.float64)
+        data = TensorDataset(x, (x.sum(1) > 0).long())
+        # In a known order: Lightning's own sampler shuffles.
+        sampler = None
+        if self.trainer.world_size > 1 and self.data_size() > 1:
+            rank = self.trainer.global_rank
+            sampler = DistributedSampler(data, self.data_size(), rank, shuffle=False)
+        return DataLoader(data, batch_size=4, sampler=sampler)
+
+    def data_size(self):
+        return self.trainer.world_size
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 0.05)
+
+
+class Sharded(Net):
+    """Without batch norm, whose buffers would differ between processes; sharded by FSDP2."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.net = nn.Sequential(
+            nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 2)
+        ).double()
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+class TensorParallel(Sharded):
+    def configure_model(self):
+        from torch.distributed.tensor.parallel import (
+            ColwiseParallel,
+            RowwiseParallel,
+            parallelize_module,
+        )
+
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+    def data_size(self):
+        return 1
+
+
+class FailsOnSecond:
+    """A loss that raises in the second process only, at a later firing, at the n-th call."""
+
+    def __init__(self, call):
+        self.calls, self.call = 0, call
+
+    def __call__(self, module, batch):
+        if module.trainer.global_step == 4:
+            self.calls += 1
+        if module.global_rank == 1 and self.calls == self.call:
+            raise RuntimeError("the second process is unwell")
+        return cross_entropy(module.net(batch[0]), batch[1])
+
+
+class FailsOutside(HessianMonitor):
+    """Fails in the first process while a measurement runs, but not in a product."""
+
+    def _measure(self, objective, moment, *, quick, progress):
+        if moment.step == 4:
+            import contextlib
+
+            @contextlib.contextmanager
+            def broken(text, total):
+                def advance(count):
+                    raise ValueError("the bar is broken")
+
+                yield advance if objective.module.global_rank == 0 else (lambda count: None)
+
+            progress = broken
+        return super()._measure(objective, moment, quick=quick, progress=progress)
+
+
+class Killed:
+    """A loss in which the second process dies."""
+
+    def __call__(self, module, batch):
+        if module.trainer.global_step == 4 and module.global_rank == 1:
+            os._exit(3)
+        return cross_entropy(module.net(batch[0]), batch[1])
+
+
+def strategy_of(case):
+    ddp = {"process_group_backend": "gloo"}
+    if case in ("fsdp", "fsdp_without", "fsdp_exact"):
+        size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        return ModelParallelStrategy(**size, save_distributed_checkpoint=False, **ddp)
+    if case in ("tensor", "tensor_without"):
+        size = {"data_parallel_size": 1, "tensor_parallel_size": 2}
+        return ModelParallelStrategy(**size, save_distributed_checkpoint=False, **ddp)
+    options = {
+        "unused": {"find_unused_parameters": True},
+        "static": {"static_graph": True},
+        "views": {"gradient_as_bucket_view": True},
+    }
+    return DDPStrategy(**ddp, **options.get(case, {}))
+
+
+def module_of(case):
+    kinds = {
+        "fsdp": Sharded,
+        "fsdp_without": Sharded,
+        "fsdp_exact": Sharded,
+        "tensor": TensorParallel,
+        "tensor_without": TensorParallel,
+    }
+    return Net(unused=True) if case == "unused" else kinds.get(case, Net)()
+
+
+def watcher_of(case):
+    if case.endswith("without"):
+        return None
+    settings = dict(SETTINGS)
+    if case.startswith("fails_at") and case != "fails_in_product":
+        settings["loss"] = FailsOnSecond(int(case.removeprefix("fails_at")))
+    if case == "fails_outside":
+        return FailsOutside(**settings)
+    if case == "fails_in_product":
+        # Graphs are not kept, so that every product calls the loss.
+        settings |= {"loss": FailsOnSecond(9), "max_memory": 100_000}
+    if case == "killed":
+        settings["loss"] = Killed()
+    if case == "difference":
+        settings["engine"] = "difference"
+    if case == "fsdp_exact":
+        settings["engine"] = "exact"
+    if case == "layers":
+        settings |= {"num_layer_steps": 3, "num_layer_probes": 3}
+    if case == "budget":
+        settings |= {"every_n_train_steps": 1, "max_overhead": 0.5}
+    return HessianMonitor(**settings)
+
+
+def main():
+    folder, case = Path(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    pl.seed_everything(3, verbose=False)
+    watcher = watcher_of(case)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=strategy_of(case),
+            max_epochs=2,
+            logger=False,
+            callbacks=[watcher] if watcher else [],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            use_distributed_sampler=False,
+        )
+        module = module_of(case)
+        trainer.fit(module)
+    found = {
+        "weights": {n: _whole(p) for n, p in module.state_dict().items()},
+        "random": torch.get_rng_state(),
+        "warnings": [str(w.message) for w in seen if "leaves a gap" in str(w.message)],
+        "reports": {},
+    }
+    for step, r in [] if watcher is None else watcher.history:
+        found["reports"][step] = {
+            "lambda_max": float(r.lambda_max),
+            "lambda_max_residual": r.lambda_max.residual,
+            "lambda_min": float(r.lambda_min),
+            "trace": r.trace,
+            "trace_sem": r.trace_sem,
+            "loss": r.loss,
+            "gradient_norm": r.gradient_norm,
+            "num_samples": r.num_samples,
+            "kh05": r.criteria["kh05"],
+            "stability": r.criteria["stability"],
+            "engine": r.engine,
+            "reason": r.engine_reason,
+            "layers": {name: m.trace for name, m in r.layers.items()},
+            "gaps": dict(r.gaps),
+        }
+    torch.save(found, folder / f"{case}_{trainer.global_rank}.pt")
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+if __name__ == "__main__":
+    main()

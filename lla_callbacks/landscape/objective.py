@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar, get_args
@@ -23,6 +24,7 @@ from lla_callbacks.linalg.errors import (
     NoSecondDerivativeError,
     OutOfMemoryError,
     forgetful,
+    is_out_of_memory,
 )
 from lla_callbacks.linalg.hessian import HessianOperator
 from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm
@@ -277,9 +279,16 @@ class Objective:
     def _memory_plan(self, counts: Sequence[int]) -> MemoryPlan:
         """Return what fits, judged by what one forward pass saves."""
         if self._findings.saved is None:
-            self._findings.saved = saved_bytes(
-                lambda: self._evaluate(self.batches[0]), list(trainable(self.module).values())
-            )
+            try:
+                self._findings.saved = saved_bytes(
+                    lambda: self._evaluate(self.batches[0]),
+                    list(trainable(self.module).values()),
+                )
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Whole batches do not fit even once: they are halved as they come.
+                return MemoryPlan(num_kept=0, parts=1, part_size=max(counts), graph=math.inf)
         per_sample = self._findings.saved / max(1, self.counts[0])
         weights = sum(p.numel() * p.element_size() for p in trainable(self.module).values())
         return MemoryPlan.of([n * per_sample for n in counts], counts, weights, self._max_memory)

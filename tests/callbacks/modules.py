@@ -260,7 +260,8 @@ def _leaves(value, path=""):
             yield from _leaves(item, f"{path}/{i}")
     elif isinstance(value, torch.Tensor):
         # Bytes, so that NaN equals NaN and 0.0 differs from -0.0.
-        yield path, (str(value.dtype), tuple(value.shape), value.detach().numpy().tobytes())
+        bits = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield path, (str(value.dtype), tuple(value.shape), bits)
     elif isinstance(value, np.ndarray):
         yield path, (str(value.dtype), value.shape, value.tobytes())
     elif isinstance(value, float):

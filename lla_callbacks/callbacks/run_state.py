@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lla_callbacks.callbacks.compat import Callback
-from lla_callbacks.report.plain import from_plain, to_plain
+from lla_callbacks.report.plain import from_plain, pack, to_plain, unpack
 from lla_callbacks.report.scalars import cost_scalars
 
 if TYPE_CHECKING:
@@ -137,8 +137,11 @@ class Resumable(Callback):
     def _load(self, state: Mapping[str, Any], trainer: Any, module: Any) -> None:
         if state.get("version") != VERSION:
             raise ValueError("the checkpoint is of another version of lla_callbacks.")
+        lacking = {"history", *self._state()} - state.keys()
+        if lacking:
+            raise ValueError(f"the checkpoint lacks {', '.join(sorted(lacking))}.")
         # Read before anything is taken over: all of it, or nothing.
-        history = [(step, from_plain(report)) for step, report in state["history"]]
+        history = [(step, unpack(report)) for step, report in state["history"]]
         start = from_plain(state["start"])
         changed = self._changed(state["settings"])
         held = state["held"]
@@ -208,7 +211,7 @@ class Resumable(Callback):
 
     def _plain_history(self) -> list[tuple[int, Any]]:
         known = len(self._plain)
-        new = [(step, to_plain(report)) for step, report in self.history[known:]]
+        new = [(step, pack(report)) for step, report in self.history[known:]]
         self._plain = (*self._plain, *new)
         return list(self._plain)
 

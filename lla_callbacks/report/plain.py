@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from lla_callbacks.linalg import errors
 _CLASS = "__class__"
 _EIGENVALUE = "__eigenvalue__"
 _ERROR = "__error__"
+_TENSOR = "__tensor__"
 _PACKAGE = "lla_callbacks"
 
 
@@ -74,6 +76,53 @@ def from_plain(plain: Any) -> Any:
         return _class(plain[_CLASS])(**items) if _CLASS in plain else items
     if isinstance(plain, (list, tuple)):
         return type(plain)(from_plain(item) for item in plain)
+    return plain
+
+
+def pack(result: Any) -> dict[str, Any]:
+    """Return the plain form of a result with few tensors in it, one a dtype.
+
+    A file keeps some 300 bytes for each tensor, and reading one takes longer than the numbers in
+    it: a history of a thousand measurements of many layers would take half a minute.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    sizes: dict[str, int] = {}
+
+    def put(plain: Any) -> Any:
+        if isinstance(plain, Tensor):
+            key = str(plain.dtype).removeprefix("torch.")
+            start = sizes.get(key, 0)
+            parts.setdefault(key, []).append(plain.reshape(-1))
+            sizes[key] = start + plain.numel()
+            return {_TENSOR: (key, start, *plain.shape)}
+        return _over(plain, put)
+
+    structure = put(to_plain(result))
+    return {
+        "structure": structure,
+        "tensors": {key: torch.cat(found) for key, found in parts.items()},
+    }
+
+
+def unpack(packed: Mapping[str, Any]) -> Any:
+    """Return what :func:`pack` was given."""
+    tensors = packed["tensors"]
+
+    def take(plain: Any) -> Any:
+        if isinstance(plain, Mapping) and _TENSOR in plain:
+            key, start, *shape = plain[_TENSOR]
+            return tensors[key][start : start + math.prod(shape)].reshape(shape)
+        return _over(plain, take)
+
+    return from_plain(take(packed["structure"]))
+
+
+def _over(plain: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to what a container holds."""
+    if isinstance(plain, Mapping):
+        return {key: function(item) for key, item in plain.items()}
+    if isinstance(plain, (list, tuple)):
+        return type(plain)(function(item) for item in plain)
     return plain
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from lla_callbacks.callbacks.compat import (
     MisconfigurationException,
+    averages_before,
     is_barebones,
     progress,
     shards_parameters,
@@ -201,6 +202,7 @@ class Monitor(Resumable):
         self._held = HeldBatches(self.num_samples)
         self._start: Moment | None = None
         self._start_pending = True
+        self._final: Snapshot | None = None
         self._training: dict[nn.Module, bool] | None = None
         self._due = False
         self._last_step = self._last_epoch = -1
@@ -219,7 +221,7 @@ class Monitor(Resumable):
         """Drop what belongs to a finished run and would keep its module alive."""
         self._processes = Processes()
         self._held = HeldBatches(self.num_samples)
-        self._start = self._training = None
+        self._start = self._training = self._final = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before anything starts."""
@@ -296,8 +298,12 @@ class Monitor(Resumable):
         self._fire_if_due(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if not is_barebones(trainer):
-            self._end_epoch(trainer, pl_module, trainer.current_epoch)
+        if is_barebones(trainer):
+            return
+        self._end_epoch(trainer, pl_module, trainer.current_epoch)
+        if averages_before(trainer, self):
+            # When training ends the module has the average already.
+            self._final = take_snapshot(pl_module)
 
     def _end_epoch(self, trainer: Any, pl_module: Any, epoch: int) -> None:
         self._last_epoch = epoch
@@ -312,7 +318,11 @@ class Monitor(Resumable):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._held.complete and trainer.global_step != self._last_step:
-            self._fire(trainer, pl_module)
+            moment = None
+            if self._final is not None:
+                limit = self._limit(trainer, pl_module)
+                moment = Moment(trainer.global_step, "fit", limit, self._final)
+            self._fire(trainer, pl_module, moment)
         self._end()
         self._forget()
 

@@ -221,7 +221,7 @@ def test_evaluation_between_fit_and_checkpoint_costs_nothing(tmp_path):
     whole, first, second = (monitor(every_n_epochs=1) for _ in range(3))
     train(tmp_path, [whole], "whole", Evaluated, max_epochs=2)
     trainer = train(tmp_path, [first], "first", Evaluated, max_epochs=1)
-    trainer.test(trainer.lightning_module, loader(shuffle=True), verbose=False)
+    trainer.test(trainer.lightning_module, loader(24), verbose=False)
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
     train(tmp_path, [second], "second", Evaluated, ckpt=tmp_path / "kept.ckpt", max_epochs=2)
     assert differences(history(whole), history(second)) == []

@@ -163,6 +163,20 @@ def is_barebones(trainer: Any) -> bool:
     return bool(getattr(trainer, "barebones", False))
 
 
+def averages_before(trainer: Any, callback: Any) -> bool:
+    """Return whether a callback that averages weights is listed before another one.
+
+    Such a callback (WeightAveraging, EMAWeightAveraging, StochasticWeightAveraging) puts its
+    average into the module when training ends, and whoever comes later finds it there.
+    """
+    for other in trainer.callbacks:
+        if other is callback:
+            return False
+        if any("WeightAveraging" in base.__name__ for base in type(other).__mro__):
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def progress(trainer: Any, description: str, total: int) -> Iterator[Callable[[int], object]]:
     """Show a measurement in the Trainer's own progress bar; yields ``advance(count)``.

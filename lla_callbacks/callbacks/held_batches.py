@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lla_callbacks.callbacks.compat import prepared
-from lla_callbacks.landscape.batches import hold, sample_count
+from lla_callbacks.landscape.batches import hold, sample_count, tensors_of
 from lla_callbacks.landscape.state import preserved_random_streams
 
 
@@ -61,6 +66,43 @@ class HeldBatches:
             for source, state in states:
                 source.set_state(state)
         self.complete = True
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what is held, for a checkpoint; None if there are batches of other classes."""
+        if not all(map(is_plain, self.batches)):
+            return None
+        return {
+            "batches": list(self.batches),
+            "complete": self.complete,
+            "count": self._count,
+            "enough": self._enough,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Hold what another run held."""
+        self.batches = list(state["batches"])
+        self.complete = state["complete"]
+        self._count, self._enough = state["count"], state["enough"]
+
+    def mark(self) -> str:
+        """Return a hash of all tensors, which tells whether another run holds the same."""
+        found = hashlib.sha256()
+        for tensor in tensors_of(self.batches):
+            found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            if tensor.layout is torch.strided:
+                found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+
+def is_plain(batch: Any) -> bool:
+    """Return whether a checkpoint can hold a batch and be read with ``weights_only=True``."""
+    if batch is None or type(batch) in (bool, int, float, str):
+        return True
+    if type(batch) in (dict, OrderedDict):
+        return all(is_plain(key) and is_plain(item) for key, item in batch.items())
+    if type(batch) in (list, tuple):
+        return all(map(is_plain, batch))
+    return type(batch) is Tensor
 
 
 def check_loader(loader: Any) -> None:

@@ -185,6 +185,9 @@ class HessianMonitor(Monitor):
         self.history = []
         super().on_train_start(trainer, pl_module)
 
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "settings": self.settings}
+
     def _check(self, module: nn.Module) -> None:
         if self.settings.layers is None:
             return

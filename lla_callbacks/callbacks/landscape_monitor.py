@@ -217,6 +217,20 @@ class LossLandscapeMonitor(Monitor):
         self._trajectory = Trajectory(PATH_MEMORY)
         self._previous = None
 
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "settings": self.settings}
+
+    def _more_state(self) -> dict[str, Any]:
+        return {
+            "path": self._trajectory.state(),
+            "previous": self._previous,
+            "scale": self._scale,
+        }
+
+    def _load_more(self, state: Mapping[str, Any]) -> None:
+        self._trajectory.load(state["path"])
+        self._previous, self._scale = state["previous"], state["scale"]
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.history = []
         super().on_train_start(trainer, pl_module)

@@ -17,9 +17,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lla_callbacks.callbacks.compat import (
-    Callback,
     MisconfigurationException,
     autocast_dtype,
+    averages_before,
     flattens_parameters,
     is_barebones,
     progress,
@@ -28,6 +28,7 @@ from lla_callbacks.callbacks.compat import (
 from lla_callbacks.callbacks.held_batches import HeldBatches, check_loader
 from lla_callbacks.callbacks.processes import Processes
 from lla_callbacks.callbacks.replay import trainer_loss
+from lla_callbacks.callbacks.run_state import Resumable
 from lla_callbacks.callbacks.schedule import DEFAULT_OVERHEAD, Budget, Schedule
 from lla_callbacks.landscape.memory import Findings
 from lla_callbacks.landscape.objective import (
@@ -69,7 +70,7 @@ class Moment:
     optimizer: torch.optim.Optimizer | None = None
 
 
-class Monitor(Callback):
+class Monitor(Resumable):
     """Measures something of the held objective, and leaves training bitwise unchanged.
 
     A subclass says what is measured and how it is shown; this class says when, on which
@@ -204,6 +205,15 @@ class Monitor(Callback):
         """Return a TensorBoard layout of custom charts, if there is one."""
         return {}
 
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "mode": self.mode,
+            "dropout": self.dropout,
+            "loss": self.loss,
+            "engine": self.engine,
+            "precision": self.precision,
+        }
+
     def _check(self, module: nn.Module) -> None:
         """Raise a ValueError if the settings do not fit the module."""
 
@@ -221,9 +231,10 @@ class Monitor(Callback):
         self._findings = Findings()
         self._start: Moment | None = None
         self._start_pending = True
+        self._final: Snapshot | None = None
         self._training: dict[nn.Module, bool] | None = None
         self._due = False
-        self._last_step = -1
+        self._last_step = self._last_epoch = -1
         self._warned: set[tuple[str, str]] = set()
 
     def _begin(self, trainer: Any) -> None:
@@ -239,10 +250,12 @@ class Monitor(Callback):
         """Drop what belongs to a finished run and would keep its module alive."""
         self._processes = Processes()
         self._held = HeldBatches(self.num_samples)
-        self._start = self._training = None
+        self._start = self._training = self._final = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before anything starts."""
+        # Before a checkpoint is loaded: one that an earlier call loaded is not this one's.
+        self._loaded = None
         if is_barebones(trainer):
             return
         kind = type(self).__name__
@@ -280,11 +293,16 @@ class Monitor(Callback):
         if is_barebones(trainer):
             rank_zero_warn(f"{type(self).__name__} does nothing with Trainer(barebones=True).")
             return
+        self._resume(trainer, pl_module)
         if self.dataloader is not None:
-            self._training = {m: m.training for m in pl_module.modules()}
+            if self._training is None:
+                self._training = {m: m.training for m in pl_module.modules()}
             self._hold_loader(trainer, pl_module)
+            self._compare_loader()
             if self._all_hold():
                 self._fire_start(trainer, pl_module)
+        if self._missed_epoch(trainer):
+            self._end_epoch(trainer, pl_module, trainer.current_epoch - 1)
         for logger in self._loggers(trainer):
             self._guarded("logging", self._introduce, trainer, logger)
 
@@ -311,18 +329,35 @@ class Monitor(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if is_barebones(trainer):
             return
+        self._end_epoch(trainer, pl_module, trainer.current_epoch)
+        if averages_before(trainer, self):
+            # When training ends the module has the average already.
+            self._final = take_snapshot(pl_module)
+
+    def _end_epoch(self, trainer: Any, pl_module: Any, epoch: int) -> None:
+        self._last_epoch = epoch
         if not self._held.complete and self._processes.all(bool(self._held.batches)):
             # An epoch is all there is: further batches would repeat its samples.
             self._held.complete = True
             self._all_hold()
             self._fire_start(trainer, pl_module)
-        if self.schedule.after_epoch(trainer.current_epoch):
+        if self.schedule.after_epoch(epoch):
             self._due = True
         self._fire_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._held.complete and trainer.global_step != self._last_step:
-            self._fire(trainer, pl_module)
+            moment = None
+            if self._final is not None:
+                limit = self._limit(trainer, pl_module)
+                moment = Moment(trainer.global_step, "fit", limit, self._final)
+            self._fire(trainer, pl_module, moment)
+        self._end()
+        self._forget()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        # Callbacks that save a checkpoint now come later.
+        self._end()
         self._forget()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -395,7 +430,8 @@ class Monitor(Callback):
         # Steps that take the iterator themselves are announced without a batch at first.
         if batch is not None:
             self._held.add(batch, most=trainer.num_training_batches)
-        if self._start is None and not (self._held.complete and self._processes.size == 1):
+        alone = self._held.complete and self._processes.size == 1
+        if self._start_pending and self._start is None and not alone:
             # The start is measured on all held batches, so its weights are kept until then.
             limit = self._limit(trainer, module)
             self._start = Moment(trainer.global_step, "fit", limit, take_snapshot(module))
@@ -611,6 +647,9 @@ _REMEDIES = {
     "holding a batch": "Give dataloader= with batches of tensors in plain containers.",
     "reading dataloader": "Mend the dataloader, or leave it out to hold training batches.",
     "saving arrays": "Set save_arrays=False to do without.",
+    "resuming": "Curves begin anew at this step.",
+    "storing the history": "A resumed run will begin its curves anew.",
+    "keeping the state": "A run resumed from here will begin its curves anew.",
 }
 
 

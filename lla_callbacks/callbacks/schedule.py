@@ -50,23 +50,40 @@ class Budget:
 
     Args:
         max_overhead: Largest share, e.g. 0.05; ``None`` for no limit.
+
+    Attributes:
+        spent: Seconds of all measurements.
+        last_cost: Seconds of the last one.
     """
 
     def __init__(self, max_overhead: float | None) -> None:
         self.max_overhead = max_overhead
         self.spent = 0.0
-        self._last_cost = 0.0
+        self.last_cost = 0.0
         self._began = time.monotonic()
 
     def start(self) -> None:
         """Begin to count, at the start of training."""
-        self.spent = self._last_cost = 0.0
+        self.spent = self.last_cost = 0.0
         self._began = time.monotonic()
+
+    def state(self) -> dict[str, float]:
+        """Return what was booked so far, as numbers."""
+        return {
+            "spent": self.spent,
+            "last_cost": self.last_cost,
+            "elapsed": time.monotonic() - self._began,
+        }
+
+    def resume(self, state: dict[str, float]) -> None:
+        """Go on counting from a state; the time between two runs is in neither."""
+        self.spent, self.last_cost = state["spent"], state["last_cost"]
+        self._began = time.monotonic() - state["elapsed"]
 
     def spend(self, seconds: float) -> None:
         """Book one measurement."""
         self.spent += seconds
-        self._last_cost = seconds
+        self.last_cost = seconds
 
     @property
     def overhead(self) -> float:
@@ -82,4 +99,4 @@ class Budget:
         if self.max_overhead is None:
             return True
         training = time.monotonic() - self._began - self.spent
-        return self.spent + 2 * self._last_cost <= self.max_overhead * training
+        return self.spent + 2 * self.last_cost <= self.max_overhead * training

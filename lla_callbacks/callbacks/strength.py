@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lla_callbacks.callbacks.schedule import Schedule
 
@@ -85,5 +87,18 @@ class FoundStrength:
         self._step = step
         if math.isfinite(ratio) and ratio > 0:
             self.ratios.append(ratio)
+        self._settle()
+
+    def state(self) -> dict[str, Any]:
+        """Return what is known so far, as numbers."""
+        return {"ratios": list(self.ratios), "ratio_step": self._step, "strength": self.strength}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; another target ratio than before gives another strength."""
+        self.ratios = list(state["ratios"])
+        self._step = state.get("ratio_step", -1)
+        self._settle()
+
+    def _settle(self) -> None:
         if len(self.ratios) >= CALIBRATION_STEPS:
             self.strength = self._target / statistics.median(self.ratios)

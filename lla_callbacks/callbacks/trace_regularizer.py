@@ -44,6 +44,7 @@ from lla_callbacks.landscape.state import preserved
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.report.loggers import write_scalars
+from lla_callbacks.report.plain import from_plain, to_plain
 from lla_callbacks.report.scalars import regularizer_scalars
 
 
@@ -246,14 +247,22 @@ class HessianTraceRegularizer(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "skipped": self.skipped,
-            "strength": self._found.strength,
-            "ratios": self._found.ratios,
+            "comparison": to_plain(self.comparison),
+            "last_logged": self._last_logged,
+            **self._found.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped = state_dict["skipped"]
-        self._found.strength = state_dict["strength"]
-        self._found.ratios = list(state_dict["ratios"])
+        self.comparison = from_plain(state_dict.get("comparison"))
+        self._last_logged = state_dict.get("last_logged")
+        if self.strength == "auto":
+            self._found.load(state_dict)
+            if self._found.strength is not None:
+                rank_zero_info(
+                    f"{type(self).__name__}: strength is {self._found.strength:.3g}, found before "
+                    "the checkpoint."
+                )
 
     # -- what ---------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,17 @@ class Trajectory:
             kept = [i for i, s in enumerate(self.steps) if s % self.interval == 0]
             self.steps = [self.steps[i] for i in kept]
             self.weights = [self.weights[i] for i in kept]
+
+    def state(self) -> dict[str, Any]:
+        """Return what is held, as lists of numbers and tensors."""
+        return {
+            "steps": list(self.steps), "weights": list(self.weights), "interval": self.interval,
+        }  # fmt: skip
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.steps, self.weights = list(state["steps"]), list(state["weights"])
+        self.interval = state["interval"]
 
 
 def principal_components(

@@ -21,7 +21,6 @@ from .modules import (
     monitor,
     outcome,
     plain_loss,
-    quiet_trainer,
     steps,
 )
 
@@ -274,15 +273,6 @@ def test_second_fit_begins_anew(tmp_path):
     trainer.fit_loop.max_epochs = 3
     trainer.fit(trainer.lightning_module, loader(16, shuffle=True))
     assert steps(watcher) == [4, 8, 12]
-
-
-def test_run_resumed_from_a_checkpoint_goes_on_counting(tmp_path):
-    first = fit(tmp_path, monitor(every_n_epochs=1))
-    first.save_checkpoint(tmp_path / "kept.ckpt")
-    watcher = monitor(every_n_epochs=1)
-    trainer = quiet_trainer(tmp_path, [watcher], max_epochs=2)
-    trainer.fit(Plain(), loader(), ckpt_path=tmp_path / "kept.ckpt")
-    assert steps(watcher) == [4, 8]
 
 
 @pytest.mark.parametrize("fast", [True, 2])

@@ -1,0 +1,256 @@
+"""What of a monitored run goes into a checkpoint, and how a resumed run goes on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lla_callbacks.callbacks.compat import Callback
+from lla_callbacks.report.plain import from_plain, pack, to_plain, unpack
+from lla_callbacks.report.scalars import cost_scalars
+
+if TYPE_CHECKING:
+    from lla_callbacks.callbacks.held_batches import HeldBatches
+    from lla_callbacks.callbacks.monitor import Moment
+    from lla_callbacks.callbacks.processes import Processes
+    from lla_callbacks.callbacks.schedule import Budget
+
+VERSION = 1
+# Of these two it depends which batches are held.
+_BATCHES = ("num_samples", "dataloader")
+
+
+class Resumable(Callback):
+    """A callback whose run may be cut in two by a checkpoint without a seam in its curves.
+
+    A checkpoint holds the history, the held batches, a start that is not measured yet (its
+    weights too), the budget and what is due: plain containers only, so that it loads with
+    ``weights_only=True``. Writing one asks no other process: after the exchange of batches each
+    holds those of all.
+    """
+
+    if TYPE_CHECKING:
+        name: str
+        num_samples: int
+        dataloader: Any
+        budget: Budget
+        history: list[tuple[int, Any]]
+        _held: HeldBatches
+        _processes: Processes
+        _start: Moment | None
+        _start_pending: bool
+        _training: dict[Any, bool] | None
+        _due: bool
+        _last_step: int
+        _last_epoch: int
+        _guarded: Callable[..., None]
+        _scalars: Callable[[Any], dict[str, float]]
+
+    # What a checkpoint brought, until training starts.
+    _loaded: dict[str, Any] | None = None
+    # What the last fit ended with, for checkpoints that are written after it.
+    _ended: dict[str, Any] | None = None
+    _running = False
+    # Whether the present fit goes on with the state of another.
+    _resumed = False
+    # Plain forms of the history's first reports, which do not change any more.
+    _plain: tuple[tuple[int, Any], ...] = ()
+    _mark: str | None = None
+
+    # -- Lightning's hooks --------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the present fit, or of the last one."""
+        state = self._state() if self._running else self._ended
+        if state is None:
+            return {}
+        if state["held"] is None and self.dataloader is None:
+            self._say_once(
+                "held batches are of classes that no checkpoint holds, so that a resumed run will "
+                "hold new ones and its curves may jump there. Give batches of tensors in dicts, "
+                "lists or tuples, or dataloader=."
+            )
+        history: list[Any] = []
+        self._guarded("storing the history", lambda: history.extend(self._plain_history()))
+        return {**state, "history": history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a state until training starts, when the module is there."""
+        self._loaded = state_dict
+
+    # -- what a subclass adds -----------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that curves depend on, by name."""
+        return {}
+
+    def _more_state(self) -> dict[str, Any]:
+        """Return further plain state."""
+        return {}
+
+    def _load_more(self, state: Mapping[str, Any]) -> None:
+        """Take further state back."""
+
+    # -- when ---------------------------------------------------------------------------
+
+    def _resume(self, trainer: Any, module: Any) -> None:
+        """Go on where a checkpoint ended, if there is one; to be called when training starts."""
+        state, self._loaded, self._ended = self._loaded, None, None
+        self._plain, self._mark, self._running, self._resumed = (), None, True, False
+        if state:
+            self._guarded("resuming", self._load, state, trainer, module)
+
+    def _end(self) -> None:
+        """Note the state that a run ends with, before it is dropped."""
+        if self._running:
+            self._guarded("keeping the state", self._note)
+            self._running = False
+
+    def _note(self) -> None:
+        self._ended = self._state()
+
+    def _state(self) -> dict[str, Any]:
+        given = self.dataloader is not None
+        if given and self._mark is None and self._held.complete:
+            self._mark = self._held.mark()
+        # What one process of several holds so far is not what all would hold.
+        partial = not self._held.complete and self._processes.size > 1
+        return {
+            "version": VERSION,
+            "settings": _plain_settings(self._all_settings()),
+            "held": {} if given or partial else self._held.state(),
+            "mark": self._mark,
+            "modes": None if self._training is None else list(self._training.values()),
+            "start": to_plain(self._start),
+            "start_pending": self._start_pending,
+            "due": self._due,
+            "last_step": self._last_step,
+            "last_epoch": self._last_epoch,
+            "budget": self.budget.state(),
+            **self._more_state(),
+        }
+
+    def _load(self, state: Mapping[str, Any], trainer: Any, module: Any) -> None:
+        if state.get("version") != VERSION:
+            raise ValueError("the checkpoint is of another version of lla_callbacks.")
+        lacking = {"history", *self._state()} - state.keys()
+        if lacking:
+            raise ValueError(f"the checkpoint lacks {', '.join(sorted(lacking))}.")
+        # Read before anything is taken over: all of it, or nothing.
+        history = [(step, unpack(report)) for step, report in state["history"]]
+        start = from_plain(state["start"])
+        changed = self._changed(state["settings"])
+        held = state["held"]
+        if any(name in changed for name in _BATCHES):
+            held = None
+        if changed:
+            what = ", ".join(
+                f"{name} was {old} and is {new}" for name, (old, new) in changed.items()
+            )
+            anew = " New batches are held." if held is None else ""
+            rank_zero_warn(
+                f"{type(self).__name__}: the checkpoint was written with other settings: {what}. "
+                f"Curves go on with the present ones and may jump at step {trainer.global_step}."
+                f"{anew}"
+            )
+        # Batches of one process are not those of several.
+        if held and held["batches"] and (held["complete"] or self._processes.size == 1):
+            self._held.load(held)
+        self._load_more(state)
+        self.history[:] = history
+        self._plain = tuple((step, report) for step, report in state["history"])
+        self._mark = None if "dataloader" in changed else state["mark"]
+        modes, modules = state["modes"], list(module.modules())
+        if modes is not None and len(modes) == len(modules):
+            self._training = dict(zip(modules, modes, strict=True))
+        self._start = start and replace(start, limit=_on_device(start.limit, module.device))
+        self._start_pending = state["start_pending"]
+        self._due = state["due"]
+        self._last_step, self._last_epoch = state["last_step"], state["last_epoch"]
+        self._resumed = True
+        self.budget.resume(state["budget"])
+        if history:
+            # EarlyStopping and ModelCheckpoint ask for them before the next measurement.
+            values = self._scalars(history[-1][1])
+            values |= cost_scalars(self.name, self.budget.last_cost, self.budget.overhead)
+            for tag, value in values.items():
+                trainer.callback_metrics[tag] = torch.tensor(value)
+
+    def _missed_epoch(self, trainer: Any) -> bool:
+        """Return whether an epoch ended without its hook, just before this run went on.
+
+        A checkpoint that is written after the last batch of an epoch is of before its end, which
+        Lightning then leaves out. The weights are still those of that end.
+        """
+        return self._resumed and self._last_epoch < trainer.current_epoch - 1
+
+    def _compare_loader(self) -> None:
+        """Warn if a loader of the user's own gives other batches than before the checkpoint."""
+        mark = self._held.mark()
+        if self._mark is not None and self._mark != mark:
+            rank_zero_warn(
+                f"{type(self).__name__}: dataloader gives other batches than before the "
+                "checkpoint, so that curves may jump here. Give one whose first batches are always "
+                "the same, or leave it out."
+            )
+        self._mark = mark
+
+    def _all_settings(self) -> dict[str, Any]:
+        given = None if self.dataloader is None else "given"
+        return {"num_samples": self.num_samples, "dataloader": given, **self._settings()}
+
+    def _changed(self, before: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        """Return the settings that are not what they were: name to both."""
+        now = _plain_settings(self._all_settings())
+        # A setting that the older version did not have cannot be compared.
+        return {k: (before[k], v) for k, v in now.items() if before.get(k, v) != v}
+
+    def _plain_history(self) -> list[tuple[int, Any]]:
+        known = len(self._plain)
+        new = [(step, pack(report)) for step, report in self.history[known:]]
+        self._plain = (*self._plain, *new)
+        return list(self._plain)
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said = (*self._said, text)
+            rank_zero_warn(f"{type(self).__name__}: {text}")
+
+    _said: tuple[str, ...] = ()
+
+
+def _plain_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as text; those of dataclasses by the name of their field."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if is_dataclass(value) and not isinstance(value, type):
+            found |= {f.name: _text(getattr(value, f.name)) for f in fields(value)}
+        else:
+            found[name] = _text(value)
+    return found
+
+
+def _text(value: Any) -> str:
+    """Return a value in words that are the same in another process."""
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _on_device(limit: Any, device: torch.device) -> Any:
+    if limit is None:
+        return None
+    moved = {
+        f.name: value.to(device)
+        for f in fields(limit)
+        if isinstance(value := getattr(limit, f.name), torch.Tensor)
+    }
+    return replace(limit, **moved)

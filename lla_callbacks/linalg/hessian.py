@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.errors import NonFiniteError, NoSecondDerivativeError
+from lla_callbacks.linalg.errors import NonFiniteError, NoSecondDerivativeError, remedy_for
+from lla_callbacks.linalg.lost_graphs import refusing_lost_graphs
 from lla_callbacks.linalg.operators import SymmetricOperator
 from lla_callbacks.linalg.space import ParameterSpace
 
@@ -136,7 +137,7 @@ class HessianOperator(SymmetricOperator):
                     "Lower the learning rate, clip gradients, or look for bad samples in "
                     "the held batches.",
                 )
-            with explaining_missing_derivative():
+            with explaining_missing_derivative(), refusing_lost_graphs(loss):
                 gradients = torch.autograd.grad(
                     loss.reshape(()), self.space.tensors, create_graph=True, allow_unused=True
                 )
@@ -264,6 +265,5 @@ def explaining_missing_derivative() -> Iterator[None]:
             raise
         raise NoSecondDerivativeError(
             f"an operation has no second derivative ({text.splitlines()[0]}).",
-            "Give loss=callable(module, batch) that avoids it, or replace it by elementary "
-            "operations.",
+            remedy_for(text),
         ) from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lla_callbacks.landscape.batches import fresh, sample_count, split
 from lla_callbacks.landscape.evaluation import Loss, Statistics, evaluating, load_statistics
+from lla_callbacks.landscape.gradient_hooks import no_gradient_hooks
 from lla_callbacks.landscape.repetition import keep_processes_apart
 from lla_callbacks.landscape.state import preserved, set_mode
 from lla_callbacks.landscape.twice_differentiable import twice_differentiable
@@ -118,8 +119,10 @@ class Objective:
     def _weights(self) -> list[float]:
         return [count / self.num_samples for count in self.counts]
 
-    def _context(self) -> AbstractContextManager[None]:
-        return twice_differentiable(dropout=self.dropout)
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        with twice_differentiable(dropout=self.dropout), no_gradient_hooks(self.module):
+            yield
 
     def _evaluate(self, batch: Any, statistics: Statistics = ()) -> Tensor:
         """Return the loss of one held batch, with its graph if gradients are enabled."""

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from lla_callbacks.landscape.checkpoints import no_checkpoints
+from lla_callbacks.landscape.gradient_hooks import register_nothing
+
 
 @contextmanager
 def twice_differentiable(*, dropout: bool) -> Iterator[None]:
@@ -21,6 +24,13 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
       torch's own double-backward formulas are slow (a product on a ResNet-20 took 1.4
       times as long in eval mode and twice as long in batch mode) and their third
       derivatives are wrong (pytorch issue 186256).
+    * Weight norm likewise: the second derivative of torch's own is wrong
+      (``torch.autograd.gradgradcheck`` fails on it in 2.13).
+    * Embeddings give dense gradients, and unscaled ones: those that ``scale_grad_by_freq``
+      gives are no derivative of the loss.
+    * Hooks that a forward pass puts on its tensors' gradients are not called.
+    * Checkpoints keep their activations; see
+      :func:`~lla_callbacks.landscape.checkpoints.no_checkpoints`.
     * Attention uses the math kernel; the fused ones have no second derivative.
     * Compiled modules run eagerly: compiled backward passes cannot be differentiated.
     * Dropout does nothing, unless ``dropout`` asks for it.
@@ -28,8 +38,8 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
     The values agree with the native forms to rounding. Running statistics are not
     updated.
     """
-    substitutes = _NORMALIZATIONS if dropout else _NORMALIZATIONS | _NO_DROPOUT
-    with sdpa_kernel(SDPBackend.MATH), eager(), _Substitution(substitutes):
+    substitutes = _NORMALIZATIONS | _GRADIENTS | ({} if dropout else _NO_DROPOUT)
+    with sdpa_kernel(SDPBackend.MATH), eager(), no_checkpoints(), _Substitution(substitutes):
         yield
 
 
@@ -157,6 +167,25 @@ def _instance_norm(
     return _normalize(input, mean, var, weight, bias, eps)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # dim=-1 is torch's word for one norm of the whole tensor.
+    dims = [i for i in range(v.ndim) if i != dim or dim == -1]
+    norm = torch.linalg.vector_norm(v, dim=dims, keepdim=dim != -1) if dims else v.abs()
+    return v * (g / norm)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type)
+
+
 def _identity(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return input
 
@@ -194,6 +223,14 @@ _NORMALIZATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.layer_norm: lambda i, shape, w=None, b=None, eps=1e-5, cudnn_enable=True: _layer_norm(
         i, shape, w, b, eps
     ),
+    torch._weight_norm: _weight_norm,
+}
+_GRADIENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.embedding: _embedding,
+    torch.embedding: lambda weight, indices, padding_idx=-1, *_, **__: torch.embedding(
+        weight, indices, padding_idx
+    ),
+    Tensor.register_hook: register_nothing,
 }
 _NO_DROPOUT: dict[Callable[..., Any], Callable[..., Any]] = {
     **{

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 
 
 @contextmanager
@@ -48,11 +48,11 @@ def _watch(name: str, lost: list[str]) -> Callable[..., None]:
     return look
 
 
-def _custom_nodes(loss: Tensor) -> list[Any]:
+def _custom_nodes(loss: Tensor) -> list[Node]:
     """Return the nodes of a graph that the user's own functions made."""
     waiting = [loss.grad_fn]
     seen = set(waiting)
-    found: list[Any] = []
+    found: list[Node] = []
     while waiting:
         node = waiting.pop()
         if node is None:

@@ -19,6 +19,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from lla_callbacks.landscape.gradient_hooks import no_gradient_hooks
 from lla_callbacks.linalg.errors import MeasurementError
 
+_DROPPING = frozenset(
+    kind.__name__
+    for kind in (
+        nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+        nn.FeatureAlphaDropout, nn.RNN, nn.GRU, nn.LSTM,
+    )
+)  # fmt: skip
 _TORCH_KEYS = frozenset(nn.Module().__dict__)
 
 
@@ -141,7 +148,9 @@ def set_mode(
             m.training = training.get(m, True)
     if not dropout:
         for m in module.modules():
-            if isinstance(m, (_DropoutNd, nn.RNNBase)):
+            # A scripted module remembers by name what it was.
+            scripted = getattr(m, "original_name", "")
+            if isinstance(m, (_DropoutNd, nn.RNNBase)) or scripted in _DROPPING:
                 m.training = False
 
 

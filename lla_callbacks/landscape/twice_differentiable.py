@@ -28,6 +28,7 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
       (``torch.autograd.gradgradcheck`` fails on it in 2.13).
     * Embeddings give dense gradients, and unscaled ones: those that ``scale_grad_by_freq``
       gives are no derivative of the loss.
+    * Recurrent layers on GPUs do without cuDNN, which has no second derivative of them.
     * Hooks that a forward pass puts on its tensors' gradients are not called.
     * Checkpoints keep their activations; see
       :func:`~lla_callbacks.landscape.checkpoints.no_checkpoints`.
@@ -38,7 +39,7 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
     The values agree with the native forms to rounding. Running statistics are not
     updated.
     """
-    substitutes = _NORMALIZATIONS | _GRADIENTS | ({} if dropout else _NO_DROPOUT)
+    substitutes = _NORMALIZATIONS | _GRADIENTS | _RECURRENT | ({} if dropout else _NO_DROPOUT)
     with sdpa_kernel(SDPBackend.MATH), eager(), no_checkpoints(), _Substitution(substitutes):
         yield
 
@@ -174,6 +175,15 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
+def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        # Here alone, since convolutions have one. The backward pass follows the forward pass.
+        with torch.backends.cudnn.flags(enabled=False):
+            return function(*args, **kwargs)
+
+    return plain
+
+
 def _embedding(
     input: Tensor,
     weight: Tensor,
@@ -231,6 +241,9 @@ _GRADIENTS: dict[Callable[..., Any], Callable[..., Any]] = {
         weight, indices, padding_idx
     ),
     Tensor.register_hook: register_nothing,
+}
+_RECURRENT: dict[Callable[..., Any], Callable[..., Any]] = {
+    f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 }
 _NO_DROPOUT: dict[Callable[..., Any], Callable[..., Any]] = {
     **{

@@ -1,10 +1,11 @@
 # Each target makes the virtual environment it needs, once.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types tests clean
+.PHONY: demo test test-oldest lint types tests clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -22,8 +23,13 @@ types: $(VENV)/.test
 tests: $(VENV)/.test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
+# The whole suite with the oldest releases that setup.cfg allows; 3 GB to download, 6 on disk, since torch
+# of that time comes with CUDA. What old releases warn about is theirs.
+test-oldest: $(OLDEST)/.test
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -W default $(ARGS)
+
 clean:
-	rm -rf $(VENV) logs
+	rm -rf $(VENV) $(OLDEST) logs
 
 $(VENV)/.python: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,3 +43,9 @@ $(VENV)/.demo: $(VENV)/.python setup.cfg
 $(VENV)/.test: $(VENV)/.python setup.cfg
 	$(INSTALL) -e ".[test]"
 	touch $@ $(VENV)/.demo
+
+# A Python that numpy 1.24 has a build for: 3.10 or 3.11.
+$(OLDEST)/.test: constraints-oldest.txt setup.cfg
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt setuptools -e ".[test]"
+	touch $@

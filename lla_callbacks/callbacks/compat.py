@@ -152,10 +152,30 @@ def prepared(trainer: Any, module: Any, batch: Any) -> Any:
     Converted to the precision, transferred, and through the module's transfer hooks.
     """
     batch = trainer.precision_plugin.convert_input(batch)
-    before = getattr(module, "_on_before_batch_transfer", None)
-    if before is not None:
-        batch = before(batch, dataloader_idx=0)
+    batch = _before_transfer(trainer, module, batch)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _before_transfer(trainer: Any, module: Any, batch: Any) -> Any:
+    """Call the first transfer hook of whoever has one, the data module or the module."""
+    chosen = getattr(module, "_on_before_batch_transfer", None)
+    if chosen is not None:
+        return chosen(batch, dataloader_idx=0)
+    for owner in (getattr(trainer, "datamodule", None), module):
+        hook = getattr(owner, "on_before_batch_transfer", None)
+        # Lightning's own one hands the batch back as it is.
+        if hook is not None and not hook.__module__.startswith(_NAMESPACES):
+            return hook(batch, 0)
+    return batch
+
+
+def state_key_of(callback: Any, **settings: Any) -> str:
+    """Return the key that tells callbacks of one class apart in a checkpoint."""
+    # Documented, though private by its name.
+    generate = getattr(callback, "_generate_state_key", None)
+    if generate is None:
+        return f"{type(callback).__qualname__}{settings!r}"
+    return str(generate(**settings))
 
 
 def is_barebones(trainer: Any) -> bool:

@@ -24,6 +24,7 @@ from lla_callbacks.callbacks.compat import (
     is_barebones,
     progress,
     shards_parameters,
+    state_key_of,
 )
 from lla_callbacks.callbacks.held_batches import HeldBatches, check_loader
 from lla_callbacks.callbacks.processes import Processes
@@ -222,8 +223,7 @@ class Monitor(Resumable):
     @property
     def state_key(self) -> str:
         """Tell several monitors of one Trainer apart."""
-        # Lightning's documented way of writing such a key.
-        return str(self._generate_state_key(name=self.name))
+        return state_key_of(self, name=self.name)
 
     def _reset(self) -> None:
         self._processes = Processes()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lla_callbacks.landscape.batches import rewrapped, tensors_of
+from lla_callbacks.landscape.checkpoints import no_checkpoints
 from lla_callbacks.landscape.repetition import keep_processes_apart, repeatable
 from lla_callbacks.landscape.twice_differentiable import NoDropout, eager
 
@@ -198,6 +199,8 @@ def evaluating(
         )
         # Compiled modules run eagerly, so that they have the values that their curvature is of.
         stack.enter_context(eager())
+        # Nothing is differentiated, which reentrant checkpoints would warn about.
+        stack.enter_context(no_checkpoints())
         # In full precision: autocast would cost digits of small differences, not time.
         stack.enter_context(torch.autocast(objective.device.type, enabled=False))
         yield Evaluator(objective, metrics or {}, predict, reset)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lla_callbacks.landscape.batches import fresh, sample_count, split
 from lla_callbacks.landscape.evaluation import Loss, Statistics, evaluating, load_statistics
+from lla_callbacks.landscape.gradient_hooks import no_gradient_hooks
 from lla_callbacks.landscape.memory import Findings, MemoryPlan, saved_bytes
 from lla_callbacks.landscape.precision import HALF, Precision, check_precision
 from lla_callbacks.landscape.repetition import keep_processes_apart
@@ -245,14 +246,19 @@ class Objective:
             lambda: self._evaluate(batch, statistics, context),
             count / self.num_samples,
             keep=keep,
+            guarded=lambda use: self._evaluate(batch, statistics, context, use),
             halves=halves if halve and sample_count(batch) > 1 else None,
         )
 
-    def _context(self) -> AbstractContextManager[None]:
-        return twice_differentiable(dropout=self.dropout)
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        with twice_differentiable(dropout=self.dropout), no_gradient_hooks(self.module):
+            yield
 
-    def _plain_context(self) -> AbstractContextManager[None]:
-        return once_differentiable(dropout=self.dropout)
+    @contextmanager
+    def _plain_context(self) -> Iterator[None]:
+        with once_differentiable(dropout=self.dropout), no_gradient_hooks(self.module):
+            yield
 
     def _fresh(self, batch: Any) -> Any:
         halves = any(p.dtype in HALF for p in trainable(self.module).values())
@@ -263,8 +269,12 @@ class Objective:
         batch: Any,
         statistics: Statistics = (),
         context: Callable[[], AbstractContextManager[None]] | None = None,
-    ) -> Tensor:
-        """Return the loss of one held batch, with its graph if gradients are enabled."""
+        use: Callable[[Tensor], Any] | None = None,
+    ) -> Any:
+        """Return the loss of one held batch, with its graph if gradients are enabled.
+
+        Or what ``use`` makes of it while the module is still in the state of the evaluation.
+        """
         gradients = torch.is_grad_enabled()
         reshard(self.module)
         with preserved(self.module, seed=self.seed), torch.set_grad_enabled(gradients):
@@ -274,7 +284,8 @@ class Objective:
             # Curvature in full precision: autocast would cost digits, not time, here.
             full = torch.autocast(self.device.type, enabled=False)
             with (context or self._context)(), full if self.arithmetic is None else nullcontext():
-                return self.loss(self.module, self._fresh(batch))
+                loss = self.loss(self.module, self._fresh(batch))
+                return loss if use is None else use(loss)
 
     def _memory_plan(self, counts: Sequence[int]) -> MemoryPlan:
         """Return what fits, judged by what one forward pass saves."""
@@ -355,6 +366,9 @@ def with_hessian(
                 return use(hessian), reason
         except (NoSecondDerivativeError, OutOfMemoryError) as error:
             if last == len(objective.engines):
+                if isinstance(error, NoSecondDerivativeError):
+                    hint = "Or take engine='auto', which then measures by differences."
+                    raise NoSecondDerivativeError(str(error), hint) from error
                 raise
             failed = forgetful(error)
         reason = f"{type(failed).__name__}: {failed}"

@@ -50,7 +50,8 @@ def repeatable(
         keep_processes_apart(module)
         attributes = _Attributes(module)
         tensors = _Tensors(module)
-        modes = [(m.__dict__, m.training) for m in module.modules()]
+        # A scripted module keeps its mode elsewhere, where no forward pass changes it.
+        modes = [(m.__dict__, m.training) for m in module.modules() if "training" in m.__dict__]
 
         def reset() -> None:
             seed_everything(seed)

@@ -16,9 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from lla_callbacks.landscape.gradient_hooks import no_gradient_hooks
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.space import local_part
 
+_DROPPING = frozenset(
+    kind.__name__
+    for kind in (
+        nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+        nn.FeatureAlphaDropout, nn.RNN, nn.GRU, nn.LSTM,
+    )
+)  # fmt: skip
 _TORCH_KEYS = frozenset(nn.Module().__dict__)
 
 
@@ -31,8 +39,8 @@ def preserved(module: nn.Module, *, seed: int | None, check_weights: bool = True
     passes agree); buffers (clones are swapped
     in, so that the originals keep value, identity and version) and frozen parameters
     likewise; plain attributes of every submodule, where torchmetrics keep their state and
-    users their counters and lists; gradients (parked); ``requires_grad``; train and eval
-    modes; the gradient mode.
+    users their counters and lists; gradients (parked) and hooks on them (not called);
+    ``requires_grad``; train and eval modes; the gradient mode.
 
     Not kept, since they cannot be seen: objects of the user's own classes, files, globals.
 
@@ -54,6 +62,7 @@ def preserved(module: nn.Module, *, seed: int | None, check_weights: bool = True
         stack.enter_context(_preserved_frozen_parameters(module))
         stack.enter_context(_preserved_buffers(module))
         stack.enter_context(_preserved_gradients(module))
+        stack.enter_context(no_gradient_hooks(module))
         stack.enter_context(preserved_modes(module))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -140,7 +149,9 @@ def set_mode(
             m.training = training.get(m, True)
     if not dropout:
         for m in module.modules():
-            if isinstance(m, (_DropoutNd, nn.RNNBase)):
+            # A scripted module remembers by name what it was.
+            scripted = getattr(m, "original_name", "")
+            if isinstance(m, (_DropoutNd, nn.RNNBase)) or scripted in _DROPPING:
                 m.training = False
 
 
@@ -300,7 +311,7 @@ def _preserved_buffers(module: nn.Module) -> Iterator[None]:
     clones: dict[int, Tensor] = {}
     try:
         for m in module.modules():
-            saved.append((m, dict(m._buffers)))
+            saved.append((m, dict(m._buffers.items())))
             for name, buffer in m._buffers.items():
                 if buffer is not None:
                     clone = clones.setdefault(id(buffer), buffer.detach().clone())
@@ -308,8 +319,12 @@ def _preserved_buffers(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for m, buffers in saved:
-            m._buffers.clear()
-            m._buffers.update(buffers)
+            # Key by key: the buffers of a scripted module are no full dictionary.
+            for name, _ in list(m._buffers.items()):
+                if name not in buffers:
+                    del m._buffers[name]
+            for name, buffer in buffers.items():
+                m._buffers[name] = buffer
 
 
 @contextmanager

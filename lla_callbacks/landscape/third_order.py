@@ -9,6 +9,7 @@ from lla_callbacks.landscape.displacement import DisplacedLoss, Gradients
 from lla_callbacks.landscape.twice_differentiable import twice_differentiable
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.hessian import explaining_missing_derivative, refuse_dead_ends
+from lla_callbacks.linalg.lost_graphs import refusing_lost_graphs
 
 # Nodes whose second backward pass takes saved statistics for constants, so that a third
 # derivative is wrong without a word (pytorch issues 186256 and 175754; measured on 2.13:
@@ -43,7 +44,10 @@ def quadratic_form_gradient(loss: DisplacedLoss, num_probes: int) -> list[tuple[
         loss.move(0.0, 0)
         value = loss.evaluate()
         _refuse_wrong_nodes(value)
-        gradients = torch.autograd.grad(value, loss.weights, create_graph=True, allow_unused=True)
+        with refusing_lost_graphs(value):
+            gradients = torch.autograd.grad(
+                value, loss.weights, create_graph=True, allow_unused=True
+            )
         refuse_dead_ends(gradients)
         return [_one_probe(loss, gradients, probe) for probe in range(num_probes)]
 

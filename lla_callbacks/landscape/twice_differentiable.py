@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from lla_callbacks.landscape.checkpoints import no_checkpoints
+from lla_callbacks.landscape.gradient_hooks import register_nothing
+
 
 @contextmanager
 def twice_differentiable(*, dropout: bool) -> Iterator[None]:
@@ -21,6 +24,14 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
       torch's own double-backward formulas are slow (a product on a ResNet-20 took 1.4
       times as long in eval mode and twice as long in batch mode) and their third
       derivatives are wrong (pytorch issue 186256).
+    * Weight norm likewise: the second derivative of torch's own is wrong
+      (``torch.autograd.gradgradcheck`` fails on it in 2.13).
+    * Embeddings give dense gradients, and unscaled ones: those that ``scale_grad_by_freq``
+      gives are no derivative of the loss.
+    * Recurrent layers on GPUs do without cuDNN, which has no second derivative of them.
+    * Hooks that a forward pass puts on its tensors' gradients are not called.
+    * Checkpoints keep their activations; see
+      :func:`~lla_callbacks.landscape.checkpoints.no_checkpoints`.
     * Attention uses the math kernel; the fused ones have no second derivative.
     * Compiled modules run eagerly: compiled backward passes cannot be differentiated.
     * Dropout does nothing, unless ``dropout`` asks for it.
@@ -28,8 +39,8 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
     The values agree with the native forms to rounding. Running statistics are not
     updated.
     """
-    substitutes = _NORMALIZATIONS if dropout else _NORMALIZATIONS | _NO_DROPOUT
-    with sdpa_kernel(SDPBackend.MATH), eager(), _Substitution(substitutes):
+    substitutes = _NORMALIZATIONS | _GRADIENTS | _RECURRENT | ({} if dropout else _NO_DROPOUT)
+    with sdpa_kernel(SDPBackend.MATH), eager(), no_checkpoints(), _Substitution(substitutes):
         yield
 
 
@@ -37,12 +48,13 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
 def once_differentiable(*, dropout: bool) -> Iterator[None]:
     """Within this context, forward passes use torch's own kernels, as training does.
 
-    Compiled modules stay compiled and attention stays fused; dropout does nothing, unless
-    ``dropout`` asks for it. Normalization is composed of elementary operations, as for second
-    derivatives, so that running statistics are not updated and both ways agree.
+    Attention stays fused and activation checkpoints keep saving memory, but for the reentrant
+    form, which refuses ``torch.autograd.grad``. Dropout does nothing, unless ``dropout`` asks
+    for it. Compiled modules run eagerly: the guard of their state would make them compile anew,
+    and training with them.
     """
-    substitutes = _NORMALIZATIONS if dropout else _NORMALIZATIONS | _NO_DROPOUT
-    with _Substitution(substitutes):
+    substitutes = {} if dropout else _NO_DROPOUT
+    with eager(), no_checkpoints(reentrant_only=True), _Substitution(substitutes):
         yield
 
 
@@ -170,6 +182,34 @@ def _instance_norm(
     return _normalize(input, mean, var, weight, bias, eps)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # dim=-1 is torch's word for one norm of the whole tensor.
+    dims = [i for i in range(v.ndim) if i != dim or dim == -1]
+    norm = torch.linalg.vector_norm(v, dim=dims, keepdim=dim != -1) if dims else v.abs()
+    return v * (g / norm)
+
+
+def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        # Here alone, since convolutions have one. The backward pass follows the forward pass.
+        with torch.backends.cudnn.flags(enabled=False):
+            return function(*args, **kwargs)
+
+    return plain
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type)
+
+
 def _identity(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return input
 
@@ -207,6 +247,17 @@ _NORMALIZATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.layer_norm: lambda i, shape, w=None, b=None, eps=1e-5, cudnn_enable=True: _layer_norm(
         i, shape, w, b, eps
     ),
+    torch._weight_norm: _weight_norm,
+}
+_GRADIENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.embedding: _embedding,
+    torch.embedding: lambda weight, indices, padding_idx=-1, *_, **__: torch.embedding(
+        weight, indices, padding_idx
+    ),
+    Tensor.register_hook: register_nothing,
+}
+_RECURRENT: dict[Callable[..., Any], Callable[..., Any]] = {
+    f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 }
 _NO_DROPOUT: dict[Callable[..., Any], Callable[..., Any]] = {
     **{

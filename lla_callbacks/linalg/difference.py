@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lla_callbacks.linalg.errors import MeasurementError, NonFiniteError, is_out_of_memory
 from lla_callbacks.linalg.lanczos import ROUNDING
-from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm, loss_value
+from lla_callbacks.linalg.loss_operator import Differentiated, LossOperator, LossTerm, loss_value
 from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.space import local_part
@@ -163,10 +163,10 @@ class DifferenceOperator(LossOperator):
             trouble: Exception | None = None
             try:
                 with self._differentiating():
-                    evaluated = term.evaluate()
-                    value = loss_value(evaluated)
-                    gradients = self._differentiate(evaluated, self.space.tensors)
-                    del evaluated
+                    if term.guarded is not None:
+                        value, gradients = term.guarded(self._differentiated)
+                    else:
+                        value, gradients = self._differentiated(term.evaluate())
                 flat = self.space.flatten(gradients)
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -179,6 +179,9 @@ class DifferenceOperator(LossOperator):
             gradient += term.weight * flat
             i += 1
         return loss, gradient
+
+    def _differentiated(self, loss: Tensor) -> Differentiated:
+        return loss_value(loss), self._differentiate(loss, self.space.tensors)
 
     def _calibrate(self) -> None:
         """Choose the step by what it costs in either direction, and note what is left."""

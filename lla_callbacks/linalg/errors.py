@@ -49,3 +49,26 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     signs = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+def remedy_for(complaint: str) -> str:
+    """Return what to do about an operation that autograd cannot differentiate twice."""
+    for sign, remedy in _INSTEAD.items():
+        if sign in complaint:
+            return remedy
+    return (
+        "Give loss=callable(module, batch) that avoids it, or replace it by elementary operations."
+    )
+
+
+_CUSTOM = (
+    "Give loss=callable(module, batch) that avoids it, or let its backward pass compute with "
+    "operations that autograd follows, until torch.autograd.gradgradcheck is content."
+)
+# What autograd's complaint holds, and what to do.
+_INSTEAD = {
+    "embedding_bag": "Use nn.Embedding and add up its vectors, which has a second derivative.",
+    "cdist": "Write the distances out, (x[:, None] - y[None]).square().sum(-1).sqrt().",
+    "once_differentiable": _CUSTOM,
+    "no graph for a double backward": _CUSTOM,
+}

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.errors import NoSecondDerivativeError, is_out_of_memory
+from lla_callbacks.linalg.errors import NoSecondDerivativeError, is_out_of_memory, remedy_for
 from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm, loss_value
+from lla_callbacks.linalg.lost_graphs import refusing_lost_graphs
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.space import spread_like, whole
 
@@ -144,7 +145,7 @@ class HessianOperator(LossOperator):
         with self._differentiating():
             loss = term.evaluate()
             value = loss_value(loss)
-            with explaining_missing_derivative():
+            with explaining_missing_derivative(), refusing_lost_graphs(loss):
                 gradients = torch.autograd.grad(
                     loss.reshape(()), self.space.tensors, create_graph=True, allow_unused=True
                 )
@@ -229,5 +230,5 @@ def explaining_missing_derivative() -> Iterator[None]:
             raise
         raise NoSecondDerivativeError(
             f"an operation has no second derivative ({text.splitlines()[0]}).",
-            "Take engine='difference', or give loss=callable(module, batch) that avoids it.",
+            remedy_for(text),
         ) from error

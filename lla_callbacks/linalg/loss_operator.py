@@ -17,6 +17,9 @@ from lla_callbacks.linalg.operators import SymmetricOperator
 from lla_callbacks.linalg.sharing import Alone, Share, explain_together
 from lla_callbacks.linalg.space import ParameterSpace
 
+# The loss and its gradients, None for unused parameters.
+Differentiated = tuple[float, Sequence[Tensor | None]]
+
 
 @dataclass(frozen=True)
 class LossTerm:
@@ -28,6 +31,8 @@ class LossTerm:
         weight: Share of this batch in the whole loss; over all processes they add up to one.
         keep: Whether the gradient's graph of this batch is kept between products
             (2 gradients a product) or built anew for each (3 gradients, less memory).
+        guarded: Calls a function of the loss while whatever the evaluation changes is still as
+            it made it, for backward passes that compute parts of the forward pass again.
         halves: Returns the same summand as two of half the samples, for where memory runs
             out; ``None`` if the samples see each other, or there is one only.
     """
@@ -35,6 +40,7 @@ class LossTerm:
     evaluate: Callable[[], Tensor]
     weight: float
     keep: bool = True
+    guarded: Callable[[Callable[[Tensor], Differentiated]], Differentiated] | None = None
     halves: Callable[[], Sequence[LossTerm]] | None = None
 
 

@@ -128,7 +128,7 @@ def test_without_a_second_derivative_differences_take_over_and_say_so(tmp_path, 
 
 def test_the_exact_engine_refuses_what_has_no_second_derivative(tmp_path):
     watcher = monitor(engine="exact")
-    with pytest.warns(UserWarning, match=r"no second derivative.*engine='difference'"):
+    with pytest.warns(UserWarning, match=r"no second derivative.*engine='auto'"):
         fit(tmp_path, watcher, WithoutSecondDerivative)
     assert steps(watcher) == []
 

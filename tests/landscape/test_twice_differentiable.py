@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lla_callbacks.landscape.twice_differentiable import twice_differentiable
 
@@ -112,3 +114,22 @@ def test_multi_head_attention_drops_nothing() -> None:
         second = module(x, x, x)[0]
     assert torch.equal(first, second)
     torch.testing.assert_close(first, module.eval()(x, x, x)[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_do_without_cudnn(kind: type[nn.Module]) -> None:
+    seen: list[bool] = []
+
+    class Looking(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func in (torch.lstm, torch.gru, torch.rnn_tanh):
+                seen.append(torch.backends.cudnn.enabled)
+            return func(*args, **(kwargs or {}))
+
+    # The outer mode sees what the inner one makes of a call.
+    with Looking(), twice_differentiable(dropout=False):
+        kind(4, 3)(torch.randn(2, 3, 4))
+    assert seen == [False]
+    assert torch.backends.cudnn.enabled

@@ -1,0 +1,63 @@
+"""Each private member of Lightning that is touched can go away."""
+
+import lightning.pytorch as lightning_pl
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from lla_callbacks import HessianMonitor
+from lla_callbacks.callbacks.compat import prepared
+
+from .modules import Data, Plain, loader, quiet_trainer
+
+
+def hide(monkeypatch, owners, name):
+    for owner in owners:
+        for base in owner.__mro__:
+            if name in vars(base):
+                monkeypatch.delattr(base, name)
+
+
+def test_a_monitor_keeps_its_state_key(monkeypatch):
+    known = HessianMonitor(name="sharpness").state_key
+    hide(monkeypatch, (pl.Callback, lightning_pl.Callback), "_generate_state_key")
+    monitor = HessianMonitor(name="sharpness")
+    assert not hasattr(monitor, "_generate_state_key")
+    assert monitor.state_key == known == "HessianMonitor{'name': 'sharpness'}"
+
+
+class Doubling(Plain):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return [2 * batch[0], *batch[1:]]
+
+
+class Tripling(Data):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return [3 * batch[0], *batch[1:]]
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer`")
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    ("make_module", "make_data", "factor"),
+    [(Plain, Data, 1), (Doubling, Data, 2), (Plain, Tripling, 3), (Doubling, Tripling, 3)],
+)
+def test_a_loader_goes_through_the_transfer_hooks(
+    monkeypatch, tmp_path, hidden, make_module, make_data, factor
+):
+    seen = []
+
+    class Looking(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            # Only here: the training loop itself calls what is hidden.
+            with monkeypatch.context() as patch:
+                if hidden:
+                    hide(patch, (pl.LightningModule,), "_on_before_batch_transfer")
+                assert hasattr(pl_module, "_on_before_batch_transfer") is not hidden
+                batch = next(iter(loader()))
+                seen.append((batch[0].clone(), prepared(trainer, pl_module, batch)[0]))
+
+    trainer = quiet_trainer(tmp_path, [Looking()], max_steps=1)
+    trainer.fit(make_module(), datamodule=make_data())
+    [(plain, found)] = seen
+    assert torch.equal(found, factor * plain)

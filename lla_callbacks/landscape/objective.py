@@ -171,6 +171,7 @@ class Objective:
                     trainable(self.module),
                     context=context,
                     share=share,
+                    constant=padding_vectors(self.module),
                     differentiate=differentiate,
                 )
             )
@@ -257,7 +258,10 @@ class Objective:
 
     @contextmanager
     def _plain_context(self) -> Iterator[None]:
-        with once_differentiable(dropout=self.dropout), no_gradient_hooks(self.module):
+        with (
+            once_differentiable(dropout=self.dropout, hooks=is_sharded(self.module)),
+            no_gradient_hooks(self.module),
+        ):
             yield
 
     def _fresh(self, batch: Any) -> Any:
@@ -373,6 +377,22 @@ def with_hessian(
             failed = forgetful(error)
         reason = f"{type(failed).__name__}: {failed}"
     raise AssertionError("an objective has at least one engine")
+
+
+def padding_vectors(module: nn.Module) -> Tensor | None:
+    """Return the positions of embeddings' padding vectors in the flat vector, if there are any.
+
+    They have no gradient by definition, so they are constants.
+    """
+    space = ParameterSpace(trainable(module))
+    names = {id(t): name for name, t in zip(space.names, space.tensors, strict=True)}
+    found = []
+    for m in module.modules():
+        padding, weight = getattr(m, "padding_idx", None), m._parameters.get("weight")
+        if isinstance(padding, int) and weight is not None and id(weight) in names:
+            start = space.slices[names[id(weight)]].start + padding * weight.shape[1]
+            found.append(torch.arange(start, start + weight.shape[1], device=space.device))
+    return torch.cat(found) if found else None
 
 
 def check_engine(engine: str) -> None:

@@ -45,15 +45,22 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
 
 
 @contextmanager
-def once_differentiable(*, dropout: bool) -> Iterator[None]:
+def once_differentiable(*, dropout: bool, hooks: bool = False) -> Iterator[None]:
     """Within this context, forward passes use torch's own kernels, as training does.
 
     Attention stays fused and activation checkpoints keep saving memory, but for the reentrant
     form, which refuses ``torch.autograd.grad``. Dropout does nothing, unless ``dropout`` asks
     for it. Compiled modules run eagerly: the guard of their state would make them compile anew,
-    and training with them.
+    and training with them. Embeddings have dense gradients.
+
+    Args:
+        dropout: Whether dropout stays as it is.
+        hooks: Whether forward passes may register hooks on tensors, as sharded modules must.
     """
-    substitutes = {} if dropout else _NO_DROPOUT
+    substitutes = {} if dropout else dict(_NO_DROPOUT)
+    substitutes |= _GRADIENTS
+    if hooks:
+        del substitutes[Tensor.register_hook]
     with eager(), no_checkpoints(reentrant_only=True), _Substitution(substitutes):
         yield
 

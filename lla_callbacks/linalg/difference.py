@@ -56,6 +56,8 @@ class DifferenceOperator(LossOperator):
         parameters: Name to leaf tensor with ``requires_grad``.
         context: Entered around every forward and backward pass.
         share: The processes; see :class:`~lla_callbacks.linalg.loss_operator.LossOperator`.
+        constant: Positions of entries that are no variables although they are stored among them
+            (padding vectors): they are not moved. Shape ``(n,)``.
         differentiate: Gives the gradients of a loss. Parameters that are spread over processes
             need another one than autograd's.
 
@@ -78,6 +80,7 @@ class DifferenceOperator(LossOperator):
         *,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
         share: Share | None = None,
+        constant: Tensor | None = None,
         differentiate: Differentiate = first_derivative,
     ) -> None:
         super().__init__(terms, parameters, context=context, share=share)
@@ -87,6 +90,7 @@ class DifferenceOperator(LossOperator):
                 "weights round away.",
                 "Leave out precision='training', so that float32 copies are measured.",
             )
+        self._constant = constant
         self._differentiate = differentiate
         self._originals: list[Tensor] = []
         self._begin(self._gradient)
@@ -124,6 +128,8 @@ class DifferenceOperator(LossOperator):
         return self._together(lambda: self._local_difference(vector, step), vector.shape)
 
     def _local_difference(self, vector: Tensor, step: float) -> Tensor:
+        if self._constant is not None:
+            vector = vector.index_fill(0, self._constant, 0.0)
         norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
         if norm == 0:
             return torch.zeros_like(vector)

@@ -86,9 +86,46 @@ def test_what_has_no_second_derivative_is_refused_and_left_as_it_was(kind: Kind)
     module, batches, loss = built(kind)
     before = state_of(module)
     with pytest.raises(NoSecondDerivativeError, match=kind.says):
-        measure_hessian(module, batches, loss=loss, num_steps=2, num_probes=2)
+        measure_hessian(module, batches, loss=loss, num_steps=2, num_probes=2, engine="exact")
     after = state_of(module)
     assert [key for key in before if not same(before[key], after[key])] == []
+
+
+# Their kernels have first derivatives only in float32, or none of a distance to itself.
+ROUGH = {"cdist"}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_differences_measure_every_kind_and_leave_it_as_it_was(kind: Kind) -> None:
+    module, batches, loss = built(kind)
+    before = state_of(module)
+    operator = Objective(module, batches, loss, mode=kind.mode).hessian(engine="difference")
+    source = torch.Generator().manual_seed(0)
+    vector = torch.randn(operator.shape[0], generator=source).to(operator.dtype)
+    product = operator @ vector
+    off = operator.engine_error(vector, product)
+    after = state_of(module)
+    assert [key for key in before if not same(before[key], after[key])] == []
+    dense = dense_by_differences(module, batches, loss, kind.mode)
+    wanted = dense @ vector
+    size = max(1e-3, float(wanted.norm()))
+    if float(off.norm()) < 0.05 * size:
+        assert float((product - wanted).norm()) < 2e-6 * size + 3 * float(off.norm())
+    else:
+        assert kind.name in ROUGH
+
+
+def test_without_a_second_derivative_differences_take_over() -> None:
+    kind = next(kind for kind in REFUSED if kind.name == "EmbeddingBag, sum")
+    module, batches, loss = built(kind)
+    report = measure_hessian(module, batches, loss=loss, num_steps=8, num_probes=8)
+    assert report.engine == "difference"
+    assert "EmbeddingBag" in report.engine_reason or "embedding_bag" in report.engine_reason
+    assert report.gaps == {}
+    dense = dense_by_differences(module, batches, loss, kind.mode)
+    top = float(torch.linalg.eigvalsh(dense)[-1])
+    assert float(report.lambda_max) == pytest.approx(top, abs=2 * report.lambda_max.residual)
+    assert abs(report.trace - float(dense.trace())) < 5 * report.trace_sem + 1e-6
 
 
 def test_the_names_tell_the_kinds_apart() -> None:

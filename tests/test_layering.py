@@ -24,10 +24,12 @@ OF_TORCH = {
     "_backward_hooks",
     "_backward_pre_hooks",
     "_buffers",
+    "_checkpoint_without_reentrant_generator",
     "_foreach_add_",
     "_foreach_copy_",
     "_foreach_lerp_",
     "_parameters",
+    "_post_accumulate_grad_hooks",
     "_step_supports_amp_scaling",
     "_to_sync",
     "_version",
@@ -72,6 +74,8 @@ STANDARD = (
     "functools",
     "hashlib",
     "math",
+    "types",
+    "typing",
 )
 
 

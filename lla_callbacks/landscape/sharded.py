@@ -20,14 +20,16 @@ def is_sharded(module: nn.Module) -> bool:
 def sharded_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """Return the gradients of a loss by ``backward()``; the parameters' own stay untouched."""
     parked = [p.grad for p in parameters]
+    # An optimizer that steps in the backward pass must not see this one.
+    hooks = [p._post_accumulate_grad_hooks for p in parameters]
     try:
         for p in parameters:
-            p.grad = None
+            p.grad = p._post_accumulate_grad_hooks = None
         loss.backward()  # type: ignore[no-untyped-call]
         return [p.grad for p in parameters]
     finally:
-        for p, gradient in zip(parameters, parked, strict=True):
-            p.grad = gradient
+        for p, gradient, hook in zip(parameters, parked, hooks, strict=True):
+            p.grad, p._post_accumulate_grad_hooks = gradient, hook
 
 
 def reshard(module: nn.Module) -> None:

@@ -40,8 +40,8 @@ class LossTerm:
     evaluate: Callable[[], Tensor]
     weight: float
     keep: bool = True
-    guarded: Callable[[Callable[[Tensor], Differentiated]], Differentiated] | None = None
     halves: Callable[[], Sequence[LossTerm]] | None = None
+    guarded: Callable[[Callable[[Tensor], Differentiated]], Differentiated] | None = None
 
 
 class LossOperator(SymmetricOperator):

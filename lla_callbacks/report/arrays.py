@@ -21,7 +21,8 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
     arrays named ``layer_...`` are parallel to ``layer_names`` too; where layers have spectra,
     ``layer_lambda_max``, ``layer_lambda_min`` and ``layer_distance`` of shape ``(layers, 2)``
     come with residuals and errors, and all layers' nodes and weights one after the other, of
-    which ``layer_run_sizes`` of shape ``(layers, num_runs)`` tells the ends.
+    which ``layer_run_sizes`` of shape ``(layers, num_runs)`` tells the ends. What could not be
+    said within a bound is named in ``gap_names``, with the reasons in ``gaps``.
     """
     m = measurement
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,11 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
         precision=m.precision,
         seed=m.seed,
         seconds=m.seconds,
+        engine=m.engine,
+        engine_reason=m.engine_reason,
+        product_error=m.product_error,
+        gap_names=np.array(list(m.gaps), dtype=np.str_),
+        gaps=np.array(list(m.gaps.values()), dtype=np.str_),
     )
     return path
 

@@ -169,7 +169,7 @@ def watcher_of(case):
         return FailsOutside(**settings)
     if case == "fails_in_product":
         # Every product calls the loss.
-        settings |= {"loss": FailsOnSecond(150), "engine": "difference"}
+        settings |= {"loss": FailsOnSecond(100), "engine": "difference"}
     if case == "killed":
         settings["loss"] = Killed()
     if case == "difference":
@@ -229,6 +229,8 @@ def main():
             "gaps": dict(r.gaps),
         }
     torch.save(found, folder / f"{case}_{trainer.global_rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def _whole(tensor):

@@ -252,7 +252,9 @@ def test_only_the_first_samples_are_taken_where_that_is_asked() -> None:
 def test_a_coarse_model_reports_coarse_errors() -> None:
     module, batches, loss = CASES[0].build()
     coarse = [(x.bfloat16(), y) for x, y in batches]
-    report = measure_hessian(module.bfloat16(), coarse, loss=loss, num_steps=10)
+    report = measure_hessian(
+        module.bfloat16(), coarse, loss=loss, num_steps=10, precision="training"
+    )
     assert report.precision == "bfloat16"
     assert report.lambda_max.residual >= 0.01 * report.lambda_max
 

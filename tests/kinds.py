@@ -511,6 +511,19 @@ def warped(module: nn.Module, batch: Any) -> Tensor:
     return F.grid_sample(batch[0], grid, align_corners=False).square().mean()
 
 
+def grid_sample_differentiates_twice() -> bool:
+    """Return whether this release of torch knows how; 2.6 does not, 2.13 does."""
+    grid = torch.zeros(1, 1, 1, 2, requires_grad=True)
+    image = torch.ones(1, 1, 2, 2, requires_grad=True)
+    out = F.grid_sample(image, grid, align_corners=False).square().sum()
+    (slope,) = torch.autograd.grad(out, grid, create_graph=True)
+    try:
+        torch.autograd.grad(slope.sum(), image)
+    except RuntimeError:
+        return False
+    return True
+
+
 KINDS = [
     Kind("attention, causal", lambda: SelfAttention(is_causal=True), classes()),
     Kind(
@@ -598,7 +611,14 @@ KINDS = [
     ),
     Kind("cdist", tanh_net, loss=distances, derivative="none", says="Write the distances out"),
     Kind("CTC loss", tanh_net, classes(), ctc, derivative="none", says="ctc_loss.*Give loss="),
-    Kind("grid sample", lambda: nn.Sequential(nn.Linear(32, 8)), images, warped),
+    Kind(
+        "grid sample",
+        lambda: nn.Sequential(nn.Linear(32, 8)),
+        images,
+        warped,
+        derivative="exact" if grid_sample_differentiates_twice() else "none",
+        says="grid_sampler_2d_backward",
+    ),
     Kind("complex numbers in between", Spectral),
     Kind("parameters in lists, without dimensions", Lists),
     Kind("lazy modules", lazy),

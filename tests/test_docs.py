@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kinds import KINDS
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -27,6 +29,24 @@ def test_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+NAMED = re.findall(r"`(tests/[\w/]+\.py)::([^`]+)`", (ROOT / "docs" / "works.md").read_text())
+
+
+@pytest.mark.parametrize(("file", "name"), NAMED)
+def test_every_test_that_backs_a_row_exists(file: str, name: str) -> None:
+    if file == "tests/kinds.py":
+        assert name in [kind.name for kind in KINDS]
+    else:
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
+
+
+def test_every_row_names_a_test() -> None:
+    rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "works.md").read_text(), re.MULTILINE)
+    backed = [row for row in rows if re.search(r"\| (exact|by difference|refused) \|", row)]
+    assert [row for row in backed if "::" not in row] == []
+    assert len(backed) > 30
 
 
 def test_the_pages_have_blocks() -> None:

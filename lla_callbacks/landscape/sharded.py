@@ -24,7 +24,8 @@ def sharded_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor
     hooks = [p._post_accumulate_grad_hooks for p in parameters]
     try:
         for p in parameters:
-            p.grad = p._post_accumulate_grad_hooks = None
+            p.grad = None
+            p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         loss.backward()  # type: ignore[no-untyped-call]
         return [p.grad for p in parameters]
     finally:

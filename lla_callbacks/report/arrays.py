@@ -10,6 +10,7 @@ import numpy as np
 
 from lla_callbacks.landscape.layer_measures import LayerMeasurement
 from lla_callbacks.landscape.measures import HessianMeasurement
+from lla_callbacks.report.slice_arrays import write_arrays
 
 
 def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
@@ -24,9 +25,7 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
     which ``layer_run_sizes`` of shape ``(layers, num_runs)`` tells the ends.
     """
     m = measurement
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        path,
+    arrays = dict(
         lambda_max=float(m.lambda_max),
         lambda_max_residual=m.lambda_max.residual,
         lambda_min=float(m.lambda_min),
@@ -56,7 +55,7 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
         seed=m.seed,
         seconds=m.seconds,
     )
-    return path
+    return write_arrays(path, arrays)
 
 
 def _layer_arrays(layers: Mapping[str, LayerMeasurement]) -> dict[str, Any]:

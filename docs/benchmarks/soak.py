@@ -1,8 +1,9 @@
 """Does a run of a thousand measurements leave anything behind?
 
-Run: ``python docs/benchmarks/soak.py [--firings N]``. Trains a tiny network with both monitors
-measuring after every step, figures and two loggers, and prints what the process holds every so
-often. The last measurement is then repeated in a fresh process.
+Run: ``python docs/benchmarks/soak.py [--firings N]``. Trains a tiny network with HessianMonitor
+measuring after every step without figures, and after every 20th step both monitors with figures
+and meshes, into two loggers. Prints what the process holds, and repeats the last measurement
+in a fresh process.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def held(module: nn.Module) -> dict[str, int]:
     objects = gc.get_objects()
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return {
-        "tensors": sum(isinstance(o, torch.Tensor) for o in objects),
-        "figures": sum(isinstance(o, Figure) for o in objects),
+        "tensors": sum(issubclass(type(o), torch.Tensor) for o in objects),
+        "figures": sum(issubclass(type(o), Figure) for o in objects),
         "files": len(os.listdir("/proc/self/fd")),
         "hooks": sum(len(getattr(m, name)) for m in module.modules() for name in hooks),
         "filters": len(warnings.filters),
@@ -94,16 +95,17 @@ class Watch(pl.Callback):
 
 def run(firings: int, every: int, folder: Path) -> tuple[Watch, HessianMonitor, nn.Module]:
     pl.seed_everything(0, verbose=False)
-    hessian = HessianMonitor(every_n_train_steps=1, **HESSIAN)
+    hessian = HessianMonitor(every_n_train_steps=1, figures=False, **HESSIAN)
+    drawn = HessianMonitor(every_n_train_steps=20, name="drawn", num_layer_steps=3, **HESSIAN)
     slices = LossLandscapeMonitor(
-        every_n_train_steps=1, planes=["random", "trajectory"], lines=["top1"], **SLICES
+        every_n_train_steps=20, planes=["random", "trajectory"], lines=["top1"], mesh=True, **SLICES
     )
     watch = Watch(every)
     trainer = pl.Trainer(
         max_steps=firings,
         max_epochs=-1,
         accelerator="cpu",
-        callbacks=[hessian, slices, watch],
+        callbacks=[hessian, drawn, slices, watch],
         logger=[pl.loggers.TensorBoardLogger(folder), pl.loggers.CSVLogger(folder)],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -121,7 +123,7 @@ def again(folder: Path) -> None:
     module = Small()
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
-    (state,) = [v for k, v in checkpoint["callbacks"].items() if "HessianMonitor" in k]
+    (state,) = [v for k, v in checkpoint["callbacks"].items() if "'hessian'" in k]
     monitor = HessianMonitor(dataloader=state["held"]["batches"], **HESSIAN)
     trainer = pl.Trainer(
         accelerator="cpu", callbacks=monitor, logger=False, max_epochs=1,
@@ -148,7 +150,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        watch, hessian, _ = run(arguments.firings, max(1, arguments.firings // 10), folder)
+        watch, hessian, _ = run(arguments.firings, max(20, arguments.firings // 10), folder)
         print("step  seconds  MiB  " + "  ".join(watch.rows[0][3]))
         for step, seconds, memory, counts in watch.rows:
             values = "  ".join(str(value) for value in counts.values())

@@ -1,0 +1,80 @@
+"""Hundreds of measurements in one run leave nothing behind, and the last equals a fresh one."""
+
+import gc
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from lla_callbacks import LossLandscapeMonitor, measure_hessian
+
+from .modules import CHEAP, Plain, loader, monitor, plain_loss, quiet_trainer, steps
+
+FIRINGS = 200
+
+
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Held(pl.Callback):
+    """Counts what could be left behind, early and late."""
+
+    def __init__(self):
+        self.counts, self.memory = {}, {}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step in (FIRINGS // 4, FIRINGS - 8):
+            gc.collect()
+            objects = gc.get_objects()
+            hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+            self.memory[trainer.global_step] = resident()
+            self.counts[trainer.global_step] = {
+                "tensors": sum(issubclass(type(o), torch.Tensor) for o in objects),
+                "figures": sum(issubclass(type(o), Figure) for o in objects),
+                "files": len(os.listdir("/proc/self/fd")),
+                "hooks": sum(len(getattr(m, h)) for m in pl_module.modules() for h in hooks),
+                "filters": len(warnings.filters),
+                "attributes": len(pl_module.__dict__),
+            }
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts files as Linux does")
+def test_two_hundred_measurements_leave_nothing_behind(tmp_path):
+    every = monitor(every_n_train_steps=1)
+    drawn = monitor(every_n_train_steps=FIRINGS // 4, figures=True, name="drawn")
+    slices = LossLandscapeMonitor(
+        every_n_train_steps=10, planes=["random"], lines=["top1"], plane_points=3, line_points=5,
+        num_samples=4, figures=False,
+    )  # fmt: skip
+    held = Held()
+    loggers = [TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")]
+    trainer = quiet_trainer(
+        tmp_path, [every, drawn, slices, held], max_steps=FIRINGS, max_epochs=-1, logger=loggers
+    )
+    torch.manual_seed(3)
+    module = Plain()
+    trainer.fit(module, loader())
+    assert steps(every) == [*range(FIRINGS + 1)]
+    (early, first), (late, last) = held.counts.items()
+    # A report of one layer each: nodes and weights, Ritz values and residuals; a plane, a line.
+    kept = 4 * (late - early) + 4 * 3 + (late - early) // 10 * 12
+    assert last.pop("tensors") - first.pop("tensors") <= kept
+    assert first == last
+    # Reports, and what the allocator and the loggers keep.
+    assert held.memory[late] - held.memory[early] < 24 * 2**20
+    # The last measurement is that of the same weights by themselves.
+    direct = measure_hessian(
+        module, [next(iter(loader()))], loss=plain_loss,
+        num_steps=CHEAP["num_steps"], num_probes=CHEAP["num_probes"],
+    )  # fmt: skip
+    report = every.history[-1][1]
+    assert (report.loss, report.trace, report.lambda_max) == (
+        direct.loss, direct.trace, direct.lambda_max,
+    )  # fmt: skip

@@ -24,9 +24,10 @@ def resident():
 
 
 def tensors_in(value):
-    """Yield the tensors of a report or a list of them."""
+    """Yield the tensors of a report or a list of them, and those that they are views of."""
     if isinstance(value, torch.Tensor):
         yield value
+        yield from () if value._base is None else (value._base,)
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)

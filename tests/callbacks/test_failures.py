@@ -500,7 +500,7 @@ def test_an_optimizer_of_the_users_own_has_no_stability_and_all_the_rest(tmp_pat
 
 def test_two_monitors_of_one_name_are_refused(tmp_path):
     # Two of one class Lightning refuses itself, since both have a state.
-    with pytest.raises(RuntimeError, match="more than one stateful callback.*HessianMonitor"):
+    with pytest.raises(RuntimeError, match=r"more than one stateful callback.*HessianMonitor"):
         quiet_trainer(tmp_path, [monitor(), monitor()])
     trainer = quiet_trainer(tmp_path, [monitor(), LossLandscapeMonitor(name="hessian")])
     with pytest.raises(MisconfigurationException, match=r"two monitors are named 'hessian'.*name="):

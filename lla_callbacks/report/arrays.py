@@ -10,6 +10,7 @@ import numpy as np
 
 from lla_callbacks.landscape.layer_measures import LayerMeasurement
 from lla_callbacks.landscape.measures import HessianMeasurement
+from lla_callbacks.report.slice_arrays import write_arrays
 
 
 def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
@@ -25,9 +26,7 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
     said within a bound is named in ``gap_names``, with the reasons in ``gaps``.
     """
     m = measurement
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        path,
+    arrays = dict(
         lambda_max=float(m.lambda_max),
         lambda_max_residual=m.lambda_max.residual,
         lambda_min=float(m.lambda_min),
@@ -62,7 +61,7 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
         gap_names=np.array(list(m.gaps), dtype=np.str_),
         gaps=np.array(list(m.gaps.values()), dtype=np.str_),
     )
-    return path
+    return write_arrays(path, arrays)
 
 
 def _layer_arrays(layers: Mapping[str, LayerMeasurement]) -> dict[str, Any]:

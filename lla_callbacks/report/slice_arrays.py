@@ -48,7 +48,7 @@ def save_slice(result: Line | Plane | Convexity | Basin, path: Path) -> Path:
     if route is not None:
         for name, value in vars(route).items():
             arrays[f"path/{name}"] = value.numpy()
-    return _write(path, arrays)
+    return write_arrays(path, arrays)
 
 
 def load_slice(path: Path) -> tuple[str, dict[str, Any]]:
@@ -82,7 +82,7 @@ def load_slice(path: Path) -> tuple[str, dict[str, Any]]:
 def save_progress(path: Path, fingerprint: str, table: Tensor, evaluated: Tensor) -> None:
     """Write what a grid has so far, to go on with later."""
     arrays = {"fingerprint": fingerprint, "table": table.numpy(), "evaluated": evaluated.numpy()}
-    _write(path, arrays)
+    write_arrays(path, arrays)
 
 
 def load_progress(path: Path, fingerprint: str) -> tuple[Tensor, Tensor] | None:
@@ -119,7 +119,7 @@ def _under(found: Mapping[str, np.ndarray], prefix: str) -> list[str]:
     return [name for name in found if name.startswith(prefix)]
 
 
-def _write(path: Path, arrays: Mapping[str, Any]) -> Path:
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> Path:
     """Write whole or not at all: a run that is cut off leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

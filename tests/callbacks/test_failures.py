@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from lla_callbacks import HessianMonitor
+from lla_callbacks import HessianMonitor, LossLandscapeMonitor
 
 from .modules import (
     Plain,
@@ -518,6 +518,9 @@ def test_an_optimizer_of_the_users_own_has_no_stability_and_all_the_rest(tmp_pat
 
 
 def test_two_monitors_of_one_name_are_refused(tmp_path):
-    trainer = quiet_trainer(tmp_path, [monitor(), monitor()])
+    # Two of one class Lightning refuses itself, since both have a state.
+    with pytest.raises(RuntimeError, match=r"more than one stateful callback.*HessianMonitor"):
+        quiet_trainer(tmp_path, [monitor(), monitor()])
+    trainer = quiet_trainer(tmp_path, [monitor(), LossLandscapeMonitor(name="hessian")])
     with pytest.raises(MisconfigurationException, match=r"two monitors are named 'hessian'.*name="):
         trainer.fit(Plain(), loader())

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from pathlib import Path
 
 import lightning.pytorch as lightning_pl
 import pytest
@@ -138,7 +139,7 @@ def test_direct_writes_are_muted(tmp_path, namespace, make_module, make_logger, 
     assert steps(watcher) == [0, 1, 2, 3, 4]
 
 
-def command_line(cli, make_module, make_data, folder, monkeypatch, args):
+def command_line(cli, make_module, make_data, folder, monkeypatch, args, run=False):
     monkeypatch.setattr(sys, "argv", ["train"])
     # Lightning's command line calls what jsonargparse calls deprecated.
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -156,7 +157,7 @@ def command_line(cli, make_module, make_data, folder, monkeypatch, args):
         make_module,
         make_data,
         args=args,
-        run=False,
+        run=run,
         save_config_callback=None,
         seed_everything_default=False,
         trainer_defaults=quiet,
@@ -253,6 +254,27 @@ def test_command_line_makes_a_landscape_monitor(tmp_path, monkeypatch, cli, make
     assert steps(watcher) == [0, 2, 4]
     assert set(watcher.report.slices) == {"plane_random", "plane_trajectory", "line_top1", "basin"}
     assert "accuracy" in watcher.report.planes["random"].metrics
+
+
+def yaml_of_the_docs():
+    """Return the file that docs/usage.md shows, as it stands there."""
+    text = (Path(__file__).parents[2] / "docs" / "usage.md").read_text()
+    return text.split("## In YAML")[1].split("```yaml\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize(("cli", "make_module", "make_data"), CLIS)
+def test_command_line_runs_the_file_of_the_docs(tmp_path, monkeypatch, cli, make_module, make_data):
+    """All callbacks together, by ``python train.py fit --config config.yaml``."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml_of_the_docs())
+    args = ["fit", f"--config={config}", "--trainer.max_epochs=1"]
+    made = command_line(cli, make_module, make_data, tmp_path, monkeypatch, args, run=True)
+    kinds = [HessianMonitor, LossLandscapeMonitor, lla_callbacks.HessianTraceRegularizer]
+    found = [[c for c in made.trainer.callbacks if isinstance(c, kind)] for kind in kinds]
+    assert [len(some) for some in found] == [1, 1, 1]
+    assert made.trainer.global_step == 4
+    assert steps(found[0][0]) == steps(found[1][0]) == [0, 4]
+    assert made.trainer.callback_metrics["regularizer/strength"] > 0
 
 
 @pytest.mark.parametrize(("cli", "make_module", "make_data"), CLIS)

@@ -152,9 +152,7 @@ def rank() -> None:
     torch.set_num_threads(1)
     share = Two()
     if share.rank == 0:
-        print(
-            "| network | parameters | alone | shared | ratio | exchange alone | exchanges a product |"
-        )
+        print("| network | parameters | alone | shared | ratio | exchange | exchanges |")
         print("|---|---|---|---|---|---|---|")
     for name in NETWORKS:
         module, batches = trained(name, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,8 @@ def density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figur
     eigenvalues carry their residuals.
     """
     m = measurement
+    if not m.nodes.numel():
+        return _gap_figure(m, title or "Hessian spectrum")
     figure, (whole, bulk) = subplots(1, 2, size=(8.0, 3.5), widths=[2, 1])
     low, high = float(m.nodes.min()), float(m.nodes.max())
     _draw_density(whole, m, *padded(low, high, 0.06), default_width(m.nodes))
@@ -51,9 +54,14 @@ def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: 
     the outliers are both seen.
 
     Args:
-        history: Pairs of optimizer step and measurement, at least one, steps ascending.
+        history: Pairs of optimizer step and measurement, at least one, steps ascending; those
+            without a density are left out.
         title: Above the figure.
     """
+    known = [(step, m) for step, m in history if m.nodes.numel()]
+    if not known:
+        return _gap_figure(history[-1][1], title or "How the spectrum moved")
+    history = known
     steps = np.array([step for step, _ in history], dtype=float)
     measurements = [m for _, m in history]
     reach = max(float(m.nodes.abs().max()) for m in measurements) or 1.0
@@ -107,6 +115,19 @@ def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: 
     return figure
 
 
+def _gap_figure(m: HessianMeasurement, title: str) -> Figure:
+    """Return a figure that says why there is no density, and what is known instead."""
+    figure, (axes,) = subplots(1, 1, size=(8.0, 2.2))
+    axes.set_axis_off()
+    ends = [(m.lambda_min, "λmin"), (m.lambda_max, "λmax")]
+    known = [f"{name} = {float(v):.4g} ± {v.residual:.0e}" for v, name in ends if v == v]
+    text = [*textwrap.wrap("No density: " + m.gaps.get("density", "it was not measured"), 78)]
+    text += ["", "   ".join(known) or "No extreme eigenvalues either."]
+    axes.text(0, 0.95, "\n".join(text), transform=axes.transAxes, va="top", color=INK, fontsize=10)
+    finish_measured(figure, m, title)
+    return figure
+
+
 def finish_measured(figure: Figure, m: HessianMeasurement, title: str, note: str = "") -> None:
     """Write the title, and below the figure what was measured; ``note`` goes before it."""
     finish(
@@ -117,7 +138,7 @@ def finish_measured(figure: Figure, m: HessianMeasurement, title: str, note: str
             f"{m.num_samples:,} samples",
             MODES.get(m.mode, m.mode),
             f"{len(m.run_sizes)} × {m.num_steps} Lanczos steps, {m.num_probes} probes",
-            m.precision,
+            m.precision if m.engine == "exact" else f"{m.precision}, by differences of gradients",
             f"seed {m.seed}",
         ],
         note.splitlines(),

@@ -19,12 +19,24 @@ def describe(measurement: HessianMeasurement) -> str:
         "  (the sharpest direction; the +- is its residual)",
         f"  smallest eigenvalue {with_error(float(m.lambda_min), m.lambda_min.residual)}"
         "  (below zero: a direction that curves down)",
-        f"  trace               {with_error(m.trace, m.trace_sem)}"
-        "  (all curvature added up; the +- is one standard error)",
-        f"  spectrum            smallest/largest {c['c_t']:.2g} ({m.spectrum_type} by LLA's "
-        f"threshold -0.6); KH05 {with_error(c['kh05'], m.criteria_errors['kh05'])} at depth "
-        f"{m.num_steps}",
     ]
+    if math.isfinite(m.trace):
+        lines.append(
+            f"  trace               {with_error(m.trace, m.trace_sem)}"
+            "  (all curvature added up; the +- is one standard error)"
+        )
+    if math.isfinite(c["c_t"]):
+        lines.append(
+            f"  spectrum            smallest/largest {c['c_t']:.2g} ({m.spectrum_type} by LLA's "
+            f"threshold -0.6); KH05 {with_error(c['kh05'], m.criteria_errors['kh05'])} at depth "
+            f"{m.num_steps}"
+        )
+    if m.engine == "difference":
+        lines.append(
+            f"  engine              differences of gradients, off by {m.product_error:.1g} along "
+            f"random directions, since {m.engine_reason}"
+        )
+    lines += [f"  no {name:<17}{reason}" for name, reason in m.gaps.items()]
     if math.isfinite(c["gradient_share"]):
         lines.append(
             f"  gradient            {c['gradient_share']:.0%} of its square lies along the "
@@ -78,6 +90,7 @@ def outside_words(m: HessianMeasurement) -> str:
 
 def describe_change(history: Sequence[tuple[int, HessianMeasurement]]) -> str:
     """Return how curvature moved over a run, from its first to its last measurement."""
+    history = [(step, m) for step, m in history if math.isfinite(m.trace + m.lambda_max)]
     if len(history) < 2:
         return ""
     (first_step, first), (last_step, last) = history[0], history[-1]

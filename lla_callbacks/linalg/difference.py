@@ -125,6 +125,7 @@ class DifferenceOperator(LossOperator):
 
     def _difference(self, vector: Tensor, step: float) -> Tensor:
         """Return the central difference along a vector, those of all processes together."""
+        self.num_matvecs += 1
         return self._together(lambda: self._local_difference(vector, step), vector.shape)
 
     def _local_difference(self, vector: Tensor, step: float) -> Tensor:

@@ -47,6 +47,7 @@ class Moment:
         limit: The optimizer's stability limit then, where it is known.
         snapshot: The weights then, if they are no longer the module's.
         optimizer: The one optimizer, where its state belongs to these weights.
+        light: Whether it is a light measurement between two full ones.
     """
 
     step: int
@@ -54,6 +55,7 @@ class Moment:
     limit: StabilityLimit | None = None
     snapshot: Snapshot | None = None
     optimizer: torch.optim.Optimizer | None = None
+    light: bool = False
 
 
 class Monitor(Callback):
@@ -145,9 +147,11 @@ class Monitor(Callback):
         self.save_arrays = save_arrays
         self.custom_scalars = custom_scalars
         self.name = name
+        # A light schedule is always the user's own, which only an own limit holds up.
+        light_counts = max_overhead is not None
         if max_overhead is None and default_schedule:
             max_overhead = DEFAULT_OVERHEAD
-        self.budget = Budget(max_overhead)
+        self.budget = Budget(max_overhead, light_counts=light_counts)
         self._reset()
 
     # -- what a subclass gives ----------------------------------------------------------
@@ -421,7 +425,9 @@ class Monitor(Callback):
     ) -> dict[str, float]:
         """Measure and report once, by default now; return the scalars, none if it failed."""
         began = time.monotonic()
-        self._last_step = moment.step if moment else trainer.global_step
+        light = moment is not None and moment.light
+        if not light:
+            self._last_step = moment.step if moment else trainer.global_step
         try:
             if moment is None:
                 limit = self._limit(trainer, module)
@@ -451,11 +457,12 @@ class Monitor(Callback):
             values = self._scalars(result)
         except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
             self._warn(error, "a measurement")
-            self.budget.spend(time.monotonic() - began)
+            self.budget.spend(time.monotonic() - began, light=light)
             return {}
-        self._guarded("saving arrays", self._save, trainer, result, moment)
-        self._guarded("drawing", self._draw, trainer, result, moment)
-        self.budget.spend(time.monotonic() - began)
+        if not light:
+            self._guarded("saving arrays", self._save, trainer, result, moment)
+            self._guarded("drawing", self._draw, trainer, result, moment)
+        self.budget.spend(time.monotonic() - began, light=light)
         in_fit = moment.function == "fit"
         overhead = self.budget.overhead if in_fit else math.nan
         values |= cost_scalars(self.name, time.monotonic() - began, overhead)

@@ -50,23 +50,28 @@ class Budget:
 
     Args:
         max_overhead: Largest share, e.g. 0.05; ``None`` for no limit.
+        light_counts: Whether light measurements, between full ones, count towards it. Without
+            it they are allowed always, and leave the full ones their share.
     """
 
-    def __init__(self, max_overhead: float | None) -> None:
+    def __init__(self, max_overhead: float | None, *, light_counts: bool = True) -> None:
         self.max_overhead = max_overhead
-        self.spent = 0.0
-        self._last_cost = 0.0
-        self._began = time.monotonic()
+        self.light_counts = light_counts
+        self.start()
 
     def start(self) -> None:
         """Begin to count, at the start of training."""
-        self.spent = self._last_cost = 0.0
+        self.spent = 0.0
+        self._spent_lightly = 0.0
+        # Of the last full and the last light measurement.
+        self._costs = {False: 0.0, True: 0.0}
         self._began = time.monotonic()
 
-    def spend(self, seconds: float) -> None:
+    def spend(self, seconds: float, *, light: bool = False) -> None:
         """Book one measurement."""
         self.spent += seconds
-        self._last_cost = seconds
+        self._spent_lightly += seconds if light else 0.0
+        self._costs[light] = seconds
 
     @property
     def overhead(self) -> float:
@@ -74,12 +79,13 @@ class Budget:
         training = time.monotonic() - self._began - self.spent
         return self.spent / training if training > 0 else float("nan")
 
-    def allows(self) -> bool:
-        """Return whether a measurement as long as the last one fits in the budget.
+    def allows(self, *, light: bool = False) -> bool:
+        """Return whether a measurement as long as the last of its kind fits in the budget.
 
-        Room is left for one more, the one at the end of training, which always happens.
+        Room is left for a full one more, the one at the end of training, which always happens.
         """
-        if self.max_overhead is None:
+        if self.max_overhead is None or (light and not self.light_counts):
             return True
         training = time.monotonic() - self._began - self.spent
-        return self.spent + 2 * self._last_cost <= self.max_overhead * training
+        spent = self.spent if self.light_counts else self.spent - self._spent_lightly
+        return spent + self._costs[light] + self._costs[False] <= self.max_overhead * training

@@ -34,6 +34,11 @@ from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 # that they are outliers, which a short run resolves.
 NUM_TOP = 5
 
+# What goes on from a measurement: takes the operator, the layers' positions, runs and traces.
+Anchor = Callable[
+    [HessianOperator, Mapping[str, Tensor], Sequence[LanczosRun], TraceEstimate], object
+]
+
 # Relative residual at which the preconditioned Lanczos run of Adam's stability stops: on a
 # ResNet-20 it takes 5 to 11 products.
 STABILITY_RTOL = 0.05
@@ -217,6 +222,7 @@ def measure(
     *,
     limit: StabilityLimit | None = None,
     listener: Callable[[int], object] | None = None,
+    anchor: Anchor | None = None,
 ) -> HessianMeasurement:
     """Return everything that one spectrum run tells about the Hessian of an objective.
 
@@ -226,6 +232,8 @@ def measure(
         limit: Stability limit of the optimizer, for the criterion ``stability``; NaN
             without one.
         listener: Called after products, with their number.
+        anchor: Called with the operator, the layers' positions, the Lanczos runs and the
+            traces, while products can still be had: what goes on from this measurement.
 
     Raises:
         MeasurementError: If the loss or a product is not finite or cannot be had.
@@ -245,6 +253,8 @@ def measure(
         whole = Quadrature.of(runs, space.dim)
         layers = measure_layers(hessian, groups, whole, traces, settings.layer_plan)
         norm = float(space.flatten(space.tensors).norm())
+        if anchor is not None:
+            anchor(hessian, blocks, runs, traces)
     finally:
         hessian.release()
     return HessianMeasurement(

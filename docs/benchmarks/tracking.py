@@ -311,8 +311,11 @@ def traces(name: str, begin: int, gap: int, count: int, pool: int, *network: Any
         q = (e[1:] * e[:-1]).sum(1) / (e[1:].norm(dim=1) * e[:-1].norm(dim=1))
         cells = [f"{m} probes {rms:.2f} of plain, sem / rms {sem:.2f}, within 2 sem {within:.0%}"
                  for m in (2, 4, 8) for rms, sem, within in [chained(h, m)]]  # fmt: skip
-        print(f"{name}, from {begin} every {gap}, {kind}: one probe {float(h.std(1).mean()):.3g}, "
-              f"correlation {float(q.mean()):.2f}; chained: " + " | ".join(cells), flush=True)  # fmt: skip
+        print(
+            f"{name}, from {begin} every {gap}, {kind}: one probe {float(h.std(1).mean()):.3g}, "
+            f"correlation {float(q.mean()):.2f}; chained: " + " | ".join(cells),
+            flush=True,
+        )
 
 
 def chained(h: Tensor, num_probes: int, repeats: int = 400) -> tuple[float, float, float]:

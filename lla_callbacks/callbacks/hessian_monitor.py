@@ -208,10 +208,22 @@ class HessianMonitor(Monitor):
             # A full measurement of these weights says all that a light one would.
             and step not in (self._last_step, self._last_light)
             and self.tracking_schedule.after_step(step)
+            and not self._is_about_to_fire(trainer)
             and self._processes.agree(self.budget.allows(light=True))
         ):
             self._last_light = step
             self._fire(trainer, pl_module, Moment(step, light=True))
+
+    def _is_about_to_fire(self, trainer: Any) -> bool:
+        """Return whether a full measurement of these weights follows, as far as is known."""
+        if trainer.global_step == trainer.max_steps:
+            return True
+        if not trainer.is_last_batch:
+            return False
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            return True
+        after = self.schedule.after_epoch(trainer.current_epoch)
+        return bool(after and self._processes.agree(self.budget.allows()))
 
     def _reset(self) -> None:
         super()._reset()

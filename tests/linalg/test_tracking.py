@@ -65,7 +65,9 @@ def drifting(amount: float) -> list[Tensor]:
 @pytest.mark.parametrize("amount", [0.05, 0.5, 1.0])
 def test_the_chain_is_unbiased_and_its_error_is_what_it_says(half: int, amount: float) -> None:
     matrices = drifting(amount)
-    truth = torch.stack([torch.stack([m.trace(), m.diagonal()[: DIM // 2].sum()]) for m in matrices])
+    truth = torch.stack(
+        [torch.stack([m.trace(), m.diagonal()[: DIM // 2].sum()]) for m in matrices]
+    )
     source = torch.Generator().manual_seed(1)
     runs = [follow(matrices, half, source)[:2] for _ in range(500)]
     values = torch.stack([torch.stack(v) for v, _ in runs])
@@ -190,8 +192,7 @@ def test_warm_lanczos_finds_what_a_cold_one_finds_in_fewer_products() -> None:
     before = lanczos(DenseOperator(matrix), cold, 40, rtol=0.01, which="max")
     vector = before.vectors([before.num_steps - 1])[:, 0]
     runs = [
-        lanczos(DenseOperator(moved), start, 40, rtol=0.05, which="max")
-        for start in (cold, vector)
+        lanczos(DenseOperator(moved), start, 40, rtol=0.05, which="max") for start in (cold, vector)
     ]
     truth = float(torch.linalg.eigvalsh(moved)[-1])
     for run in runs:

@@ -350,14 +350,14 @@ def chained(h: Tensor, num_probes: int, repeats: int = 400) -> tuple[float, floa
 def study(folder: Path, quick: bool) -> None:
     images = (conv_3c3d, *cifar10(folder, 4000), 16, 128)
     rows = (SmallTransformer, *digits(1437), 64, 64)
-    late = 20 if quick else 250
     for name, network in (("3c3d", images), ("transformer", rows)):
+        late = 20 if quick else {"3c3d": 250, "transformer": 400}[name]
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             blocks(name, 10, [1] if quick else [1, 4, 16, 64], *network)
             for begin, gap in [(4, 1)] if quick else itertools.product((20, late), (1, 4, 16, 64)):
                 chains(name, begin, gap, 2 if quick else 10, *network)
             for begin, gap in [(4, 1)] if quick else [(late, 1), (late, 4), (20, 1)]:
-                traces(name, begin, gap, 4 if quick else 10, 8 if quick else 24, *network)
+                traces(name, begin, gap, 4 if quick else 10, 12 if quick else 24, *network)
 
 
 def main() -> None:

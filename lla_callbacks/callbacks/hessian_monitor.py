@@ -53,7 +53,7 @@ class HessianMonitor(Monitor):
             ``max_overhead`` has room for.
         track_every_n_train_steps: Between two of those, measure ``lambda_max``, the trace and
             the layers' traces every n optimizer steps, lightly: they go on from the last time's
-            vectors and estimates (docs/tracking.md), and write to the same tags. ``None``
+            vectors and estimates (docs/usage.md), and write to the same tags. ``None``
             (default) does without.
         track_num_probes: Probes of the trace in a light measurement, an even number; 0 leaves
             out the traces. This and the next one:
@@ -292,10 +292,8 @@ class HessianMonitor(Monitor):
         return anchor
 
     def _track(self, objective: Objective, moment: Moment, *, quick: bool) -> HessianTracking:
-        state = self._tracker
-        if moment.step - self._tracker_step > (self.tracking_schedule.every_n_train_steps or 0):
-            # Firings were left out: what is known of changes is of shorter intervals.
-            state = state.unlinked()
+        interval = self.tracking_schedule.every_n_train_steps or 0
+        state = self._tracker.aged(moment.step - self._tracker_step, interval)
         found, self._tracker = track(objective, self._light_settings(quick=quick), state)
         self._tracker_step = moment.step
         return found

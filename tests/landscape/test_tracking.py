@@ -142,6 +142,22 @@ def test_a_state_of_other_settings_starts_the_traces_anew() -> None:
     assert set(other.layer_traces) == {"0"}
 
 
+def test_what_is_too_old_is_left_out() -> None:
+    _, found = objective()
+    _, state = track(found, TrackingSettings())
+    assert state.trace is not None
+    for num_steps, interval, warm, linked in [
+        (4, 4, True, True),
+        (5, 4, True, False),
+        (16, 16, True, True),
+        (17, 17, False, True),
+        (17, 16, False, False),
+    ]:
+        aged = state.aged(num_steps, interval)
+        assert aged.trace is not None
+        assert (aged.vector is not None, len(aged.trace.values) > 0) == (warm, linked)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

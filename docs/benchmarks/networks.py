@@ -50,6 +50,21 @@ class ResNet20(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
+def conv_3c3d() -> nn.Sequential:
+    """DeepOBS's 3c3d for 32x32 images, 895,210 parameters (Schneider et al. 2019, appendix)."""
+
+    def pool() -> nn.MaxPool2d:
+        # Rounding up is what TensorFlow's "same" padding gives for these sizes: 14, 6, 3.
+        return nn.MaxPool2d(3, 2, ceil_mode=True)
+
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 5), nn.ReLU(), pool(),
+        nn.Conv2d(64, 96, 3), nn.ReLU(), pool(),
+        nn.Conv2d(96, 128, 3, padding=1), nn.ReLU(), pool(), nn.Flatten(),
+        nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10),
+    )  # fmt: skip
+
+
 class SmallTransformer(nn.Module):
     """A pre-norm transformer that reads an 8x8 image row by row, 4 layers."""
 

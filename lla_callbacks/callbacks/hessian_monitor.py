@@ -11,15 +11,24 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
+from lla_callbacks.callbacks.schedule import Schedule
 from lla_callbacks.landscape.layers import layer_parameters, outside
-from lla_callbacks.landscape.measures import HessianSettings, measure
+from lla_callbacks.landscape.measures import Anchor, HessianSettings, measure
 from lla_callbacks.landscape.objective import Engine, Mode, Objective
 from lla_callbacks.landscape.precision import Precision
+from lla_callbacks.landscape.tracking import (
+    HessianTracking,
+    TrackerState,
+    TrackingSettings,
+    anchored,
+    track,
+)
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.report.figures import history_figure
 from lla_callbacks.report.hessian_report import HessianReport
 from lla_callbacks.report.layer_figures import layer_history_figure
-from lla_callbacks.report.scalars import custom_scalars_layout, hessian_scalars
+from lla_callbacks.report.plain import pack, unpack
+from lla_callbacks.report.scalars import custom_scalars_layout, hessian_scalars, tracking_scalars
 
 _GAP_REMEDY = (
     "The exact engine says it: set engine='exact', in one process or under DDP, or measure a "
@@ -50,6 +59,15 @@ class HessianMonitor(Monitor):
         every_n_train_steps: Measure every n optimizer steps, from when the held batches are
             there (after ``num_samples`` samples). With neither, every epoch that
             ``max_overhead`` has room for.
+        track_every_n_train_steps: Between two of those, measure ``lambda_max``, the trace and
+            the layers' traces every n optimizer steps, lightly: they go on from the last time's
+            vectors and estimates (docs/usage.md), and write to the same tags. ``None``
+            (default) does without.
+        track_num_probes: Probes of the trace in a light measurement, an even number; 0 leaves
+            out the traces. This and the next one:
+            :class:`~lla_callbacks.landscape.tracking.TrackingSettings`.
+        track_eig_rtol: Relative residual at which a light measurement's Lanczos run stops;
+            ``None`` leaves out ``lambda_max``.
         layers: Layers that are told apart: ``None`` takes every module that owns parameters,
             ``"blocks"`` every repeated block; or paths, patterns or a predicate of modules,
             see :func:`~lla_callbacks.landscape.layers.layer_parameters`.
@@ -101,6 +119,9 @@ class HessianMonitor(Monitor):
 
     Attributes:
         history: Pairs of step and :class:`HessianReport`, all of the last fit.
+        tracked: Pairs of step and
+            :class:`~lla_callbacks.landscape.tracking.HessianTracking`, the light
+            measurements of the last fit.
         report: The last one of all, also of a stand-alone validate or test.
 
     Raises:
@@ -114,11 +135,16 @@ class HessianMonitor(Monitor):
     """
 
     measures_shards = True
+    _last_light: int
+    _tracker_step: int
 
     def __init__(
         self,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
+        track_every_n_train_steps: int | None = None,
+        track_num_probes: int = TrackingSettings.num_probes,
+        track_eig_rtol: float | None = TrackingSettings.eig_rtol,
         layers: str | list[str] | Callable[[str, nn.Module], bool] | None = None,
         num_probes: int = HessianSettings.num_probes,
         num_steps: int = HessianSettings.num_steps,
@@ -154,6 +180,14 @@ class HessianMonitor(Monitor):
             trace_rtol=trace_rtol,
             seed=seed,
         )
+        self.tracking_settings = TrackingSettings(
+            num_probes=track_num_probes,
+            eig_rtol=track_eig_rtol,
+            num_steps=num_steps,
+            layers=layers,
+            seed=seed,
+        )
+        self.tracking_schedule = Schedule(track_every_n_train_steps)
         super().__init__(
             every_n_epochs=every_n_epochs,
             every_n_train_steps=every_n_train_steps,
@@ -174,19 +208,76 @@ class HessianMonitor(Monitor):
             name=name,
         )
         self.history: list[tuple[int, HessianReport]] = []
+        self.tracked: list[tuple[int, HessianTracking]] = []
         self.report: HessianReport | None = None
+
+    @property
+    def tracks(self) -> bool:
+        """Whether there are light measurements between the full ones."""
+        return self.tracking_schedule.every_n_train_steps is not None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.history, self.tracked = [], []
+        super().on_train_start(trainer, pl_module)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "settings": self.settings}
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        step = trainer.global_step
+        if (
+            self._held.complete
+            and self._held.batches
+            # A full measurement of these weights says all that a light one would.
+            and step not in (self._last_step, self._last_light)
+            and self.tracking_schedule.after_step(step)
+            and not self._is_about_to_fire(trainer)
+            and self._processes.agree(self.budget.allows(light=True))
+        ):
+            self._last_light = step
+            self._fire(trainer, pl_module, Moment(step, light=True))
+
+    def _is_about_to_fire(self, trainer: Any) -> bool:
+        """Return whether a full measurement of these weights follows, as far as is known."""
+        if trainer.global_step == trainer.max_steps:
+            return True
+        if not trainer.is_last_batch:
+            return False
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            return True
+        after = self.schedule.after_epoch(trainer.current_epoch)
+        return bool(after and self._processes.agree(self.budget.allows()))
 
     def _reset(self) -> None:
         super()._reset()
         # Why differences took over in this run; empty while the exact engine serves.
         self._fallback = ""
+        self._tracker = TrackerState()
+        # Steps of the last light measurement, and of whatever the tracker knows.
+        self._last_light = self._tracker_step = -1
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.history = []
-        super().on_train_start(trainer, pl_module)
+    def _forget(self) -> None:
+        super()._forget()
+        self._tracker = TrackerState()
 
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "settings": self.settings}
+    def _more_state(self) -> dict[str, Any]:
+        return {
+            "tracker": self._tracker.state_dict(),
+            "tracker_step": self._tracker_step,
+            "last_light": self._last_light,
+            "tracked": [(step, pack(found)) for step, found in self.tracked],
+            "fallback": self._fallback,
+        }
+
+    def _load_more(self, state: Mapping[str, Any]) -> None:
+        self._tracker = TrackerState.from_state_dict(state["tracker"])
+        self._tracker_step = state["tracker_step"]
+        self._last_light = state["last_light"]
+        self.tracked[:] = [(step, unpack(found)) for step, found in state["tracked"]]
+        self._fallback = state["fallback"]
 
     def _check(self, module: nn.Module) -> None:
         if self.settings.layers is None:
@@ -208,7 +299,9 @@ class HessianMonitor(Monitor):
         *,
         quick: bool,
         progress: Callable[[str, int], AbstractContextManager[Callable[[int], object]]],
-    ) -> HessianReport:
+    ) -> HessianReport | HessianTracking:
+        if moment.light:
+            return self._track(objective, moment, quick=quick)
         settings = self.settings
         if self._fallback:
             # What failed once would fail again, at its cost.
@@ -222,23 +315,57 @@ class HessianMonitor(Monitor):
                 num_layer_probes=min(2, settings.num_layer_probes),
             )
         products = settings.max_matvecs
+        if self.tracks:
+            products += self.tracking_settings.num_probes // 2
         if settings.layer_plan.max_matvecs:
             module = objective.module
             groups = layer_parameters(module, space_of(module), settings.layers)
             products += len(groups) * settings.layer_plan.max_matvecs
         with progress("Hessian", products) as advance:
+            anchor = self._anchor(moment, quick=quick) if self.tracks else None
             found = measure(
                 objective,
                 settings,
                 limit=moment.limit,
                 listener=advance,
                 share=self._processes,
+                anchor=anchor,
             )
         if self._fallback:
             found = replace(found, engine_reason=self._fallback)
         return HessianReport.of(found)
 
-    def _keep(self, result: HessianReport, moment: Moment) -> None:
+    def _anchor(self, moment: Moment, *, quick: bool) -> Anchor:
+        """Return what lets light measurements go on from a full one."""
+
+        def anchor(hessian: Any, blocks: Any, runs: Any, traces: Any) -> None:
+            settings = self._light_settings(quick=quick)
+            known = anchored(hessian, blocks, runs, traces, settings, self._tracker)
+            self._tracker, self._tracker_step = known, moment.step
+
+        return anchor
+
+    def _track(self, objective: Objective, moment: Moment, *, quick: bool) -> HessianTracking:
+        interval = self.tracking_schedule.every_n_train_steps or 0
+        state = self._tracker.aged(moment.step - self._tracker_step, interval)
+        if self._fallback:
+            objective.engine = "difference"
+        found, self._tracker = track(
+            objective, self._light_settings(quick=quick), state, share=self._processes
+        )
+        self._tracker_step = moment.step
+        return found
+
+    def _light_settings(self, *, quick: bool) -> TrackingSettings:
+        settings = self.tracking_settings
+        if not quick:
+            return settings
+        return replace(settings, num_steps=2, num_probes=min(2, settings.num_probes))
+
+    def _keep(self, result: HessianReport | HessianTracking, moment: Moment) -> None:
+        if isinstance(result, HessianTracking):
+            self.tracked.append((moment.step, result))
+            return
         self.report = result
         if moment.function == "fit":
             self.history.append((moment.step, result))
@@ -251,7 +378,9 @@ class HessianMonitor(Monitor):
         for what, reason in result.gaps.items():
             self._warn(MeasurementError(f"{what}: {reason}.", _GAP_REMEDY), what, remedy="")
 
-    def _scalars(self, result: HessianReport) -> dict[str, float]:
+    def _scalars(self, result: HessianReport | HessianTracking) -> dict[str, float]:
+        if isinstance(result, HessianTracking):
+            return tracking_scalars(result, self.name)
         return hessian_scalars(result, self.name)
 
     def _figures(self, result: HessianReport, moment: Moment) -> Mapping[str, Any]:

@@ -62,6 +62,7 @@ class Moment:
         limit: The optimizer's stability limit then, where it is known.
         snapshot: The weights then, if they are no longer the module's.
         optimizer: The one optimizer, where its state belongs to these weights.
+        light: Whether it is a light measurement between two full ones.
     """
 
     step: int
@@ -69,6 +70,7 @@ class Moment:
     limit: StabilityLimit | None = None
     snapshot: Snapshot | None = None
     optimizer: torch.optim.Optimizer | None = None
+    light: bool = False
 
 
 class Monitor(Resumable):
@@ -169,9 +171,11 @@ class Monitor(Resumable):
         self.save_arrays = save_arrays
         self.custom_scalars = custom_scalars
         self.name = name
+        # A light schedule is always the user's own, which only an own limit holds up.
+        light_counts = max_overhead is not None
         if max_overhead is None and default_schedule:
             max_overhead = DEFAULT_OVERHEAD
-        self.budget = Budget(max_overhead)
+        self.budget = Budget(max_overhead, light_counts=light_counts)
         self._reset()
 
     # -- what a subclass gives ----------------------------------------------------------
@@ -486,7 +490,9 @@ class Monitor(Resumable):
     ) -> dict[str, float]:
         """Measure and report once, by default now; return the scalars, none if it failed."""
         began = time.monotonic()
-        self._last_step = moment.step if moment else trainer.global_step
+        light = moment is not None and moment.light
+        if not light:
+            self._last_step = moment.step if moment else trainer.global_step
         if moment is None:
             moment = Moment(trainer.global_step, function)
         try:
@@ -504,11 +510,12 @@ class Monitor(Resumable):
             values = self._scalars(result)
         except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
             self._warn(error, "a measurement")
-            self.budget.spend(time.monotonic() - began)
+            self.budget.spend(time.monotonic() - began, light=light)
             return {}
-        self._guarded("saving arrays", self._save, trainer, result, moment)
-        self._guarded("drawing", self._draw, trainer, result, moment)
-        self.budget.spend(time.monotonic() - began)
+        if not light:
+            self._guarded("saving arrays", self._save, trainer, result, moment)
+            self._guarded("drawing", self._draw, trainer, result, moment)
+        self.budget.spend(time.monotonic() - began, light=light)
         in_fit = moment.function == "fit"
         overhead = self.budget.overhead if in_fit else math.nan
         values |= cost_scalars(self.name, time.monotonic() - began, overhead)

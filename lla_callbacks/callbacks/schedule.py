@@ -50,40 +50,52 @@ class Budget:
 
     Args:
         max_overhead: Largest share, e.g. 0.05; ``None`` for no limit.
+        light_counts: Whether light measurements, between full ones, count towards it. Without
+            it they are allowed always, and leave the full ones their share.
 
     Attributes:
         spent: Seconds of all measurements.
-        last_cost: Seconds of the last one.
     """
 
-    def __init__(self, max_overhead: float | None) -> None:
+    def __init__(self, max_overhead: float | None, *, light_counts: bool = True) -> None:
         self.max_overhead = max_overhead
-        self.spent = 0.0
-        self.last_cost = 0.0
-        self._began = time.monotonic()
+        self.light_counts = light_counts
+        self.start()
 
     def start(self) -> None:
         """Begin to count, at the start of training."""
-        self.spent = self.last_cost = 0.0
+        self.spent = 0.0
+        self._spent_lightly = 0.0
+        # Of the last full and the last light measurement.
+        self._costs = {False: 0.0, True: 0.0}
         self._began = time.monotonic()
+
+    @property
+    def last_cost(self) -> float:
+        """Seconds of the last full measurement."""
+        return self._costs[False]
 
     def state(self) -> dict[str, float]:
         """Return what was booked so far, as numbers."""
         return {
             "spent": self.spent,
-            "last_cost": self.last_cost,
+            "spent_lightly": self._spent_lightly,
+            "last_cost": self._costs[False],
+            "last_light_cost": self._costs[True],
             "elapsed": time.monotonic() - self._began,
         }
 
     def resume(self, state: dict[str, float]) -> None:
         """Go on counting from a state; the time between two runs is in neither."""
-        self.spent, self.last_cost = state["spent"], state["last_cost"]
+        self.spent, self._spent_lightly = state["spent"], state["spent_lightly"]
+        self._costs = {False: state["last_cost"], True: state["last_light_cost"]}
         self._began = time.monotonic() - state["elapsed"]
 
-    def spend(self, seconds: float) -> None:
+    def spend(self, seconds: float, *, light: bool = False) -> None:
         """Book one measurement."""
         self.spent += seconds
-        self.last_cost = seconds
+        self._spent_lightly += seconds if light else 0.0
+        self._costs[light] = seconds
 
     @property
     def overhead(self) -> float:
@@ -91,12 +103,13 @@ class Budget:
         training = time.monotonic() - self._began - self.spent
         return self.spent / training if training > 0 else float("nan")
 
-    def allows(self) -> bool:
-        """Return whether a measurement as long as the last one fits in the budget.
+    def allows(self, *, light: bool = False) -> bool:
+        """Return whether a measurement as long as the last of its kind fits in the budget.
 
-        Room is left for one more, the one at the end of training, which always happens.
+        Room is left for a full one more, the one at the end of training, which always happens.
         """
-        if self.max_overhead is None:
+        if self.max_overhead is None or (light and not self.light_counts):
             return True
         training = time.monotonic() - self._began - self.spent
-        return self.spent + 2 * self.last_cost <= self.max_overhead * training
+        spent = self.spent if self.light_counts else self.spent - self._spent_lightly
+        return spent + self._costs[light] + self._costs[False] <= self.max_overhead * training

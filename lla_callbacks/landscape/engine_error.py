@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lla_callbacks.landscape.eigenvalue import Eigenvalue
 from lla_callbacks.linalg.lanczos import LanczosRun
 from lla_callbacks.linalg.loss_operator import LossOperator
@@ -52,12 +54,22 @@ def engine_error(hessian: LossOperator, run: LanczosRun, seed: int) -> EngineErr
         run: A Lanczos run from a random start.
         seed: Of the further probes, which differ from those of the trace.
     """
+    return random_error(hessian, seed, (run.basis[0] * run.start_norm, run.first_product))
+
+
+def random_error(hessian: LossOperator, seed: int, *known: tuple[Tensor, Tensor]) -> EngineError:
+    """Return the error along random vectors, from products at two steps.
+
+    Args:
+        hessian: The Hessian; exact ones cost nothing here.
+        seed: Of the probes.
+        known: Random vectors with their products, to be used first.
+    """
     if hessian.engine == "exact":
         return EngineError()
-    start = run.basis[0] * run.start_norm
-    pairs = [(start, run.first_product)]
+    pairs = list(known)
     source = generator(seed, 5)
-    for _ in range(NUM_PAIRS - 1):
+    while len(pairs) < NUM_PAIRS:
         probe = rademacher(hessian.shape[0], source, dtype=hessian.dtype, device=hessian.device)
         pairs.append((probe, hessian @ probe))
     relative, forms = [], []
@@ -74,9 +86,6 @@ def verified_ends(
 ) -> tuple[tuple[Eigenvalue, Eigenvalue], dict[str, str]]:
     """Return the extremes with the engine's own error in their residuals, and gaps.
 
-    Each Ritz vector is multiplied once more, so that its residual is seen and not inferred from
-    a factorisation that the engine's errors have passed through.
-
     Args:
         hessian: The Hessian; exact ones cost nothing here.
         runs: The Lanczos runs behind the extremes.
@@ -85,26 +94,41 @@ def verified_ends(
     Returns:
         The extremes, NaN where the engine is off by more than :data:`BOUND`, and by name why.
     """
-    if hessian.engine == "exact":
-        return ends, {}
-    found: list[Eigenvalue] = []
-    gaps: dict[str, str] = {}
     largest = max(abs(float(end)) for end in ends)
-    for name, position, end in (("lambda_min", 0, ends[0]), ("lambda_max", -1, ends[1])):
-        run = min(runs, key=lambda r: abs(float(r.values[position]) - float(end)))
-        vector = run.vectors([position % run.num_steps])[:, 0]
-        vector = vector / vector.norm()
-        product = hessian @ vector
-        error = float(hessian.engine_error(vector, product).norm())
-        value = float(vector.double() @ product.double())
-        left = float((product - value * vector).norm())
-        scale = max(abs(value), LEAST_SCALE * largest)
-        if not error <= BOUND * scale:
-            gaps[name] = (
-                f"differences of gradients are off by {error / scale:.0%} along its direction, "
-                f"more than {BOUND:.0%}"
-            )
-            found.append(Eigenvalue(math.nan, math.nan))
-        else:
-            found.append(Eigenvalue(value, max(left, end.residual) + error))
-    return (found[0], found[1]), gaps
+    lowest = min(runs, key=lambda run: float(run.values[0]))
+    highest = max(runs, key=lambda run: float(run.values[-1]))
+    found = (
+        verified_end(hessian, lowest, 0, largest, ends[0]),
+        verified_end(hessian, highest, -1, largest, ends[1]),
+    )
+    names = ("lambda_min", "lambda_max")
+    reason = f"differences of gradients are off by more than {BOUND:.0%} along its direction"
+    return found, {n: reason for n, end in zip(names, found, strict=True) if math.isnan(end)}
+
+
+def verified_end(
+    hessian: LossOperator, run: LanczosRun, position: int, largest: float, end: Eigenvalue
+) -> Eigenvalue:
+    """Return an extreme eigenvalue with the engine's own error in its residual, NaN for a gap.
+
+    Its Ritz vector is multiplied once more, so that the residual is seen and not inferred from
+    a factorisation that the engine's errors have passed through.
+
+    Args:
+        hessian: The Hessian; exact ones cost nothing here.
+        run: The Lanczos run behind it.
+        position: Which Ritz value, 0 or -1.
+        largest: Magnitude of the spectrum.
+        end: The eigenvalue with the run's residual.
+    """
+    if hessian.engine == "exact":
+        return end
+    vector = run.vectors([position % run.num_steps])[:, 0]
+    vector = vector / vector.norm()
+    product = hessian @ vector
+    error = float(hessian.engine_error(vector, product).norm())
+    value = float(vector.double() @ product.double())
+    if not error <= BOUND * max(abs(value), LEAST_SCALE * largest):
+        return Eigenvalue(math.nan, math.nan)
+    left = float((product - value * vector).norm())
+    return Eigenvalue(value, max(left, end.residual) + error)

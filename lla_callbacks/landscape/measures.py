@@ -36,6 +36,9 @@ from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 # that they are outliers, which a short run resolves.
 NUM_TOP = 5
 
+# What goes on from a measurement: takes the operator, the layers' positions, runs and traces.
+Anchor = Callable[[LossOperator, Mapping[str, Tensor], Sequence[LanczosRun], TraceEstimate], object]
+
 # Relative residual at which the preconditioned Lanczos run of Adam's stability stops: on a
 # ResNet-20 it takes 5 to 11 products.
 STABILITY_RTOL = 0.05
@@ -228,6 +231,7 @@ def measure(
     limit: StabilityLimit | None = None,
     listener: Callable[[int], object] | None = None,
     share: Share | None = None,
+    anchor: Anchor | None = None,
 ) -> HessianMeasurement:
     """Return everything that one spectrum run tells about the Hessian of an objective.
 
@@ -238,6 +242,8 @@ def measure(
             without one.
         listener: Called after products, with their number.
         share: Processes that share the batches; all get the same result.
+        anchor: Called with the operator, the layers' positions, the Lanczos runs and the
+            traces, while products can still be had: what goes on from this measurement.
 
     Raises:
         MeasurementError: If the loss or a product is not finite or cannot be had.
@@ -246,7 +252,7 @@ def measure(
 
     def use(hessian: LossOperator) -> HessianMeasurement:
         hessian.listener = listener
-        return _measured(objective, hessian, settings, limit)
+        return _measured(objective, hessian, settings, limit, anchor)
 
     found, reason = with_hessian(objective, use, chunk_size=settings.chunk_size, share=share)
     seconds = time.perf_counter() - began
@@ -258,6 +264,7 @@ def _measured(
     hessian: LossOperator,
     settings: HessianSettings,
     limit: StabilityLimit | None,
+    anchor: Anchor | None,
 ) -> HessianMeasurement:
     """Spend the products, and leave out what the engine cannot say."""
     space = hessian.space
@@ -275,6 +282,8 @@ def _measured(
     layers = {}
     if not off.gap:
         layers = measure_layers(hessian, groups, whole, traces, settings.layer_plan)
+    if anchor is not None and not off.gap:
+        anchor(hessian, blocks, runs, traces)
     norm = float(space.flatten(space.tensors).norm())
     found = HessianMeasurement(
         lambda_max=ends[1],

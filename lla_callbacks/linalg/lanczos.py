@@ -90,6 +90,26 @@ class LanczosRun:
         result[1:] += off * rows[:-1]
         return result
 
+    def pair(self, which: int) -> LanczosRun:
+        """Return one Ritz pair as a run of one step: ``A u = theta u + r``.
+
+        The residual vector ``r = beta s_k q`` is orthogonal to ``u``, as a next vector is.
+        """
+        vector = self.vectors([which])[:, 0]
+        last = float(self._eigh[1][-1, which])
+        return LanczosRun(
+            diagonal=self.values[which].reshape(1),
+            off_diagonal=self.off_diagonal[:0],
+            basis=vector[None],
+            next_vector=self.next_vector if last >= 0 else -self.next_vector,
+            next_norm=self.next_norm * abs(last),
+            first_product=float(self.values[which]) * vector
+            + self.next_norm * last * self.next_vector,
+            start_norm=1.0,
+            eps=self.eps,
+            broke_down=self.broke_down,
+        )
+
     def vectors(self, which: Tensor | list[int]) -> Tensor:
         """Return Ritz vectors as columns, ``(dim, len(which))``, indexed like ``values``."""
         small = self._eigh[1][:, which].to(self.basis)

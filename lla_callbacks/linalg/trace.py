@@ -88,6 +88,19 @@ class TraceEstimator:
         """Probes used so far."""
         return len(self._samples)
 
+    @property
+    def samples(self) -> Tensor:
+        """What each probe alone says of the whole and of each block, ``(num_probes, 1 + blocks)``.
+
+        Unbiased each, float64, on the CPU.
+        """
+        return self._exact + torch.stack(self._samples)
+
+    @property
+    def rounding(self) -> float:
+        """Rounding error of the part that is known."""
+        return self._rounding
+
     def add_probe(self, source: torch.Generator) -> None:
         """Draw one probe and spend one product on it."""
         dim = self._operator.shape[0]

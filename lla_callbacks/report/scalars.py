@@ -8,6 +8,7 @@ from typing import Any
 from lla_callbacks.landscape.layer_measures import LayerMeasurement
 from lla_callbacks.landscape.measures import HessianMeasurement
 from lla_callbacks.landscape.penalty import Comparison
+from lla_callbacks.landscape.tracking import HessianTracking
 
 # Half-width of the error bands, in standard errors: about 95 % where errors are normal.
 BAND = 2.0
@@ -52,6 +53,33 @@ def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> d
     for layer, found in m.layers.items():
         for tag, value in layer_scalars(found).items():
             values[f"{name}_layers/{layer}/{tag}"] = value
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
+
+
+def tracking_scalars(tracking: HessianTracking, name: str = "hessian") -> dict[str, float]:
+    """Return what a light measurement found, under the tags of a full one.
+
+    What it leaves out has no tag, so that curves of full measurements stay what they are.
+    """
+    t = tracking
+    values = {
+        f"{name}/lambda_max": float(t.lambda_max),
+        f"{name}/trace": t.trace,
+        f"{name}/trace_sem": t.trace_sem,
+        f"{name}/trace_times_norm2": t.trace_times_norm2,
+        f"{name}/weight_norm": t.weight_norm,
+        f"{name}/loss": t.loss,
+        f"{name}/gradient_norm": t.gradient_norm,
+        f"{name}/num_matvecs": float(t.num_matvecs),
+        f"{name}_errors/lambda_max": t.lambda_max.residual,
+        f"{name}_bands/lambda_max_lower": float(t.lambda_max) - t.lambda_max.residual,
+        f"{name}_bands/lambda_max_upper": float(t.lambda_max) + t.lambda_max.residual,
+        f"{name}_bands/trace_lower": t.trace - BAND * t.trace_sem,
+        f"{name}_bands/trace_upper": t.trace + BAND * t.trace_sem,
+    }
+    for layer, (trace, sem) in t.layer_traces.items():
+        values[f"{name}_layers/{layer}/trace"] = trace
+        values[f"{name}_layers/{layer}/trace_sem"] = sem
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 

@@ -35,7 +35,7 @@ OF_TORCH = {
     "_version",
     "_weight_norm",
 }
-OF_OTHERS = {"_axinfo", "_make"}  # matplotlib's axes in space, collections.namedtuple
+OF_OTHERS = {"_axinfo", "_fields", "_make"}  # matplotlib's axes in space, collections.namedtuple
 
 MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.glob("*/*.py"))
 

@@ -29,7 +29,7 @@ def to_plain(value: Any) -> Any:
     """Return a result as dicts, lists, tuples, strings, numbers and tensors on the CPU.
 
     ``torch.load(..., weights_only=True)`` reads nothing else: no class of this package, no numpy
-    scalar. Dataclasses of this package become dicts of their fields with the name of their
+    scalar. Dataclasses and named tuples of this package become dicts of their fields with the name of their
     class, whatever fields they have.
 
     Raises:
@@ -52,6 +52,9 @@ def to_plain(value: Any) -> Any:
         return {_CLASS: _name(type(value))} | {
             f.name: to_plain(getattr(value, f.name)) for f in fields(value)
         }
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        named = zip(value._fields, value, strict=True)
+        return {_CLASS: _name(type(value))} | {name: to_plain(item) for name, item in named}
     if isinstance(value, Mapping):
         # Each layer's name is stored once, not with each measurement.
         return {_key(key): to_plain(item) for key, item in value.items()}
@@ -158,6 +161,7 @@ def _class(name: str) -> Any:
         found = getattr(importlib.import_module(f"{_PACKAGE}.{module}"), qualname)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name} is no result of this version of {_PACKAGE}.") from error
-    if not (isinstance(found, type) and is_dataclass(found) and _name(found) == name):
+    known = is_dataclass(found) or hasattr(found, "_fields")
+    if not (isinstance(found, type) and known and _name(found) == name):
         raise ValueError(f"{name} is no result of {_PACKAGE}.")
     return found

@@ -74,7 +74,7 @@ def _directions(
     for name in names:
         index = {"top1": -1, "top2": run.num_steps - 2, "bottom1": 0}[name] % run.num_steps
         value = float(run.values[index])
-        vector = run.vectors([index])[:, 0]
+        vector = run.vectors([index])[:, 0].to(hessian.device)
         vector = vector / torch.linalg.vector_norm(vector)
         slope = float(hessian.gradient @ vector)
         if slope < 0:

@@ -54,7 +54,8 @@ def engine_error(hessian: LossOperator, run: LanczosRun, seed: int) -> EngineErr
         run: A Lanczos run from a random start.
         seed: Of the further probes, which differ from those of the trace.
     """
-    return random_error(hessian, seed, (run.basis[0] * run.start_norm, run.first_product))
+    start = (run.basis[0] * run.start_norm).to(hessian.device)
+    return random_error(hessian, seed, (start, run.first_product.to(hessian.device)))
 
 
 def random_error(hessian: LossOperator, seed: int, *known: tuple[Tensor, Tensor]) -> EngineError:
@@ -123,7 +124,7 @@ def verified_end(
     """
     if hessian.engine == "exact":
         return end
-    vector = run.vectors([position % run.num_steps])[:, 0]
+    vector = run.vectors([position % run.num_steps])[:, 0].to(hessian.device)
     vector = vector / vector.norm()
     product = hessian @ vector
     error = float(hessian.engine_error(vector, product).norm())

@@ -347,11 +347,17 @@ def _run(
         dim, device = hessian.shape[0], hessian.device
         return rademacher(dim, source, dtype=hessian.dtype, device=device)
 
-    runs = [lanczos(hessian, probe(), settings.num_steps, rtol=settings.eig_rtol)]
+    home = hessian.basis_device(settings.num_runs * settings.num_steps)
+
+    def run_from(start: Tensor) -> LanczosRun:
+        depth, rtol = settings.num_steps, settings.eig_rtol
+        return lanczos(hessian, start, depth, rtol=rtol, basis_device=home)
+
+    runs = [run_from(probe())]
     estimator = TraceEstimator(hessian, blocks, runs[0])
     for _ in range(settings.num_runs - 1):
         start = probe()
-        runs.append(lanczos(hessian, start, settings.num_steps, rtol=settings.eig_rtol))
+        runs.append(run_from(start))
         estimator.add_run(runs[-1], start)
     while estimator.num_probes < settings.num_probes:
         if settings.trace_rtol is not None and estimator.num_probes >= LEAST_PROBES:
@@ -449,7 +455,8 @@ def _gradient_share(hessian: LossOperator, run: LanczosRun) -> tuple[float, floa
     if run.num_steps <= NUM_TOP or square == 0:
         return math.nan, math.nan
     top = list(range(run.num_steps - NUM_TOP, run.num_steps))
-    inside = run.vectors(top).T @ hessian.gradient
+    vectors = run.vectors(top)
+    inside = vectors.T @ hessian.gradient.to(vectors.device)
     share = float(inside.square().sum(dtype=torch.float64)) / square
     next_one = run.values[-NUM_TOP - 1] + run.residuals[-NUM_TOP - 1]
     gap = float(run.values[-NUM_TOP] - next_one)

@@ -69,8 +69,7 @@ class MemoryPlan:
             max_memory: Bytes allowed; ``None``: half of what a training step takes, so that the
                 peak stays within 1.5 times its own, and :data:`LEAST_MEMORY` at least.
         """
-        step = COPIES_IN_TRAINING * weights + max(saved)
-        allowed = max(LEAST_MEMORY, step / 2) if max_memory is None else max_memory
+        allowed = allowed_memory(max(saved), weights, max_memory)
         graphs = [GRAPH_OVER_FORWARD * s for s in saved]
         largest = max(graphs)
         parts = 1
@@ -83,6 +82,13 @@ class MemoryPlan:
         while parts == 1 and kept < len(graphs) and sum(graphs[: kept + 1]) <= room:
             kept += 1
         return cls(kept, parts, size, largest)
+
+
+def allowed_memory(saved: float, weights: float, max_memory: int | None) -> float:
+    """Return the bytes that a measurement may take; see :meth:`MemoryPlan.of`."""
+    if max_memory is not None:
+        return max_memory
+    return max(LEAST_MEMORY, (COPIES_IN_TRAINING * weights + saved) / 2)
 
 
 def saved_bytes(evaluate: Callable[[], Any], weights: Sequence[Tensor]) -> int:

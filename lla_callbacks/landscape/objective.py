@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lla_callbacks.landscape.batches import fresh, sample_count, split
 from lla_callbacks.landscape.evaluation import Loss, Statistics, evaluating, load_statistics
 from lla_callbacks.landscape.gradient_hooks import no_gradient_hooks
-from lla_callbacks.landscape.memory import Findings, MemoryPlan, saved_bytes
+from lla_callbacks.landscape.memory import Findings, MemoryPlan, allowed_memory, saved_bytes
 from lla_callbacks.landscape.precision import HALF, Precision, check_precision
 from lla_callbacks.landscape.repetition import keep_processes_apart
 from lla_callbacks.landscape.sharded import is_sharded, reshard, sharded_gradients
@@ -165,7 +165,7 @@ class Objective:
         if engine == "difference":
             terms = [self._term(b, n, statistics, context, halve=not sharded) for b, n in mine]
             differentiate = sharded_gradients if sharded else first_derivative
-            return self._rounded(
+            return self._finished(
                 DifferenceOperator(
                     terms,
                     trainable(self.module),
@@ -190,7 +190,7 @@ class Objective:
         terms = [
             self._term(b, n, statistics, context, keep=i < kept) for i, (b, n) in enumerate(mine)
         ]
-        return self._rounded(
+        return self._finished(
             HessianOperator(
                 terms,
                 trainable(self.module),
@@ -214,9 +214,11 @@ class Objective:
             return f"{str(self.arithmetic).removeprefix('torch.')} autocast"
         return str(ParameterSpace(trainable(self.module)).precision).removeprefix("torch.")
 
-    def _rounded(self, operator: LossOperator) -> LossOperator:
+    def _finished(self, operator: LossOperator) -> LossOperator:
         if self.arithmetic is not None:
             operator.eps = max(operator.eps, torch.finfo(self.arithmetic).eps)
+        saved = self._findings.saved or 0
+        operator.room = allowed_memory(saved, self._weight_bytes(), self._max_memory)
         return operator
 
     def _term(
@@ -305,8 +307,11 @@ class Objective:
                 # Whole batches do not fit even once: they are halved as they come.
                 return MemoryPlan(num_kept=0, parts=1, part_size=max(counts), graph=math.inf)
         per_sample = self._findings.saved / max(1, self.counts[0])
-        weights = sum(p.numel() * p.element_size() for p in trainable(self.module).values())
+        weights = self._weight_bytes()
         return MemoryPlan.of([n * per_sample for n in counts], counts, weights, self._max_memory)
+
+    def _weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in trainable(self.module).values())
 
     def _is_splittable(self, batch: Any, size: int) -> bool:
         """Return whether parts of a batch add up to it, judged by its loss."""

@@ -86,7 +86,7 @@ def check_replayable(module: nn.Module) -> None:
             f"{type(module).__name__} uses manual optimization: its training_step steps the "
             "optimizer and cannot be replayed. Give the loss itself:\n"
             "    def loss(module, batch): return module.compute_loss(batch)  # your own\n"
-            "    HessianMonitor(loss=loss)"
+            "    # and give it to the callback: ...(loss=loss)"
         )
 
 

@@ -21,7 +21,8 @@ class LanczosRun:
     Attributes:
         diagonal: ``alpha``, shape ``(k,)``, float64 on the CPU.
         off_diagonal: ``beta`` between basis vectors, shape ``(k - 1,)``, float64, CPU.
-        basis: ``Q``, shape ``(k, dim)``: basis vectors as *rows*, in the operator's dtype.
+        basis: ``Q``, shape ``(k, dim)``: basis vectors as *rows*, in the operator's dtype. It
+            and all other vectors are on the operator's device, or on the CPU.
         next_vector: ``q``, the unit vector that would come next, shape ``(dim,)``; zeros
             after a breakdown.
         next_norm: ``beta``, its coefficient; 0 after a breakdown.
@@ -123,6 +124,7 @@ def lanczos(
     *,
     rtol: float | None = None,
     which: str = "both",
+    basis_device: torch.device | str | None = None,
 ) -> LanczosRun:
     """Return the Lanczos factorisation of an operator from a start vector.
 
@@ -139,6 +141,8 @@ def lanczos(
             are at most ``rtol`` times the largest Ritz value in magnitude. ``None`` runs
             to full depth, which quantities that depend on the depth need.
         which: ``"both"`` ends, or ``"max"`` alone.
+        basis_device: Where the basis is kept and orthogonalised; ``None``: on the operator's
+            device. On the CPU it leaves that device's memory to the products.
 
     Raises:
         ValueError: If ``num_steps < 1`` or the start vector is zero or not finite.
@@ -148,7 +152,8 @@ def lanczos(
     if which not in ("both", "max"):
         raise ValueError(f"which is {which!r}; give 'both' or 'max'.")
     dim = operator.shape[0]
-    start = start.to(operator.device, operator.dtype)
+    home = operator.device if basis_device is None else torch.device(basis_device)
+    start = start.to(home, operator.dtype)
     start_norm = float(torch.linalg.vector_norm(start, dtype=torch.float64))
     if not 0 < start_norm < float("inf"):
         raise ValueError(f"the start vector has norm {start_norm}; give a finite non-zero one.")
@@ -161,7 +166,7 @@ def lanczos(
     eps = torch.finfo(operator.dtype).eps
     while True:
         k = len(diagonal)
-        product = operator @ basis[k]
+        product = (operator @ basis[k]).to(home)
         if k == 0:
             first_product = product * start_norm
         known = basis[: k + 1]

@@ -63,12 +63,14 @@ class LossOperator(SymmetricOperator):
         space: Layout of the flat vectors.
         loss: The loss ``L``, a float.
         gradient: ``dL/dtheta``, shape ``(dim,)``.
+        room: Bytes that vectors may take on the device; more of them live on the CPU.
 
     Raises:
         NonFiniteError: If a loss, a gradient or a product is not finite.
     """
 
     engine = "exact"
+    room = math.inf
 
     def __init__(
         self,
@@ -95,6 +97,11 @@ class LossOperator(SymmetricOperator):
     def block(self, names: Sequence[str]) -> HessianBlockOperator:
         """Return the Hessian of some parameters alone."""
         return HessianBlockOperator(self, names)
+
+    def basis_device(self, num_vectors: int) -> torch.device:
+        """Return where so many vectors should live."""
+        size = num_vectors * self.space.dim * self.gradient.element_size()
+        return self.device if size <= self.room else torch.device("cpu")
 
     def product(self, columns: Tensor, chosen: Sequence[int]) -> Tensor:
         """Return the product restricted to the chosen parameters, both sides.

@@ -65,7 +65,12 @@ class TraceEstimator:
         self._operator = operator
         self._known = known
         # Row 0 is the whole, the others are the blocks.
-        self._blocks = dict(blocks)
+        # Vectors meet where the run keeps its basis.
+        self._home = operator.device if known is None else known.basis.device
+        self._blocks = {
+            name: index if isinstance(index, slice) else index.to(self._home)
+            for name, index in blocks.items()
+        }
         self._exact = torch.zeros(1 + len(self._blocks), dtype=torch.float64)
         self._samples: list[Tensor] = []
         self._squares: list[float] = []
@@ -118,7 +123,7 @@ class TraceEstimator:
         """
         product = run.first_product
         if self._known is not None:
-            inside = self._known.basis @ start
+            inside = self._known.basis @ start.to(self._home)
             product = (
                 product
                 - self._image.T @ inside
@@ -128,12 +133,12 @@ class TraceEstimator:
 
     def _project(self, vector: Tensor) -> Tensor:
         if self._known is None:
-            return vector
-        basis = self._known.basis
-        return vector - basis.T @ (basis @ vector)
+            return vector.to(self._home)
+        basis, inside = self._known.basis, vector.to(self._home)
+        return inside - basis.T @ (basis @ inside)
 
     def _add(self, probe: Tensor, product: Tensor) -> None:
-        self._samples.append(self._sums(probe * self._project(product)))
+        self._samples.append(self._sums(probe.to(self._home) * self._project(product)))
         self._squares.append(float(product.square().sum(dtype=torch.float64)))
 
     def _sums(self, diagonal: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ def to_plain(value: Any) -> Any:
     """Return a result as dicts, lists, tuples, strings, numbers and tensors on the CPU.
 
     ``torch.load(..., weights_only=True)`` reads nothing else: no class of this package, no numpy
-    scalar. Dataclasses and named tuples of this package become dicts of their fields with the name of their
-    class, whatever fields they have.
+    scalar. Dataclasses and named tuples of this package become dicts of their fields with the
+    name of their class, whatever fields they have.
 
     Raises:
         TypeError: If there is something that has no plain form.

@@ -178,6 +178,8 @@ def watcher_of(case):
         settings["engine"] = "exact"
     if case == "layers":
         settings |= {"num_layer_steps": 3, "num_layer_probes": 3}
+    if case == "tracking":
+        settings |= {"track_every_n_train_steps": 1}
     if case == "budget":
         settings |= {"every_n_train_steps": 1, "max_overhead": 0.5}
     return HessianMonitor(**settings)
@@ -211,6 +213,10 @@ def main():
         "warnings": [str(w.message) for w in seen if "leaves a gap" in str(w.message)],
         "reports": {},
     }
+    if case == "tracking":
+        found["tracked"] = {
+            step: (float(t.lambda_max), t.trace, t.trace_sem, t.loss) for step, t in watcher.tracked
+        }
     for step, r in [] if watcher is None else watcher.history:
         found["reports"][step] = {
             "lambda_max": float(r.lambda_max),

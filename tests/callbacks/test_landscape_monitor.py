@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -27,6 +28,7 @@ from .modules import (
     steps,
 )
 from .test_bitwise import Raising, stateful_run
+from .test_failures import Manual
 
 # Small enough that a measurement takes milliseconds.
 CHEAP = {
@@ -309,3 +311,34 @@ def test_a_plain_module_is_left_untouched_by_everything(tmp_path):
         == []
     )
     assert isinstance(found.lightning_module, Plain)
+
+
+def test_manual_optimization_works_with_a_loss_and_is_refused_without(tmp_path):
+    with pytest.raises(
+        MisconfigurationException, match=r"manual optimization.*\n.*loss(.|\n)*loss=loss"
+    ):
+        fit(tmp_path, watch(), Manual)
+    watcher = watch(every_n_train_steps=2, loss=plain_loss)
+    without = outcome(fit(tmp_path, None, Manual))
+    assert differences(without, outcome(fit(tmp_path, watcher, Manual))) == []
+    assert len(watcher.history) > 1
+
+
+class TakesIterator(Plain):
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return plain_loss(self, batch)
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter.*", "ignore:.*batch_size.*")
+@pytest.mark.parametrize("loss", [None, plain_loss])
+def test_a_step_that_takes_the_iterator_is_measured(tmp_path, loss):
+    watcher = watch(every_n_train_steps=2, loss=loss)
+    hessian = HessianMonitor(
+        every_n_train_steps=2, num_steps=2, num_probes=2, loss=loss, num_samples=4
+    )
+    without = outcome(fit(tmp_path, None, TakesIterator))
+    assert differences(without, outcome(fit(tmp_path, watcher, TakesIterator))) == []
+    fit(tmp_path, hessian, TakesIterator)
+    assert len(watcher.history) > 1
+    assert len(hessian.history) > 1

@@ -122,6 +122,16 @@ def test_a_process_that_fails_takes_the_other_into_the_same_gap(tmp_path, withou
         assert differences(one["weights"], other["weights"]) == []
 
 
+def test_light_measurements_are_shared_too(tmp_path, without):
+    both = run(tmp_path, "tracking")
+    assert both[0]["tracked"] == both[1]["tracked"]
+    assert {5, 6, 7, 9} <= set(both[0]["tracked"])
+    # Full measurements of the same weights as without light ones in between.
+    assert list(both[0]["reports"]) == [0, 4, 8, 10]
+    for one, other in zip(both, without, strict=True):
+        assert differences(one["weights"], other["weights"]) == []
+
+
 def test_a_budget_is_kept_alike(tmp_path):
     both = run(tmp_path, "budget")
     assert list(both[0]["reports"]) == list(both[1]["reports"])

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from lla_callbacks import measure_hessian
 from lla_callbacks.landscape.memory import LEAST_MEMORY, MemoryPlan
+from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.linalg.errors import OutOfMemoryError
 
 MIB = 2**20
@@ -92,3 +93,14 @@ def test_a_batch_that_runs_out_of_memory_is_halved():
 
     found = measure_hessian(net, batches, loss=greedy)
     assert found.trace == pytest.approx(wanted.trace, rel=1e-10)
+
+
+def test_vectors_that_do_not_fit_on_the_device_live_on_the_cpu():
+    net, batches = problem()
+    hessian = Objective(net, batches, loss, max_memory=10**6).hessian()
+    assert hessian.room == 10**6
+    # As on a GPU, whose tensors this machine cannot have.
+    hessian.device = torch.device("cuda")
+    few = 10**6 // (8 * hessian.shape[0])
+    assert hessian.basis_device(few).type == "cuda"
+    assert hessian.basis_device(few + 1).type == "cpu"

@@ -142,3 +142,12 @@ def test_it_stops_on_residuals(which: str) -> None:
 def test_bad_input_is_refused(start: Tensor, num_steps: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lanczos(DenseOperator(torch.eye(4)), start, num_steps)
+
+
+def test_the_basis_may_live_on_the_cpu() -> None:
+    matrix = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64))
+    start = torch.ones(8, dtype=torch.float64)
+    here = lanczos(DenseOperator(matrix), start, 5)
+    there = lanczos(DenseOperator(matrix), start, 5, basis_device="cpu")
+    assert there.basis.device.type == "cpu"
+    assert torch.equal(here.values, there.values)

@@ -121,9 +121,9 @@ def test_a_gap_longer_than_the_schedule_unlinks_the_chain(tmp_path, monkeypatch)
     watcher = monitor(track_every_n_train_steps=1, every_n_epochs=9)
     linked = {}
 
-    def note(objective, settings, state):
+    def note(objective, settings, state, **more):
         linked[watcher._last_light] = len(state.trace.values) > 0
-        return track(objective, settings, state)
+        return track(objective, settings, state, **more)
 
     monkeypatch.setattr(hessian_monitor, "track", note)
     # As if a limit had left out step 3.

@@ -71,7 +71,7 @@ def products() -> None:
             objective = Objective(module, batches, loss, mode="eval")
             exact = objective.hessian(engine="exact")
             difference = objective.hessian(engine="difference")
-            probe = rademacher(exact.shape[0], generator(7))
+            probe = rademacher(exact.shape[0], generator(7), dtype=exact.dtype, device=exact.device)
             top = exact.gradient.clone()
             for _ in range(15):
                 top = exact @ top
@@ -159,7 +159,7 @@ def rank() -> None:
         objective = Objective(module, batches, loss, mode="eval")
         alone = objective.hessian(engine="exact")
         shared = objective.hessian(engine="exact", share=share)
-        probe = rademacher(alone.shape[0], generator(7))
+        probe = rademacher(alone.shape[0], generator(7), dtype=alone.dtype, device=alone.device)
         seconds = {"alone": [], "shared": [], "exchange": []}
         before = share.exchanges
         for _ in range(10):

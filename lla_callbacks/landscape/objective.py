@@ -29,7 +29,7 @@ from lla_callbacks.linalg.errors import (
 )
 from lla_callbacks.linalg.hessian import HessianOperator
 from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm
-from lla_callbacks.linalg.sharing import Alone, Share
+from lla_callbacks.linalg.sharing import Alone, Share, fail_together
 from lla_callbacks.linalg.space import ParameterSpace
 
 Mode = Literal["batch", "eval", "recalibrate"]
@@ -150,21 +150,17 @@ class Objective:
         """
         if engine in (None, "auto"):
             engine = self.engines[0]
-        statistics: Statistics = ()
-        if self.mode == "recalibrate":
-            with evaluating(self) as evaluate:
-                statistics = evaluate.statistics()
-        context = self._context if engine == "exact" else self._plain_context
         share = share or Alone()
-        parts = list(zip(self.batches, self.counts, strict=True))
-        mine = parts[share.rank :: share.size]
         sharded = is_sharded(self.module)
-        if sharded:
-            # Whatever one process computes, all must, so that they can gather parameters.
-            mine += [(parts[0][0], 0)] * (-(-len(parts) // share.size) - len(mine))
+        context = self._context if engine == "exact" else self._plain_context
+        terms: list[LossTerm] = []
+        trouble: Exception | None = None
+        try:
+            terms = self._terms(share, engine, context, sharded=sharded)
+        except Exception as error:  # noqa: BLE001 - raised below, in all processes together
+            trouble = error
+        fail_together(share, trouble)
         if engine == "difference":
-            terms = [self._term(b, n, statistics, context, halve=not sharded) for b, n in mine]
-            differentiate = sharded_gradients if sharded else first_derivative
             return self._finished(
                 DifferenceOperator(
                     terms,
@@ -172,9 +168,39 @@ class Objective:
                     context=context,
                     share=share,
                     constant=padding_vectors(self.module),
-                    differentiate=differentiate,
+                    differentiate=sharded_gradients if sharded else first_derivative,
                 )
             )
+        return self._finished(
+            HessianOperator(
+                terms,
+                trainable(self.module),
+                chunk_size=chunk_size,
+                context=context,
+                share=share,
+            )
+        )
+
+    def _terms(
+        self,
+        share: Share,
+        engine: str | None,
+        context: Callable[[], AbstractContextManager[None]],
+        *,
+        sharded: bool,
+    ) -> list[LossTerm]:
+        """Return this process's part of the batches, as memory allows."""
+        statistics: Statistics = ()
+        if self.mode == "recalibrate":
+            with evaluating(self) as evaluate:
+                statistics = evaluate.statistics()
+        parts = list(zip(self.batches, self.counts, strict=True))
+        mine = parts[share.rank :: share.size]
+        if sharded:
+            # Whatever one process computes, all must, so that they can gather parameters.
+            mine += [(parts[0][0], 0)] * (-(-len(parts) // share.size) - len(mine))
+        if engine == "difference":
+            return [self._term(b, n, statistics, context, halve=not sharded) for b, n in mine]
         kept = 0
         if mine:
             plan = self._memory_plan([n for _, n in mine])
@@ -187,18 +213,9 @@ class Objective:
                     f"max_memory={self._max_memory} allows {self._max_memory / 2**20:,.0f} MiB.",
                     "Raise max_memory, lower the batch size, or take engine='difference'.",
                 )
-        terms = [
+        return [
             self._term(b, n, statistics, context, keep=i < kept) for i, (b, n) in enumerate(mine)
         ]
-        return self._finished(
-            HessianOperator(
-                terms,
-                trainable(self.module),
-                chunk_size=chunk_size,
-                context=context,
-                share=share,
-            )
-        )
 
     @property
     def engines(self) -> tuple[Literal["exact", "difference"], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from lla_callbacks.landscape.tracking import (
     track,
 )
 from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.linalg.sharing import fail_together
 from lla_callbacks.report.figures import history_figure
 from lla_callbacks.report.hessian_report import HessianReport
 from lla_callbacks.report.layer_figures import layer_history_figure
@@ -277,7 +278,9 @@ class HessianMonitor(Monitor):
         self._tracker_step = state["tracker_step"]
         self._last_light = state["last_light"]
         self.tracked[:] = [(step, unpack(found)) for step, found in state["tracked"]]
-        self._fallback = state["fallback"]
+        # What did not fit then may fit now, and an engine that was asked for is taken.
+        lasting = self.engine == "auto" and "Memory" not in state["fallback"]
+        self._fallback = state["fallback"] if lasting else ""
 
     def _check(self, module: nn.Module) -> None:
         if self.settings.layers is None:
@@ -314,6 +317,30 @@ class HessianMonitor(Monitor):
                 num_layer_steps=min(2, settings.num_layer_steps),
                 num_layer_probes=min(2, settings.num_layer_probes),
             )
+        with ExitStack() as stack:
+            advance: Callable[[int], object] | None = None
+            trouble: Exception | None = None
+            try:
+                advance = stack.enter_context(
+                    progress("Hessian", self._num_products(objective, settings))
+                )
+            except Exception as error:  # noqa: BLE001 - raised below, in all processes together
+                trouble = error
+            fail_together(self._processes, trouble)
+            found = measure(
+                objective,
+                settings,
+                limit=moment.limit,
+                listener=advance,
+                share=self._processes,
+                anchor=self._anchor(moment, quick=quick) if self.tracks else None,
+            )
+        if self._fallback:
+            found = replace(found, engine_reason=self._fallback)
+        return HessianReport.of(found)
+
+    def _num_products(self, objective: Objective, settings: HessianSettings) -> int:
+        """Return how many products a full measurement takes at most."""
         products = settings.max_matvecs
         if self.tracks:
             products += self.tracking_settings.num_probes // 2
@@ -321,19 +348,7 @@ class HessianMonitor(Monitor):
             module = objective.module
             groups = layer_parameters(module, space_of(module), settings.layers)
             products += len(groups) * settings.layer_plan.max_matvecs
-        with progress("Hessian", products) as advance:
-            anchor = self._anchor(moment, quick=quick) if self.tracks else None
-            found = measure(
-                objective,
-                settings,
-                limit=moment.limit,
-                listener=advance,
-                share=self._processes,
-                anchor=anchor,
-            )
-        if self._fallback:
-            found = replace(found, engine_reason=self._fallback)
-        return HessianReport.of(found)
+        return products
 
     def _anchor(self, moment: Moment, *, quick: bool) -> Anchor:
         """Return what lets light measurements go on from a full one."""
@@ -363,12 +378,6 @@ class HessianMonitor(Monitor):
         return replace(settings, num_steps=2, num_probes=min(2, settings.num_probes))
 
     def _keep(self, result: HessianReport | HessianTracking, moment: Moment) -> None:
-        if isinstance(result, HessianTracking):
-            self.tracked.append((moment.step, result))
-            return
-        self.report = result
-        if moment.function == "fit":
-            self.history.append((moment.step, result))
         if result.engine == "difference" and not self._fallback and self.engine == "auto":
             self._fallback = result.engine_reason
             rank_zero_info(
@@ -377,6 +386,12 @@ class HessianMonitor(Monitor):
             )
         for what, reason in result.gaps.items():
             self._warn(MeasurementError(f"{what}: {reason}.", _GAP_REMEDY), what, remedy="")
+        if isinstance(result, HessianTracking):
+            self.tracked.append((moment.step, result))
+            return
+        self.report = result
+        if moment.function == "fit":
+            self.history.append((moment.step, result))
 
     def _scalars(self, result: HessianReport | HessianTracking) -> dict[str, float]:
         if isinstance(result, HessianTracking):

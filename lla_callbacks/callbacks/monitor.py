@@ -41,7 +41,7 @@ from lla_callbacks.landscape.objective import (
     trainable,
 )
 from lla_callbacks.landscape.precision import Precision, at_precision, check_precision
-from lla_callbacks.landscape.sharded import is_sharded
+from lla_callbacks.landscape.sharded import is_sharded, reshard
 from lla_callbacks.landscape.stability import StabilityLimit, stability_limit
 from lla_callbacks.landscape.state import Snapshot, take_snapshot, weights_at
 from lla_callbacks.landscape.training_step import check_replayable
@@ -550,6 +550,8 @@ class Monitor(Resumable):
         made, trouble = None, None
         try:
             # Lightning evaluates in inference mode, whose tensors nothing can be done with later.
+            # Last of all: sharded parts must not keep whatever was measured.
+            stack.callback(reshard, module)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(weights_at(module, moment.snapshot))
             stack.enter_context(at_precision(module, self.precision))

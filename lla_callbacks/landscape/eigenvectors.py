@@ -68,7 +68,14 @@ def _directions(
         hessian.shape[0], generator(seed, 3), dtype=hessian.dtype, device=hessian.device
     )
     ends = "max" if names == ["top1"] else "both"
-    run = lanczos(hessian, start, num_steps, rtol=RTOL, which=ends)
+    run = lanczos(
+        hessian,
+        start,
+        num_steps,
+        rtol=RTOL,
+        which=ends,
+        basis_device=hessian.basis_device(num_steps),
+    )
     if "top2" in names and run.num_steps < 2:
         raise ValueError("the Hessian has one eigenvalue only: choose 'top1' without 'top2'.")
     for name in names:

@@ -16,6 +16,7 @@ from lla_callbacks.linalg.probes import generator, rademacher
 # Relative error of a product beyond which it says nothing. Smooth networks stay below 0.01 in
 # float32; networks with kinks (ReLU) were seen from 0.1 on (docs/benchmarks/engines.md). Choice.
 BOUND = 0.05
+END_GAP = f"differences of gradients are off by more than {BOUND:.0%} along its direction"
 # The smallest eigenvalue may be tiny beside the largest: its error counts against this share of
 # it at least.
 LEAST_SCALE = 0.1
@@ -103,8 +104,7 @@ def verified_ends(
         verified_end(hessian, highest, -1, largest, ends[1]),
     )
     names = ("lambda_min", "lambda_max")
-    reason = f"differences of gradients are off by more than {BOUND:.0%} along its direction"
-    return found, {n: reason for n, end in zip(names, found, strict=True) if math.isnan(end)}
+    return found, {n: END_GAP for n, end in zip(names, found, strict=True) if math.isnan(end)}
 
 
 def verified_end(

@@ -187,7 +187,11 @@ def _runs(
     if not plan.num_steps:
         return [], []
     starts = [_probe(block, source) for _ in range(plan.num_runs)]
-    return [lanczos(block, z, plan.num_steps, rtol=plan.eig_rtol) for z in starts], starts
+    home = block.basis_device(2 * plan.num_steps)
+    runs = [
+        lanczos(block, z, plan.num_steps, rtol=plan.eig_rtol, basis_device=home) for z in starts
+    ]
+    return runs, starts
 
 
 def _probe(block: HessianBlockOperator, source: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lla_callbacks.landscape import criteria
 from lla_callbacks.landscape.eigenvalue import Eigenvalue, extremes
-from lla_callbacks.landscape.engine_error import engine_error, verified_ends
+from lla_callbacks.landscape.engine_error import BOUND, END_GAP, engine_error, verified_ends
 from lla_callbacks.landscape.layer_measures import (
     LayerMeasurement,
     LayerPlan,
@@ -278,6 +278,8 @@ def _measured(
     values, errors = _criteria(hessian, runs, extremes(runs), traces)
     stability = _stability(hessian, limit, ends[1], settings)
     values["stability"], errors["stability"] = float(stability), stability.residual
+    if limit is not None and math.isnan(stability):
+        gaps["stability"] = END_GAP
     whole = Quadrature.of(runs, space.dim)
     layers = {}
     if not off.gap:
@@ -347,7 +349,8 @@ def _run(
         dim, device = hessian.shape[0], hessian.device
         return rademacher(dim, source, dtype=hessian.dtype, device=device)
 
-    home = hessian.basis_device(settings.num_runs * settings.num_steps)
+    # The trace keeps the image of a basis beside it.
+    home = hessian.basis_device(2 * settings.num_runs * settings.num_steps)
 
     def run_from(start: Tensor) -> LanczosRun:
         depth, rtol = settings.num_steps, settings.eig_rtol
@@ -483,5 +486,21 @@ def _stability(
         dtype=hessian.dtype,
         device=hessian.device,
     )
-    run = lanczos(operator, start, settings.num_steps, rtol=STABILITY_RTOL, which="max")
-    return Eigenvalue(float(run.values[-1]), float(run.residuals[-1]))
+    run = lanczos(
+        operator,
+        start,
+        settings.num_steps,
+        rtol=STABILITY_RTOL,
+        which="max",
+        basis_device=hessian.basis_device(settings.num_steps),
+    )
+    found = Eigenvalue(float(run.values[-1]), float(run.residuals[-1]))
+    if hessian.engine == "exact":
+        return found
+    # Along D^(1/2) u, where u is the top Ritz vector of D^(1/2) (H + shift) D^(1/2).
+    root = limit.diagonal.to(hessian.device, hessian.dtype).sqrt()
+    vector = root * run.vectors([run.num_steps - 1])[:, 0].to(hessian.device)
+    off = float((root * hessian.engine_error(vector, hessian @ vector)).norm())
+    if not off <= BOUND * abs(found):
+        return Eigenvalue(math.nan, math.nan)
+    return Eigenvalue(float(found), found.residual + off)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -161,7 +162,7 @@ class Objective:
             trouble = error
         fail_together(share, trouble)
         if engine == "difference":
-            return self._finished(
+            operator = self._finished(
                 DifferenceOperator(
                     terms,
                     trainable(self.module),
@@ -169,8 +170,17 @@ class Objective:
                     share=share,
                     constant=padding_vectors(self.module),
                     differentiate=sharded_gradients if sharded else first_derivative,
+                    settle=partial(reshard, self.module) if sharded else None,
                 )
             )
+            constant = padding_vectors(self.module)
+            if constant is not None and bool(operator.gradient[constant].any()):
+                raise MeasurementError(
+                    "an embedding's padding vector is a constant in one place and a weight in "
+                    "another (tied weights), which differences of gradients cannot tell apart.",
+                    "Take engine='exact'.",
+                )
+            return operator
         return self._finished(
             HessianOperator(
                 terms,
@@ -201,11 +211,11 @@ class Objective:
             mine += [(parts[0][0], 0)] * (-(-len(parts) // share.size) - len(mine))
         if engine == "difference":
             return [self._term(b, n, statistics, context, halve=not sharded) for b, n in mine]
-        kept = 0
+        # Of all batches, so that all processes come to the same decision.
+        plan, kept = self._memory_plan(self.counts), 0
         if mine:
-            plan = self._memory_plan([n for _, n in mine])
-            kept = plan.num_kept
-            if plan.parts > 1 and self._is_splittable(mine[0][0], plan.part_size):
+            kept = self._memory_plan([n for _, n in mine]).num_kept if plan.parts == 1 else 0
+            if plan.parts > 1 and self._is_splittable(plan.part_size):
                 mine = [(p, sample_count(p)) for b, _ in mine for p in split(b, plan.part_size)]
             elif plan.parts > 1 and self._max_memory is not None:
                 raise OutOfMemoryError(
@@ -252,7 +262,7 @@ class Objective:
 
         def halves() -> list[LossTerm]:
             size = -(-sample_count(batch) // 2)
-            if not self._is_splittable(batch, size):
+            if not self._is_splittable(size, batch):
                 raise OutOfMemoryError(
                     "there is not enough memory for one batch, and its samples see each other.",
                     "Lower num_samples, give a dataloader of smaller batches, or take mode='eval' "
@@ -330,15 +340,29 @@ class Objective:
     def _weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in trainable(self.module).values())
 
-    def _is_splittable(self, batch: Any, size: int) -> bool:
-        """Return whether parts of a batch add up to it, judged by its loss."""
-        if self._findings.splittable is None:
-            try:
-                self._check_splittable(batch, list(split(batch, size)))
-                self._findings.splittable = True
-            except (MeasurementError, TypeError):
-                self._findings.splittable = False
-        return self._findings.splittable
+    def _is_splittable(self, size: int, batch: Any = None) -> bool:
+        """Return whether parts of a batch add up to it, judged by its loss and gradient.
+
+        Asked anew for each measurement, since samples may not see each other yet (a head of
+        zeros hides batch statistics); once they do, no more.
+
+        Args:
+            size: Samples in a part.
+            batch: ``None``: the largest one, in every process the same.
+        """
+        if self._findings.splittable is False:
+            return False
+        if batch is None:
+            batch = max(self.batches, key=sample_count)
+        try:
+            parts = list(split(batch, size))
+            if len(parts) < 2:
+                return False
+            self._check_splittable(batch, parts)
+        except (MeasurementError, TypeError):
+            self._findings.splittable = False
+            return False
+        return True
 
     def _check_splittable(self, whole: Any, parts: list[Any]) -> None:
         counts = [sample_count(part) for part in parts]
@@ -347,13 +371,42 @@ class Objective:
             total = sum(float(self._evaluate(p)) * n for p, n in zip(parts, counts, strict=True))
         found = total / sum(counts)
         # Rounding differs between the two sums; a coupling of samples differs by far more.
-        if abs(found - expected) > 1e-4 * max(abs(expected), 1e-6):
+        apart = abs(found - expected) > 1e-4 * max(abs(expected), 1e-6)
+        if apart or self._gradients_differ(whole, parts, counts):
             raise MeasurementError(
-                f"microbatches change the loss from {expected:.6g} to {found:.6g}: the samples "
-                "of a batch see each other (batch statistics, a contrastive loss) or the loss "
-                "is not a mean over samples.",
+                f"microbatches change the loss (from {expected:.6g} to {found:.6g}) or its "
+                "gradient: the samples of a batch see each other (batch statistics, a contrastive "
+                "loss) or the loss is not a mean over samples.",
                 "Leave out microbatch_size, or use mode='eval'.",
             )
+
+    def _gradients_differ(self, whole: Any, parts: list[Any], counts: Sequence[int]) -> bool:
+        """Return whether the parts' gradients add up to another one than the whole's.
+
+        No, where memory does not suffice for the whole's.
+        """
+        space = ParameterSpace(trainable(self.module))
+
+        def gradient(batch: Any) -> Tensor:
+            with torch.inference_mode(False), torch.enable_grad():
+                return self._evaluate(  # type: ignore[no-any-return]
+                    batch,
+                    context=self._plain_context,
+                    use=lambda loss: space.flatten(first_derivative(loss, space.tensors)),
+                )
+
+        try:
+            expected = gradient(whole)
+            found = sum(
+                (gradient(p) * (n / sum(counts)) for p, n in zip(parts, counts, strict=True)),
+                torch.zeros_like(expected),
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        off = torch.linalg.vector_norm(found - expected)
+        return bool(off > 1e-3 * torch.linalg.vector_norm(expected))
 
 
 def with_hessian(

@@ -9,6 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lla_callbacks.landscape.sharded import is_sharded
+from lla_callbacks.linalg.errors import MeasurementError
+
 Precision = Literal["float32", "training"]
 
 # Formats whose digits do not suffice for second derivatives.
@@ -32,9 +35,18 @@ def at_precision(module: nn.Module, precision: Precision) -> Iterator[None]:
     Copies take the places of half-precision parameters and buffers, and the originals, to the
     bit and as the same objects, come back on leaving: optimizers and wrappers notice nothing.
     float32 and float64 stay as they are, and with ``"training"`` everything does.
+
+    Raises:
+        MeasurementError: If the halves are sharded.
     """
     saved: list[tuple[dict[str, Any], str, Any]] = []
     copies: dict[int, Tensor] = {}
+    halves = any(t.dtype in HALF for t in (*module.parameters(), *module.buffers()))
+    if halves and precision == "float32" and is_sharded(module):
+        raise MeasurementError(
+            "half-precision parameters that fully_shard has spread cannot be widened.",
+            "Keep float32 parameters, with MixedPrecisionPolicy for training.",
+        )
     try:
         if precision == "float32":
             for m in module.modules():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lla_callbacks.landscape.eigenvalue import Eigenvalue
-from lla_callbacks.landscape.engine_error import random_error, verified_end
+from lla_callbacks.landscape.engine_error import END_GAP, random_error, verified_end
 from lla_callbacks.landscape.layer_measures import LayerTrace
 from lla_callbacks.landscape.layers import Layers, check_layers, layer_parameters
 from lla_callbacks.landscape.objective import Objective, with_hessian
@@ -154,6 +154,9 @@ class HessianTracking:
         num_samples: Samples behind the loss.
         mode: Normalization mode.
         seconds: Wall time.
+        engine: How products were computed.
+        engine_reason: Why not exactly; empty if it was.
+        gaps: What could not be said within a bound, by name, and why.
     """
 
     lambda_max: Eigenvalue
@@ -170,6 +173,9 @@ class HessianTracking:
     num_samples: int
     mode: str
     seconds: float
+    engine: str = "exact"
+    engine_reason: str = ""
+    gaps: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def trace_times_norm2(self) -> float:
@@ -209,10 +215,11 @@ def track(
         hessian.listener = listener
         return _tracked(objective, hessian, settings, past)
 
-    (found, following), _ = with_hessian(
+    (found, following), reason = with_hessian(
         objective, use, chunk_size=settings.chunk_size, share=share
     )
-    return replace(found, seconds=time.perf_counter() - began), following
+    seconds = time.perf_counter() - began
+    return replace(found, engine_reason=reason, seconds=seconds), following
 
 
 def _tracked(
@@ -223,20 +230,35 @@ def _tracked(
 ) -> tuple[HessianTracking, TrackerState]:
     """Spend the products, and leave out what the engine cannot say."""
     space = hessian.space
+    if state.vector is not None and state.vector.numel() != space.dim:
+        # Layers were frozen or thawed since.
+        state = TrackerState()
+    gaps: dict[str, str] = {}
     run, top = None, Eigenvalue(math.nan, math.nan)
     if settings.eig_rtol is not None:
         start = _start(hessian, state.vector, settings.seed)
         rtol = settings.eig_rtol
-        run = lanczos(hessian, start, settings.num_steps, rtol=rtol, which="max")
+        run = lanczos(
+            hessian,
+            start,
+            settings.num_steps,
+            rtol=rtol,
+            which="max",
+            basis_device=hessian.basis_device(settings.num_steps),
+        )
         state = replace(state, vector=_top_vector(run))
         top = verified_end(hessian, run, -1, abs(float(run.values[-1])), _top_value(run))
+        if math.isnan(top):
+            gaps["lambda_max"] = END_GAP
     values, sems, names = [math.nan], [math.nan], list[str]()
     if settings.num_probes:
         values, sems, names, state = _traces(hessian, objective, run, settings, state)
         off = random_error(hessian, settings.seed)
         if off.gap:
             values, sems = [math.nan] * len(values), [math.nan] * len(values)
-        sems[0] = math.hypot(sems[0], off.trace)
+            gaps["trace"] = off.gap
+        # Of a layer's share in the engine's error nothing is known but that.
+        sems = [math.hypot(sem, off.trace) for sem in sems]
     found = HessianTracking(
         lambda_max=top,
         trace=values[0],
@@ -255,6 +277,8 @@ def _tracked(
         num_samples=objective.num_samples,
         mode=objective.mode,
         seconds=0.0,
+        engine=hessian.engine,
+        gaps=gaps,
     )
     return found, state
 

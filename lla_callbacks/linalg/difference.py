@@ -60,6 +60,7 @@ class DifferenceOperator(LossOperator):
             (padding vectors): they are not moved. Shape ``(n,)``.
         differentiate: Gives the gradients of a loss. Parameters that are spread over processes
             need another one than autograd's.
+        settle: Called once weights have been put back, for modules that keep copies of them.
 
     Attributes:
         step: ``h``, a length in parameter space.
@@ -82,6 +83,7 @@ class DifferenceOperator(LossOperator):
         share: Share | None = None,
         constant: Tensor | None = None,
         differentiate: Differentiate = first_derivative,
+        settle: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(terms, parameters, context=context, share=share)
         if self.eps > 1e-5:
@@ -91,6 +93,7 @@ class DifferenceOperator(LossOperator):
                 "Leave out precision='training', so that float32 copies are measured.",
             )
         self._constant = constant
+        self._settle = settle
         self._differentiate = differentiate
         self._originals: list[Tensor] = []
         self._begin(self._gradient)
@@ -160,6 +163,8 @@ class DifferenceOperator(LossOperator):
             with torch.no_grad(), torch.inference_mode(False):
                 for w, original in zip(weights, originals, strict=True):
                     w.data.copy_(original)
+            if self._settle is not None:
+                self._settle()
 
     def _gradient(self) -> tuple[float, Tensor]:
         """Return this process's summand of the loss and of its gradient."""
@@ -182,8 +187,8 @@ class DifferenceOperator(LossOperator):
             if trouble is not None:
                 self._halve(i, trouble)
                 continue
-            loss += term.weight * value
             gradient += term.weight * flat
+            loss += term.weight * value
             i += 1
         return loss, gradient
 
@@ -203,8 +208,14 @@ class DifferenceOperator(LossOperator):
         flat = rademacher(self.space.dim, generator(0, 4), dtype=self.dtype, device=self.device)
         sharp = self.gradient if bool(self.gradient.any()) else flat
         for _ in range(MOST_ROUNDS):
-            for _ in range(POWER_STEPS if sharp is not flat else 0):
-                sharp = self._difference(sharp, step / RATIO)
+            try:
+                for _ in range(POWER_STEPS if sharp is not flat else 0):
+                    sharp = self._difference(sharp, step / RATIO)
+            except NonFiniteError:
+                # So far away the loss does not exist.
+                self._parted = False
+                step /= RATIO**2
+                continue
             models = [self._error_model(direction, step) for direction in (flat, sharp)]
             steps = [step * RATIO ** (k / 4) for k in range(-12, 13)]
             best = min(steps, key=lambda h: math.hypot(*(m.error(h) for m in models)))
@@ -219,6 +230,13 @@ class DifferenceOperator(LossOperator):
             else:
                 step = best
 
+        if not self.step:
+            raise NonFiniteError(
+                f"the loss is not finite within {step:.1g} of the weights, so that no difference "
+                "of gradients can be taken.",
+                "Take engine='exact'.",
+            )
+
     def _error_model(self, direction: Tensor, step: float) -> ErrorModel:
         """Return the relative error along a direction, from differences at three steps."""
         try:
@@ -226,7 +244,8 @@ class DifferenceOperator(LossOperator):
                 self._difference(direction, h) for h in (step / RATIO, step, step * RATIO)
             )
         except NonFiniteError:
-            # So far away the loss does not exist.
+            # So far away the loss does not exist, in no process: they go on together.
+            self._parted = False
             return ErrorModel(math.inf, 0.0, step, wild=True)
         size = float(torch.linalg.vector_norm(here, dtype=torch.float64))
         first = float((near - here).square().sum(dtype=torch.float64))

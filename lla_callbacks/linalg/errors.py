@@ -47,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that an allocation failed, on whatever device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    signs = ("can't allocate memory", "out of memory", "not enough memory")
+    signs = ("can't allocate memory", "out of memory", "not enough memory", "alloc_failed")
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 

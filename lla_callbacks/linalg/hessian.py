@@ -76,11 +76,11 @@ class HessianOperator(LossOperator):
         def visit(term: LossTerm) -> None:
             nonlocal loss, gradient
             value, gradients = self._differentiate(term)
-            flat = self.space.flatten(gradients)
+            part = term.weight * self.space.flatten(gradients)
             if term.keep and self._keeps:
                 self._keep(gradients, term.weight)
+            gradient += part
             loss += term.weight * value
-            gradient += term.weight * flat
 
         self._visit_terms(visit, lambda term: True)
         return loss, gradient

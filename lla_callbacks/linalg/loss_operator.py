@@ -249,8 +249,12 @@ class LossOperator(SymmetricOperator):
         if halves is None:
             raise OutOfMemoryError(
                 f"there is not enough memory for one batch ({error}).",
-                "Lower num_samples or num_steps, give a dataloader of smaller batches, or set "
-                "engine='difference', which needs no more than a training step.",
+                "Lower num_samples or num_steps, or give a dataloader of smaller batches."
+                + (
+                    " Or set engine='difference', which needs no more than a training step."
+                    if self.engine == "exact"
+                    else ""
+                ),
             ) from error
         self._terms[i : i + 1] = halves()
 
@@ -274,6 +278,11 @@ class HessianBlockOperator(SymmetricOperator):
         self.eps = hessian.eps
         self._hessian = hessian
         self._chosen = [i for i, name in enumerate(hessian.space.names) if name in set(names)]
+
+    def basis_device(self, num_vectors: int) -> torch.device:
+        """Return where so many vectors of the block should live."""
+        whole = self._hessian.shape[0]
+        return self._hessian.basis_device(-(-num_vectors * self.shape[0] // whole))
 
     def _matmat(self, columns: Tensor) -> Tensor:
         return self._hessian.product(columns, self._chosen)

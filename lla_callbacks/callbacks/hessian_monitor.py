@@ -256,6 +256,7 @@ class HessianMonitor(Monitor):
         super()._reset()
         # Why differences took over in this run; empty while the exact engine serves.
         self._fallback = ""
+        self._told = False
         self._tracker = TrackerState()
         # Steps of the last light measurement, and of whatever the tracker knows.
         self._last_light = self._tracker_step = -1
@@ -278,9 +279,9 @@ class HessianMonitor(Monitor):
         self._tracker_step = state["tracker_step"]
         self._last_light = state["last_light"]
         self.tracked[:] = [(step, unpack(found)) for step, found in state["tracked"]]
-        # What did not fit then may fit now, and an engine that was asked for is taken.
-        lasting = self.engine == "auto" and "Memory" not in state["fallback"]
-        self._fallback = state["fallback"] if lasting else ""
+        # An engine that was asked for is taken.
+        self._fallback = state["fallback"] if self.engine == "auto" else ""
+        self._told = bool(self._fallback)
 
     def _check(self, module: nn.Module) -> None:
         if self.settings.layers is None:
@@ -378,8 +379,10 @@ class HessianMonitor(Monitor):
         return replace(settings, num_steps=2, num_probes=min(2, settings.num_probes))
 
     def _keep(self, result: HessianReport | HessianTracking, moment: Moment) -> None:
-        if result.engine == "difference" and not self._fallback and self.engine == "auto":
-            self._fallback = result.engine_reason
+        if result.engine == "difference" and not self._told and self.engine == "auto":
+            self._told = True
+            # Memory that is short once need not be short the next time.
+            self._fallback = "" if "Memory" in result.engine_reason else result.engine_reason
             rank_zero_info(
                 f"{type(self).__name__}: products by differences of gradients, since "
                 f"{result.engine_reason}"

@@ -94,12 +94,19 @@ ERRORS = {
 def test_step_that_fails_in_a_replay_only(tmp_path, make, kind, at):
     without = outcome(trained(tmp_path))
     watcher = make(every_n_train_steps=2, num_samples=12 if at == 2 else 4)
-    with pytest.warns(UserWarning, match=r"Monitor: .* failed") as record:
-        found = outcome(trained(tmp_path, watcher, replayed(ERRORS[kind], at)))
-    assert len(COUNT) > at
-    assert len(ours(record)) == 1
     if "memory" in kind and watcher.name == "hessian":
-        assert "set microbatch_size" in ours(record)[0]
+        # Halved, or by differences, which need less: the measurement goes on.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = outcome(trained(tmp_path, watcher, replayed(ERRORS[kind], at)))
+        assert steps(watcher) == [0, 2, 4, 6]
+        # Memory that was short once is not short for good.
+        assert watcher.history[-1][1].engine == "exact"
+    else:
+        with pytest.warns(UserWarning, match=r"Monitor: .* failed") as record:
+            found = outcome(trained(tmp_path, watcher, replayed(ERRORS[kind], at)))
+        assert len(ours(record)) == 1
+    assert len(COUNT) > at
     assert differences(without, found) == []
 
 

@@ -102,8 +102,8 @@ class HessianMonitor(Monitor):
         max_memory: Bytes that a measurement may take beside training. Graphs that do not fit are
             built anew for each product (3 gradients instead of 2), batches that do not fit are
             split where their samples do not see each other, and where that is not enough,
-            differences of gradients take over. ``None``: half of what a training step takes, so
-            that the peak stays within 1.5 times its own, and 256 MiB at least.
+            differences of gradients take over. ``None``: half of what a training step takes, and
+            256 MiB at least; a batch that cannot be split then goes through whole.
         engine: ``"exact"``: double backward. ``"difference"``: central differences of gradients,
             in the memory of a training step, with their own error in every result; what they
             cannot say within 5 % is a gap. ``"auto"``: exact, and by difference where a second

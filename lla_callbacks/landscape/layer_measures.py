@@ -187,7 +187,7 @@ def _runs(
     if not plan.num_steps:
         return [], []
     starts = [_probe(block, source) for _ in range(plan.num_runs)]
-    home = block.basis_device(2 * plan.num_steps)
+    home = block.basis_device(plan.num_steps)
     runs = [
         lanczos(block, z, plan.num_steps, rtol=plan.eig_rtol, basis_device=home) for z in starts
     ]

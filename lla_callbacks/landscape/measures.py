@@ -349,8 +349,7 @@ def _run(
         dim, device = hessian.shape[0], hessian.device
         return rademacher(dim, source, dtype=hessian.dtype, device=device)
 
-    # The trace keeps the image of a basis beside it.
-    home = hessian.basis_device(2 * settings.num_runs * settings.num_steps)
+    home = hessian.basis_device(settings.num_runs * settings.num_steps)
 
     def run_from(start: Tensor) -> LanczosRun:
         depth, rtol = settings.num_steps, settings.eig_rtol

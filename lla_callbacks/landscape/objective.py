@@ -463,7 +463,8 @@ def padding_vectors(module: nn.Module) -> Tensor | None:
     names = {id(t): name for name, t in zip(space.names, space.tensors, strict=True)}
     found = []
     for m in module.modules():
-        padding, weight = getattr(m, "padding_idx", None), m._parameters.get("weight")
+        padding = getattr(m, "padding_idx", None)
+        weight = dict(m.named_parameters(recurse=False)).get("weight")
         if isinstance(padding, int) and weight is not None and id(weight) in names:
             start = space.slices[names[id(weight)]].start + padding * weight.shape[1]
             found.append(torch.arange(start, start + weight.shape[1], device=space.device))

@@ -124,6 +124,18 @@ class FailsOutside(HessianMonitor):
         return super()._measure(objective, moment, quick=quick, progress=progress)
 
 
+class NanWhileMoved:
+    """A loss that is NaN, in all processes, while a measurement has moved the weights."""
+
+    calls = 0
+
+    def __call__(self, module, batch):
+        loss = cross_entropy(module.net(batch[0]), batch[1])
+        if module.trainer.global_step == 4:
+            self.calls += 1
+        return loss * float("nan") if self.calls > 100 else loss
+
+
 class Killed:
     """A loss in which the second process dies."""
 
@@ -135,7 +147,7 @@ class Killed:
 
 def strategy_of(case):
     ddp = {"process_group_backend": "gloo"}
-    if case in ("fsdp", "fsdp_without", "fsdp_exact"):
+    if case in ("fsdp", "fsdp_without", "fsdp_exact", "fsdp_fails"):
         size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
         return ModelParallelStrategy(**size, save_distributed_checkpoint=False, **ddp)
     if case in ("tensor", "tensor_without"):
@@ -154,6 +166,7 @@ def module_of(case):
         "fsdp": Sharded,
         "fsdp_without": Sharded,
         "fsdp_exact": Sharded,
+        "fsdp_fails": Sharded,
         "tensor": TensorParallel,
         "tensor_without": TensorParallel,
     }
@@ -171,6 +184,8 @@ def watcher_of(case):
     if case == "fails_in_product":
         # Every product calls the loss.
         settings |= {"loss": FailsOnSecond(100), "engine": "difference"}
+    if case == "fsdp_fails":
+        settings["loss"] = NanWhileMoved()
     if case == "killed":
         settings["loss"] = Killed()
     if case == "difference":

@@ -161,6 +161,15 @@ def test_fsdp2_measures_by_differences_as_one_process(tmp_path):
         assert torch.equal(one["random"], other["random"])
 
 
+def test_a_measurement_that_fails_under_fsdp2_leaves_training_alone(tmp_path):
+    both, bare = run(tmp_path, "fsdp_fails"), run(tmp_path, "fsdp_without")
+    assert 0 in both[0]["reports"]
+    assert 4 not in both[0]["reports"]
+    for one, other in zip(both, bare, strict=True):
+        # The gathered weights of a sharded part were moved when the loss failed.
+        assert differences(one["weights"], other["weights"]) == []
+
+
 def test_the_exact_engine_is_refused_for_sharded_parameters(tmp_path):
     done = run(tmp_path, "fsdp_exact", check=False)
     assert done.returncode != 0

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lla_callbacks import measure_hessian
+from lla_callbacks import MeasurementError, measure_hessian
 from lla_callbacks.report.figures import history_figure
 from lla_callbacks.report.scalars import hessian_scalars
 from lla_callbacks.report.words import describe_change
@@ -91,6 +91,24 @@ def test_gaps_can_be_drawn_told_and_saved(tmp_path):
     with np.load(found.save(tmp_path / "gaps.npz")) as arrays:
         assert "trace" in arrays["gap_names"].tolist()
         assert str(arrays["engine"]) == "difference"
+
+
+def test_a_padding_vector_that_is_a_weight_elsewhere_is_refused_by_differences():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(6, 4, padding_idx=0)
+            self.head = nn.Linear(4, 6, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.embed(x).mean(1)))
+
+    batches = [(torch.randint(6, (16, 3)), torch.randint(6, (16,)))]
+    assert measure_hessian(Tied(), batches, loss=loss, num_steps=4, num_probes=4).engine == "exact"
+    with pytest.raises(MeasurementError, match=r"padding vector.*Take engine='exact'"):
+        measure_hessian(Tied(), batches, loss=loss, engine="difference")
 
 
 def test_an_engine_that_does_not_exist_is_named():

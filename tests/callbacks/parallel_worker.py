@@ -70,7 +70,8 @@ class Sharded(Net):
         from torch.distributed.fsdp import fully_shard
 
         mesh = self.device_mesh["data_parallel"]
-        for layer in self.net:
+        # The last layer is the outermost part's own, which stays gathered after a forward pass.
+        for layer in self.net[:-1]:
             if isinstance(layer, nn.Linear):
                 fully_shard(layer, mesh=mesh)
         fully_shard(self.net, mesh=mesh)

@@ -24,7 +24,7 @@ from lla_callbacks.landscape.tracking import (
     track,
 )
 from lla_callbacks.linalg.errors import MeasurementError
-from lla_callbacks.linalg.sharing import fail_together
+from lla_callbacks.linalg.sharing import all_or_none
 from lla_callbacks.report.figures import history_figure
 from lla_callbacks.report.hessian_report import HessianReport
 from lla_callbacks.report.layer_figures import layer_history_figure
@@ -319,15 +319,12 @@ class HessianMonitor(Monitor):
                 num_layer_probes=min(2, settings.num_layer_probes),
             )
         with ExitStack() as stack:
-            advance: Callable[[int], object] | None = None
-            trouble: Exception | None = None
-            try:
-                advance = stack.enter_context(
+            advance = all_or_none(
+                self._processes,
+                lambda: stack.enter_context(
                     progress("Hessian", self._num_products(objective, settings))
-                )
-            except Exception as error:  # noqa: BLE001 - raised below, in all processes together
-                trouble = error
-            fail_together(self._processes, trouble)
+                ),
+            )
             found = measure(
                 objective,
                 settings,

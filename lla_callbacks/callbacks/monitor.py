@@ -46,7 +46,7 @@ from lla_callbacks.landscape.stability import StabilityLimit, stability_limit
 from lla_callbacks.landscape.state import Snapshot, take_snapshot, weights_at
 from lla_callbacks.landscape.training_step import check_replayable
 from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
-from lla_callbacks.linalg.sharing import fail_together
+from lla_callbacks.linalg.sharing import all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
 from lla_callbacks.report.scalars import cost_scalars
@@ -530,13 +530,8 @@ class Monitor(Resumable):
         """Return a moment of the present weights with what the optimizer knows of them."""
         if moment.snapshot is not None:
             return moment
-        limit, only, trouble = None, None, None
-        try:
-            limit = self._limit(trainer, module)
-            only = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
-        except Exception as error:  # noqa: BLE001 - raised below, in all processes together
-            trouble = error
-        fail_together(self._processes, trouble)
+        limit = all_or_none(self._processes, lambda: self._limit(trainer, module))
+        only = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         return replace(moment, limit=limit, optimizer=only)
 
     def _objective(
@@ -547,16 +542,16 @@ class Monitor(Resumable):
         Raises:
             MeasurementError: If any process cannot make its own.
         """
-        made, trouble = None, None
-        try:
-            # Lightning evaluates in inference mode, whose tensors nothing can be done with later.
+        as_trained = self.precision == "training"
+
+        def make() -> Objective:
             # Last of all: sharded parts must not keep whatever was measured.
             stack.callback(reshard, module)
+            # Lightning evaluates in inference mode, whose tensors nothing can be done with later.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(weights_at(module, moment.snapshot))
             stack.enter_context(at_precision(module, self.precision))
-            as_trained = self.precision == "training"
-            made = Objective(
+            return Objective(
                 module,
                 self._held.batches,
                 trainer_loss(trainer, self.loss, as_trained=as_trained),
@@ -571,11 +566,8 @@ class Monitor(Resumable):
                 arithmetic=autocast_dtype(trainer) if as_trained else None,
                 findings=self._findings,
             )
-        except Exception as error:  # noqa: BLE001 - raised below, in all processes together
-            trouble = error
-        fail_together(self._processes, trouble)
-        assert made is not None
-        return made
+
+        return all_or_none(self._processes, make)
 
     # -- where to -----------------------------------------------------------------------
 

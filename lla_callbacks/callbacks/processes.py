@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.callbacks.compat import data_parallel_group
-from lla_callbacks.linalg.sharing import fail_together
+from lla_callbacks.linalg.sharing import all_or_none
 
 
 class Processes:
@@ -64,11 +64,7 @@ class Processes:
         if self.size == 1:
             return things
         # Packed first: what cannot be packed must fail in all before any waits for it.
-        try:
-            packed, trouble = pickle.dumps(things), None
-        except Exception as error:  # noqa: BLE001 - raised below, in all processes together
-            packed, trouble = b"", error
-        fail_together(self, trouble)
+        packed = all_or_none(self, lambda: pickle.dumps(things))
         every: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(every, packed, group=self._group)
         return [thing for part in every[: 1 if alike else None] for thing in pickle.loads(part)]

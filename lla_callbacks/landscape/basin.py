@@ -19,7 +19,7 @@ from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import Offsets, PointSettings, moving, space_of
 from lla_callbacks.landscape.slices import SliceFacts, facts_of
 from lla_callbacks.linalg.probes import generator
-from lla_callbacks.linalg.sharing import Alone, Share, fail_together
+from lla_callbacks.linalg.sharing import Alone, Share, all_or_none, fail_together
 
 # Where the walk begins, as a share of the filters' norms; it doubles from there.
 FIRST_RADIUS = 1 / 64
@@ -130,12 +130,7 @@ def measure_basin(
     share = share or Alone()
     space = space_of(objective)
     filters = Filters(objective.module, space, normalization, vectors)
-    centre, trouble = math.nan, None
-    try:
-        centre = objective()
-    except Exception as error:  # noqa: BLE001 - raised below, in all processes together
-        trouble = error
-    fail_together(share, trouble)
+    centre = all_or_none(share, objective)
     rim = cutoff if cutoff is not None else centre + (rise or 0.0)
     if not rim > centre:
         raise ValueError(
@@ -146,6 +141,7 @@ def measure_basin(
     # radius, 1 if it is open, and forward passes of each ray
     table = torch.full((num_rays, 3), float("nan"), dtype=torch.float64)
     done = torch.zeros(num_rays, dtype=torch.bool)
+    trouble: Exception | None = None
     try:
         with moving(objective, walk.family, PointSettings()) as evaluate:
             for k in range(share.rank, num_rays, share.size):

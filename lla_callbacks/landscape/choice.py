@@ -24,7 +24,7 @@ from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.landscape.points import space_of
 from lla_callbacks.landscape.trajectory import Path, principal_components
 from lla_callbacks.linalg.errors import NotYetError, forgetful
-from lla_callbacks.linalg.sharing import Alone, Share, fail_together
+from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
 
 SINGLE = ("random", "random2", *NAMES, "gradient", "update", "adam_m", "adam_v", "pc1", "pc2")
@@ -148,20 +148,17 @@ class DirectionSource:
             curved |= {*NAMES, "gradient"}.intersection(self.expected) - self._known.keys()
             if self._failed is not None:
                 raise self._failed
-            found: dict[str, Direction] = {}
-            trouble: Exception | None = None
             try:
-                found = curved_directions(
-                    self.objective,
-                    curved,
-                    seed=self.seed,
-                    num_steps=self.num_steps,
-                    listener=self.listener,
+                found = all_or_none(
+                    self.share or Alone(),
+                    lambda: curved_directions(
+                        self.objective,
+                        curved,
+                        seed=self.seed,
+                        num_steps=self.num_steps,
+                        listener=self.listener,
+                    ),
                 )
-            except Exception as error:  # noqa: BLE001 - raised below, in all processes together
-                trouble = error
-            try:
-                fail_together(self.share or Alone(), trouble)
             except Exception as error:
                 # Another slice would fail in the same way, at the same cost.
                 self._failed = forgetful(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +29,7 @@ from lla_callbacks.landscape.slices import (
     measure_plane,
 )
 from lla_callbacks.linalg.errors import forgetful
-from lla_callbacks.linalg.sharing import Alone, Share, fail_together
+from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 
 # Opens a progress bar of a total; yields what advances it.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
@@ -178,12 +177,7 @@ def measure_landscape(
     """
     source.expected = settings.wanted
     work = _Work(objective, settings, source, share, progress, time.perf_counter())
-    loss, trouble = math.nan, None
-    try:
-        loss = objective()
-    except Exception as error:  # noqa: BLE001 - raised below, in all processes together
-        trouble = error
-    fail_together(share or Alone(), trouble)
+    loss = all_or_none(share or Alone(), objective)
     planes = {str(name): work.tried(f"plane_{name}", work.plane, name) for name in settings.planes}
     lines = {str(name): work.tried(f"line_{name}", work.line, name) for name in settings.lines}
     convexity = basin = None

@@ -272,10 +272,11 @@ def _measured(
     blocks = {layer: space.index(names).to(space.device) for layer, names in groups.items()}
     runs, traces = _run(hessian, settings, blocks)
     off = engine_error(hessian, runs[0], settings.seed)
-    ends, gaps = verified_ends(hessian, runs, extremes(runs))
+    found_ends = extremes(runs)
+    ends, gaps = verified_ends(hessian, runs, found_ends)
     if off.gap:
         gaps |= dict.fromkeys(("trace", "layers", "density", "criteria"), off.gap)
-    values, errors = _criteria(hessian, runs, extremes(runs), traces)
+    values, errors = _criteria(hessian, runs, found_ends, traces)
     stability = _stability(hessian, limit, ends[1], settings)
     values["stability"], errors["stability"] = float(stability), stability.residual
     if limit is not None and math.isnan(stability):

@@ -30,7 +30,7 @@ from lla_callbacks.linalg.errors import (
 )
 from lla_callbacks.linalg.hessian import HessianOperator
 from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm
-from lla_callbacks.linalg.sharing import Alone, Share, fail_together
+from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
 
 Mode = Literal["batch", "eval", "recalibrate"]
@@ -154,15 +154,9 @@ class Objective:
         share = share or Alone()
         sharded = is_sharded(self.module)
         context = self._context if engine == "exact" else self._plain_context
-        terms: list[LossTerm] = []
-        trouble: Exception | None = None
-        try:
-            terms = self._terms(share, engine, context, sharded=sharded)
-        except Exception as error:  # noqa: BLE001 - raised below, in all processes together
-            trouble = error
-        fail_together(share, trouble)
+        terms = all_or_none(share, lambda: self._terms(share, engine, context, sharded=sharded))
         if engine == "difference":
-            operator = self._finished(
+            return self._finished(
                 DifferenceOperator(
                     terms,
                     trainable(self.module),
@@ -173,14 +167,6 @@ class Objective:
                     settle=partial(reshard, self.module) if sharded else None,
                 )
             )
-            constant = padding_vectors(self.module)
-            if constant is not None and bool(operator.gradient[constant].any()):
-                raise MeasurementError(
-                    "an embedding's padding vector is a constant in one place and a weight in "
-                    "another (tied weights), which differences of gradients cannot tell apart.",
-                    "Take engine='exact'.",
-                )
-            return operator
         return self._finished(
             HessianOperator(
                 terms,

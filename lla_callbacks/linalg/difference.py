@@ -69,7 +69,8 @@ class DifferenceOperator(LossOperator):
 
     Raises:
         NonFiniteError: If a loss or a gradient is not finite.
-        MeasurementError: If the parameters are too coarse to be moved by small steps.
+        MeasurementError: If the parameters are too coarse to be moved by small steps, or
+            entries that should be constant have a gradient.
     """
 
     engine = "difference"
@@ -97,6 +98,12 @@ class DifferenceOperator(LossOperator):
         self._differentiate = differentiate
         self._originals: list[Tensor] = []
         self._begin(self._gradient)
+        if constant is not None and bool(self.gradient[constant].any()):
+            raise MeasurementError(
+                "an embedding's padding vector is a constant in one place and a weight in another "
+                "(tied weights), which differences of gradients cannot tell apart.",
+                "Take engine='exact'.",
+            )
         self.step = 0.0
         self.product_error = (math.inf, math.inf)
         self._calibrate()

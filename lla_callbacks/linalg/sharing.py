@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from lla_callbacks.linalg.errors import (
     NoSecondDerivativeError,
     OutOfMemoryError,
 )
+
+Result = TypeVar("Result")
 
 # What a process says of its trouble, so that the others take the same way on: by position.
 _KINDS = (MeasurementError, NonFiniteError, NoSecondDerivativeError, OutOfMemoryError)
@@ -65,6 +68,22 @@ def fail_together(share: Share, trouble: Exception | None) -> None:
     failed = torch.nonzero(share.total(mine)).flatten().tolist()
     if failed:
         explain_together(share, trouble, first=failed[0])
+
+
+def all_or_none(share: Share, compute: Callable[[], Result]) -> Result:
+    """Return what each process computes for itself, if none of them fails.
+
+    Raises:
+        MeasurementError: As :func:`fail_together`.
+        Exception: Likewise.
+    """
+    trouble: Exception | None = None
+    try:
+        found = compute()
+    except Exception as error:  # noqa: BLE001 - raised below, in all processes together
+        trouble = error
+    fail_together(share, trouble)
+    return found
 
 
 def explain_together(share: Share, trouble: Exception | None, *, first: int | None = None) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,11 +31,10 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(tmp_path, precision, *watchers):
+def fit(tmp_path, *watchers, **settings):
     pl.seed_everything(1, verbose=False)
     trainer = pl.Trainer(
         accelerator="cpu",
-        precision=precision,
         max_epochs=2,
         logger=False,
         callbacks=list(watchers),
@@ -42,6 +42,7 @@ def fit(tmp_path, precision, *watchers):
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=tmp_path,
+        **settings,
     )
     module = Net()
     trainer.fit(module)
@@ -67,8 +68,8 @@ def test_curvature_is_in_float32_unless_asked_otherwise(tmp_path, precision):
         ),
         LossLandscapeMonitor(every_n_epochs=1, plane_points=3, line_points=3),
     ]
-    without, _ = fit(tmp_path, precision)
-    with_monitors, module = fit(tmp_path, precision, *monitors)
+    without, _ = fit(tmp_path, precision=precision)
+    with_monitors, module = fit(tmp_path, *monitors, precision=precision)
     assert differences(without, with_monitors) == []
     default, as_trained = (m.report for m in monitors[:2])
     assert (default.precision, as_trained.precision) == CASES[precision]
@@ -89,32 +90,14 @@ def test_curvature_is_in_float32_unless_asked_otherwise(tmp_path, precision):
     assert as_trained.trace == pytest.approx(report.trace, rel=0.3, abs=3 * report.trace_sem)
 
 
-def test_sixteen_bit_mixed_is_measured_in_float32(tmp_path, monkeypatch):
+def test_sixteen_bit_mixed_is_measured_in_float32(tmp_path):
     """float16 autocast needs a GPU's scaler; the plugin is built by hand on the CPU."""
-    from pytorch_lightning.plugins.precision import MixedPrecision
-
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     watcher = HessianMonitor(every_n_epochs=1, num_steps=4, num_probes=4)
 
     def train(*watchers):
-        pl.seed_everything(1, verbose=False)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
-            max_epochs=1,
-            logger=False,
-            callbacks=list(watchers),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        module = Net()
-        trainer.fit(module)
-        return module.state_dict()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return fit(tmp_path, *watchers, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])[0]
 
-    without = train()
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    assert differences(without, train(watcher)) == []
+    assert differences(train(), train(watcher)) == []
     assert watcher.report.precision == "float32"
-    assert len(watcher.history) == 2
+    assert len(watcher.history) == 3

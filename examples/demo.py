@@ -24,7 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional import accuracy
 
 import lla_callbacks
-from lla_callbacks.report.words import describe_change
+from lla_callbacks.hessian.words import describe_change
 
 try:
     import pytorch_lightning as pl

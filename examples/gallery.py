@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lla_callbacks import basin_radii, convexity_map, interpolate, loss_line, loss_plane
-from lla_callbacks.report.landscape_figures import basin_figure
-from lla_callbacks.report.line_figures import line_figure
+from lla_callbacks.slices.landscape_figures import basin_figure
+from lla_callbacks.slices.line_figures import line_figure
 
 Batch = tuple[Tensor, Tensor]
 TRAIN = load_images(None)[0].tensors

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lla_callbacks import HessianReport, measure_hessian
-from lla_callbacks.report.layer_figures import layer_history_figure
+from lla_callbacks.hessian.layer_figures import layer_history_figure
 
 STEPS = [0, 10, 40, 160, 320, 640, 1280]
 # Half-width of a 95 % interval in standard errors, for 2, 3, ... seeds.

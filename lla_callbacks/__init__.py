@@ -4,18 +4,18 @@ from lla_callbacks.callbacks.bundles import economy, paper, standard
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
 from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
-from lla_callbacks.functions import measure_hessian
+from lla_callbacks.hessian.functions import measure_hessian
+from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.linalg.errors import MeasurementError
-from lla_callbacks.report.hessian_report import HessianReport
-from lla_callbacks.report.landscape_report import LandscapeReport
-from lla_callbacks.report.slice_reports import BasinRadii, ConvexityMap, LossLine, LossPlane
-from lla_callbacks.slice_functions import (
+from lla_callbacks.slices.functions import (
     basin_radii,
     convexity_map,
     interpolate,
     loss_line,
     loss_plane,
 )
+from lla_callbacks.slices.report import LandscapeReport
+from lla_callbacks.slices.results import BasinRadii, ConvexityMap, LossLine, LossPlane
 from lla_callbacks.version import __version__
 
 __all__ = [

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lla_callbacks import measure_hessian
-from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.objective.objective import Objective
 
 
 def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

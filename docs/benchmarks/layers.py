@@ -15,12 +15,12 @@ from networks import SmallTransformer, conv_bn, digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lla_callbacks.landscape.layers import layer_parameters
-from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.operators import SymmetricOperator
 from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.trace import TraceEstimator
+from lla_callbacks.objective.layers import layer_parameters
+from lla_callbacks.objective.objective import Objective
 
 DEPTH, PROBES = 24, 40
 

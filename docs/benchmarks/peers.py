@@ -34,10 +34,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trace_estimators import pool_of, train
 
 from lla_callbacks import measure_hessian
-from lla_callbacks.landscape.objective import Objective
 from lla_callbacks.linalg.hessian import HessianOperator
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.loss_operator import LossTerm
+from lla_callbacks.objective.objective import Objective
 
 NETWORKS = ("mlp", "transformer", "resnet20", "resnet20-batch")
 TOOLS = ("lla_callbacks", "pyhessian", "curvlinops", "hessian-eigenthings")

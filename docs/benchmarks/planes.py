@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from trace_estimators import train
 
 from lla_callbacks import loss_plane
-from lla_callbacks.report.interpolation import spline_matrix
+from lla_callbacks.slices.interpolation import spline_matrix
 
 EVALUATIONS = ("loop", "vmap", "auto")
 SIDES = (13, 17, 21, 26)  # points a side of our pictures

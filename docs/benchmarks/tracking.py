@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lla_callbacks import HessianMonitor
 from lla_callbacks.callbacks.schedule import Schedule
-from lla_callbacks.landscape.tracking import TrackerState
+from lla_callbacks.hessian.tracking import TrackerState
 from lla_callbacks.linalg.hessian import HessianOperator, LossTerm
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.probes import generator, rademacher

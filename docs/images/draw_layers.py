@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import layers
 
-from lla_callbacks.report.layer_figures import layer_history_figure
+from lla_callbacks.hessian.layer_figures import layer_history_figure
 
 HERE = Path(__file__).parent
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.callbacks.compat import prepared
-from lla_callbacks.landscape.batches import hold, sample_count, tensors_of
-from lla_callbacks.landscape.state import preserved_random_streams
+from lla_callbacks.objective.batches import hold, sample_count, tensors_of
+from lla_callbacks.objective.state import preserved_random_streams
 
 
 class HeldBatches:

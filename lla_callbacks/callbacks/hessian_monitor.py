@@ -12,11 +12,12 @@ from torch import nn
 
 from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
 from lla_callbacks.callbacks.schedule import Schedule
-from lla_callbacks.landscape.layers import layer_parameters, outside
-from lla_callbacks.landscape.measures import Anchor, HessianSettings, measure
-from lla_callbacks.landscape.objective import Engine, Mode, Objective
-from lla_callbacks.landscape.precision import Precision
-from lla_callbacks.landscape.tracking import (
+from lla_callbacks.hessian.figures import history_figure
+from lla_callbacks.hessian.layer_figures import layer_history_figure
+from lla_callbacks.hessian.measures import Anchor, HessianSettings, measure
+from lla_callbacks.hessian.report import HessianReport
+from lla_callbacks.hessian.scalars import custom_scalars_layout, hessian_scalars, tracking_scalars
+from lla_callbacks.hessian.tracking import (
     HessianTracking,
     TrackerState,
     TrackingSettings,
@@ -25,11 +26,10 @@ from lla_callbacks.landscape.tracking import (
 )
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.sharing import all_or_none
-from lla_callbacks.report.figures import history_figure
-from lla_callbacks.report.hessian_report import HessianReport
-from lla_callbacks.report.layer_figures import layer_history_figure
+from lla_callbacks.objective.layers import layer_parameters, outside
+from lla_callbacks.objective.objective import Engine, Mode, Objective
+from lla_callbacks.objective.precision import Precision
 from lla_callbacks.report.plain import pack, unpack
-from lla_callbacks.report.scalars import custom_scalars_layout, hessian_scalars, tracking_scalars
 
 _GAP_REMEDY = (
     "The exact engine says it: set engine='exact', in one process or under DDP, or measure a "
@@ -66,14 +66,14 @@ class HessianMonitor(Monitor):
             (default) does without.
         track_num_probes: Probes of the trace in a light measurement, an even number; 0 leaves
             out the traces. This and the next one:
-            :class:`~lla_callbacks.landscape.tracking.TrackingSettings`.
+            :class:`~lla_callbacks.hessian.tracking.TrackingSettings`.
         track_eig_rtol: Relative residual at which a light measurement's Lanczos run stops;
             ``None`` leaves out ``lambda_max``.
         layers: Layers that are told apart: ``None`` takes every module that owns parameters,
             ``"blocks"`` every repeated block; or paths, patterns or a predicate of modules,
-            see :func:`~lla_callbacks.landscape.layers.layer_parameters`.
+            see :func:`~lla_callbacks.objective.layers.layer_parameters`.
         num_probes: Random probes of the trace; see
-            :class:`~lla_callbacks.landscape.measures.HessianSettings` for this and the
+            :class:`~lla_callbacks.hessian.measures.HessianSettings` for this and the
             next two.
         num_steps: Lanczos depth. KH05 compares only at equal depth; published: 100.
         num_runs: Independent Lanczos runs, of the whole and of each layer.
@@ -121,7 +121,7 @@ class HessianMonitor(Monitor):
     Attributes:
         history: Pairs of step and :class:`HessianReport`, all of the last fit.
         tracked: Pairs of step and
-            :class:`~lla_callbacks.landscape.tracking.HessianTracking`, the light
+            :class:`~lla_callbacks.hessian.tracking.HessianTracking`, the light
             measurements of the last fit.
         report: The last one of all, also of a stand-alone validate or test.
 

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import is_barebones
 from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
-from lla_callbacks.landscape.choice import DirectionSource
-from lla_callbacks.landscape.directions import Normalization, Vectors
-from lla_callbacks.landscape.evaluation import Predict
-from lla_callbacks.landscape.landscape import LandscapeSettings, measure_landscape
-from lla_callbacks.landscape.objective import Engine, Mode, Objective
-from lla_callbacks.landscape.points import Evaluation
-from lla_callbacks.landscape.precision import Precision
-from lla_callbacks.landscape.trajectory import Trajectory
 from lla_callbacks.linalg.errors import NotYetError
-from lla_callbacks.report.landscape_figures import mesh_of
-from lla_callbacks.report.landscape_report import LandscapeReport
-from lla_callbacks.report.landscape_scalars import landscape_scalars
+from lla_callbacks.objective.evaluation import Predict
+from lla_callbacks.objective.objective import Engine, Mode, Objective
+from lla_callbacks.objective.points import Evaluation
+from lla_callbacks.objective.precision import Precision
 from lla_callbacks.report.loggers import folder_of, write_mesh, write_text
+from lla_callbacks.slices.choice import DirectionSource
+from lla_callbacks.slices.directions import Normalization, Vectors
+from lla_callbacks.slices.landscape import LandscapeSettings, measure_landscape
+from lla_callbacks.slices.landscape_figures import mesh_of
+from lla_callbacks.slices.report import LandscapeReport
+from lla_callbacks.slices.scalars import landscape_scalars
+from lla_callbacks.slices.trajectory import Trajectory
 
 # Weights of the path of training that are kept on the CPU, all together.
 PATH_MEMORY = 2**30
@@ -65,7 +65,7 @@ class LossLandscapeMonitor(Monitor):
         reach: How far slices reach, as a multiple of each direction's own range (1 filter norm
             for random ones).
         normalization: ``"filter"``, ``"layer"``, ``"weight"`` or ``"none"``; see
-            :func:`~lla_callbacks.landscape.directions.random_directions`.
+            :func:`~lla_callbacks.slices.directions.random_directions`.
         vectors: Biases and gains in random directions: ``"zero"``, ``"tensor"`` or ``"entry"``.
         convexity_points: Points along each side of a map of ``|lambda_min / lambda_max|``, odd;
             0 (default) for none: each costs a Lanczos run.

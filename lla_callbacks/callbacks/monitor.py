@@ -31,8 +31,12 @@ from lla_callbacks.callbacks.processes import Processes
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.run_state import Resumable
 from lla_callbacks.callbacks.schedule import DEFAULT_OVERHEAD, Budget, Schedule
-from lla_callbacks.landscape.memory import Findings
-from lla_callbacks.landscape.objective import (
+from lla_callbacks.hessian.stability import StabilityLimit, stability_limit
+from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
+from lla_callbacks.linalg.sharing import all_or_none
+from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.memory import Findings
+from lla_callbacks.objective.objective import (
     Engine,
     Mode,
     Objective,
@@ -40,16 +44,12 @@ from lla_callbacks.landscape.objective import (
     check_mode,
     trainable,
 )
-from lla_callbacks.landscape.precision import Precision, at_precision, check_precision
-from lla_callbacks.landscape.sharded import is_sharded, reshard
-from lla_callbacks.landscape.stability import StabilityLimit, stability_limit
-from lla_callbacks.landscape.state import Snapshot, take_snapshot, weights_at
-from lla_callbacks.landscape.training_step import check_replayable
-from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
-from lla_callbacks.linalg.sharing import all_or_none
-from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.precision import Precision, at_precision, check_precision
+from lla_callbacks.objective.sharded import is_sharded, reshard
+from lla_callbacks.objective.state import Snapshot, take_snapshot, weights_at
+from lla_callbacks.objective.training_step import check_replayable
+from lla_callbacks.report.cost import cost_scalars
 from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
-from lla_callbacks.report.scalars import cost_scalars
 
 
 @dataclass(frozen=True)

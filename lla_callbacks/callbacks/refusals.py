@@ -9,11 +9,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lla_callbacks.callbacks.compat import MisconfigurationException, shards_parameters
-from lla_callbacks.landscape.layers import Layers
-from lla_callbacks.landscape.middle import penalized_parameters
-from lla_callbacks.landscape.objective import trainable
-from lla_callbacks.landscape.training_step import check_replayable, takes_iterator
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.layers import Layers
+from lla_callbacks.objective.objective import trainable
+from lla_callbacks.objective.training_step import check_replayable, takes_iterator
+from lla_callbacks.penalty.middle import penalized_parameters
 
 # Layers with kinks, between which differences of gradients divide by a squared step.
 PIECEWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d)

@@ -12,8 +12,8 @@ from lla_callbacks.callbacks.compat import (
     muted_loggers,
     training_precision_context,
 )
-from lla_callbacks.landscape.evaluation import Loss
-from lla_callbacks.landscape.training_step import mute, replay_training_step
+from lla_callbacks.objective.evaluation import Loss
+from lla_callbacks.objective.training_step import mute, replay_training_step
 
 
 def trainer_loss(

@@ -10,8 +10,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lla_callbacks.callbacks.compat import Callback
+from lla_callbacks.report.cost import cost_scalars
 from lla_callbacks.report.plain import from_plain, pack, to_plain, unpack
-from lla_callbacks.report.scalars import cost_scalars
 
 if TYPE_CHECKING:
     from lla_callbacks.callbacks.held_batches import HeldBatches

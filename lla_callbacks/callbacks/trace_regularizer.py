@@ -28,24 +28,24 @@ from lla_callbacks.callbacks.strength import (
     StrengthSchedule,
 )
 from lla_callbacks.callbacks.surrogate import add_gradient
-from lla_callbacks.landscape.batches import fresh
-from lla_callbacks.landscape.displacement import DisplacedLoss
-from lla_callbacks.landscape.layers import check_layers
-from lla_callbacks.landscape.middle import penalized_parameters
-from lla_callbacks.landscape.objective import trainable
-from lla_callbacks.landscape.penalty import (
+from lla_callbacks.linalg.errors import NonFiniteError
+from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.batches import fresh
+from lla_callbacks.objective.layers import check_layers
+from lla_callbacks.objective.objective import trainable
+from lla_callbacks.objective.state import preserved
+from lla_callbacks.penalty.displacement import DisplacedLoss
+from lla_callbacks.penalty.middle import penalized_parameters
+from lla_callbacks.penalty.penalty import (
     Comparison,
     Estimator,
     PenaltyGradient,
     PenaltySettings,
     penalty_gradient,
 )
-from lla_callbacks.landscape.state import preserved
-from lla_callbacks.linalg.errors import NonFiniteError
-from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.penalty.scalars import regularizer_scalars
 from lla_callbacks.report.loggers import write_scalars
 from lla_callbacks.report.plain import from_plain, to_plain
-from lla_callbacks.report.scalars import regularizer_scalars
 
 
 class HessianTraceRegularizer(Callback):
@@ -76,7 +76,7 @@ class HessianTraceRegularizer(Callback):
             tensors ``len // 4`` to ``3 len // 4``; paths or patterns of modules; a predicate
             ``(path, module) -> bool``.
         estimator: ``"perturbation"``, ``"difference"``, ``"gauss_newton"`` or ``"exact"``;
-            see :class:`~lla_callbacks.landscape.penalty.PenaltySettings`.
+            see :class:`~lla_callbacks.penalty.penalty.PenaltySettings`.
         every_n_train_steps: Penalize every n-th optimizer step only.
         num_probes: Probes a step.
         start_step: First optimizer step that is penalized.

@@ -1,1 +1,1 @@
-"""Results turned into scalars, figures and files: no models, no Lightning."""
+"""What every result shares: style, words, plain forms, files, loggers."""

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lla_callbacks.landscape.eigenvalue import Eigenvalue
 from lla_callbacks.linalg import errors
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
 
 # Keys that no layer, criterion or metric is called.
 _CLASS = "__class__"
@@ -23,6 +23,24 @@ _EIGENVALUE = "__eigenvalue__"
 _ERROR = "__error__"
 _TENSOR = "__tensor__"
 _PACKAGE = "lla_callbacks"
+# Where results of checkpoints from before a move of their file are now.
+_MOVED = {
+    "landscape.basin": "slices.basin",
+    "landscape.convexity": "slices.convexity",
+    "landscape.directions": "slices.directions",
+    "landscape.engine_error": "hessian.engine_error",
+    "landscape.landscape": "slices.landscape",
+    "landscape.layer_measures": "hessian.layer_measures",
+    "landscape.measures": "hessian.measures",
+    "landscape.slices": "slices.slices",
+    "landscape.stability": "hessian.stability",
+    "landscape.state": "objective.state",
+    "landscape.tracking": "hessian.tracking",
+    "landscape.trajectory": "slices.trajectory",
+    "report.hessian_report": "hessian.report",
+    "report.landscape_report": "slices.report",
+    "report.slice_reports": "slices.results",
+}
 
 
 def to_plain(value: Any) -> Any:
@@ -157,6 +175,8 @@ def _name(kind: type) -> str:
 def _class(name: str) -> Any:
     """Return a dataclass of this package by its name; a checkpoint may name no other code."""
     module, _, qualname = name.partition(":")
+    module = _MOVED.get(module, module)
+    name = f"{module}:{qualname}"
     try:
         found = getattr(importlib.import_module(f"{_PACKAGE}.{module}"), qualname)
     except (ImportError, AttributeError) as error:

@@ -11,7 +11,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lla_callbacks import HessianMonitor, LossLandscapeMonitor, LossPlane
-from lla_callbacks.landscape.objective import Objective
+from lla_callbacks.objective.objective import Objective
 
 from .modules import (
     Evaluated,

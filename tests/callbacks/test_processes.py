@@ -17,9 +17,9 @@ from lla_callbacks import (
     loss_line,
     loss_plane,
 )
-from lla_callbacks.landscape.grid import centred, gathered
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.sharing import fail_together
+from lla_callbacks.objective.grid import centred, gathered
 
 from .ddp_slices import EVERYTHING, Net
 from .modules import differences

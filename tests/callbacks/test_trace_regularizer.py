@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from lla_callbacks import HessianTraceRegularizer
 from lla_callbacks.callbacks import refusals
-from lla_callbacks.landscape.displacement import DisplacedLoss
+from lla_callbacks.penalty.displacement import DisplacedLoss
 
 from .by_hand import (
     OPTIMIZERS,

@@ -6,7 +6,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lla_callbacks.callbacks import hessian_monitor
-from lla_callbacks.landscape.tracking import track
+from lla_callbacks.hessian.tracking import track
 
 from .modules import (
     Stateful,

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lla_callbacks import loss_line, loss_plane, measure_hessian
-from lla_callbacks.landscape.eigenvalue import Eigenvalue
+from lla_callbacks.hessian.report import HessianReport
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.linalg.errors import NonFiniteError, NotYetError
-from lla_callbacks.report.hessian_report import HessianReport
 from lla_callbacks.report.plain import from_plain, pack, to_plain, unpack
 
 MODEL = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

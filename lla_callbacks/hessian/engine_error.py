@@ -1,0 +1,135 @@
+"""What products that are not exact can say, and what is left out as a gap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
+from lla_callbacks.linalg.lanczos import LanczosRun
+from lla_callbacks.linalg.loss_operator import LossOperator
+from lla_callbacks.linalg.probes import generator, rademacher
+
+# Relative error of a product beyond which it says nothing. Smooth networks stay below 0.01 in
+# float32; networks with kinks (ReLU) were seen from 0.1 on (docs/benchmarks/engines.md). Choice.
+BOUND = 0.05
+END_GAP = f"differences of gradients are off by more than {BOUND:.0%} along its direction"
+# The smallest eigenvalue may be tiny beside the largest: its error counts against this share of
+# it at least.
+LEAST_SCALE = 0.1
+# Probes whose quadratic forms are taken at two steps.
+NUM_PAIRS = 3
+
+
+@dataclass(frozen=True)
+class EngineError:
+    """How far an engine's products are off, along what a measurement needs.
+
+    Attributes:
+        random: Relative error of the product with a random vector.
+        trace: Error of the trace, one standard deviation of what a probe's is off by.
+    """
+
+    random: float = 0.0
+    trace: float = 0.0
+
+    @property
+    def gap(self) -> str:
+        """Why nothing that rests on random vectors is reported; empty if it is."""
+        if self.random <= BOUND:
+            return ""
+        return (
+            f"differences of gradients are off by {self.random:.0%} along random directions, more "
+            f"than {BOUND:.0%}: they see the kinks of ReLU or max-pooling, or too few digits"
+        )
+
+
+def engine_error(hessian: LossOperator, run: LanczosRun, seed: int) -> EngineError:
+    """Return the error along random vectors, from products at two steps.
+
+    Args:
+        hessian: The Hessian; exact ones cost nothing here.
+        run: A Lanczos run from a random start.
+        seed: Of the further probes, which differ from those of the trace.
+    """
+    start = (run.basis[0] * run.start_norm).to(hessian.device)
+    return random_error(hessian, seed, (start, run.first_product.to(hessian.device)))
+
+
+def random_error(hessian: LossOperator, seed: int, *known: tuple[Tensor, Tensor]) -> EngineError:
+    """Return the error along random vectors, from products at two steps.
+
+    Args:
+        hessian: The Hessian; exact ones cost nothing here.
+        seed: Of the probes.
+        known: Random vectors with their products, to be used first.
+    """
+    if hessian.engine == "exact":
+        return EngineError()
+    pairs = list(known)
+    source = generator(seed, 5)
+    while len(pairs) < NUM_PAIRS:
+        probe = rademacher(hessian.shape[0], source, dtype=hessian.dtype, device=hessian.device)
+        pairs.append((probe, hessian @ probe))
+    relative, forms = [], []
+    for probe, product in pairs:
+        error = hessian.engine_error(probe, product)
+        size = float(product.norm())
+        relative.append(float(error.norm()) / size if size else 0.0)
+        forms.append(float(probe.double() @ error.double()))
+    return EngineError(max(relative), math.sqrt(sum(f * f for f in forms) / len(forms)))
+
+
+def verified_ends(
+    hessian: LossOperator, runs: Sequence[LanczosRun], ends: tuple[Eigenvalue, Eigenvalue]
+) -> tuple[tuple[Eigenvalue, Eigenvalue], dict[str, str]]:
+    """Return the extremes with the engine's own error in their residuals, and gaps.
+
+    Args:
+        hessian: The Hessian; exact ones cost nothing here.
+        runs: The Lanczos runs behind the extremes.
+        ends: Smallest and largest eigenvalue.
+
+    Returns:
+        The extremes, NaN where the engine is off by more than :data:`BOUND`, and by name why.
+    """
+    largest = max(abs(float(end)) for end in ends)
+    lowest = min(runs, key=lambda run: float(run.values[0]))
+    highest = max(runs, key=lambda run: float(run.values[-1]))
+    found = (
+        verified_end(hessian, lowest, 0, largest, ends[0]),
+        verified_end(hessian, highest, -1, largest, ends[1]),
+    )
+    names = ("lambda_min", "lambda_max")
+    return found, {n: END_GAP for n, end in zip(names, found, strict=True) if math.isnan(end)}
+
+
+def verified_end(
+    hessian: LossOperator, run: LanczosRun, position: int, largest: float, end: Eigenvalue
+) -> Eigenvalue:
+    """Return an extreme eigenvalue with the engine's own error in its residual, NaN for a gap.
+
+    Its Ritz vector is multiplied once more, so that the residual is seen and not inferred from
+    a factorisation that the engine's errors have passed through.
+
+    Args:
+        hessian: The Hessian; exact ones cost nothing here.
+        run: The Lanczos run behind it.
+        position: Which Ritz value, 0 or -1.
+        largest: Magnitude of the spectrum.
+        end: The eigenvalue with the run's residual.
+    """
+    if hessian.engine == "exact":
+        return end
+    vector = run.vectors([position % run.num_steps])[:, 0].to(hessian.device)
+    vector = vector / vector.norm()
+    product = hessian @ vector
+    error = float(hessian.engine_error(vector, product).norm())
+    value = float(vector.double() @ product.double())
+    if not error <= BOUND * max(abs(value), LEAST_SCALE * largest):
+        return Eigenvalue(math.nan, math.nan)
+    left = float((product - value * vector).norm())
+    return Eigenvalue(value, max(left, end.residual) + error)

@@ -1,0 +1,128 @@
+"""Measurements of any module, without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lla_callbacks.hessian.measures import HessianSettings, measure
+from lla_callbacks.hessian.report import HessianReport
+from lla_callbacks.hessian.stability import stability_limit
+from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.build import objective_of
+from lla_callbacks.objective.evaluation import Loss
+from lla_callbacks.objective.layers import Layers
+from lla_callbacks.objective.objective import Engine, Mode, trainable
+from lla_callbacks.objective.precision import Precision, at_precision, check_precision
+
+
+def measure_hessian(
+    module: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    mode: Mode = "batch",
+    dropout: bool = False,
+    layers: Layers = None,
+    num_probes: int = HessianSettings.num_probes,
+    num_steps: int = HessianSettings.num_steps,
+    num_runs: int = HessianSettings.num_runs,
+    num_layer_steps: int = HessianSettings.num_layer_steps,
+    num_layer_probes: int = HessianSettings.num_layer_probes,
+    eig_rtol: float | None = None,
+    trace_rtol: float | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    num_samples: int | None = None,
+    microbatch_size: int | None = None,
+    max_memory: int | None = None,
+    engine: Engine = "auto",
+    precision: Precision = "float32",
+    chunk_size: int = 1,
+    seed: int = 0,
+) -> HessianReport:
+    """Return the Hessian's extremes, traces, spectrum and criteria at the present weights.
+
+    The loss is ``L = sum_b n_b L_b / sum_b n_b`` over batches of ``n_b`` samples; the
+    module is left exactly as it was. The cost is about
+    ``2 (num_runs num_steps + num_probes)`` gradients of that loss; each layer's products come
+    on top and are cheaper.
+
+    Args:
+        module: Any module; a LightningModule needs no ``loss``.
+        batches: Any iterable of batches. Copies of all of them are held on the CPU, or of the
+            first ones up to ``num_samples``. A batch counts as many samples as its first
+            tensor is long.
+        loss: ``loss(module, batch)`` returns the scalar mean loss of one batch. ``None``
+            replays the module's ``training_step``.
+        mode: ``"batch"``: normalization by batch statistics, as in training. ``"eval"``:
+            by running statistics. ``"recalibrate"``: by statistics over all batches at the
+            present weights, held fixed.
+        dropout: Whether dropout is on; off by default in every mode.
+        layers: Layers that are told apart: ``None`` takes every module that owns parameters,
+            ``"blocks"`` every repeated block; or paths, patterns or a predicate of modules,
+            see :func:`~lla_callbacks.objective.layers.layer_parameters`.
+        num_probes: Random probes of the trace, one product each.
+        num_steps: Depth of a Lanczos run. KH05 compares only at equal depth.
+        num_runs: Independent Lanczos runs, of the whole and of each layer.
+        num_layer_steps: Lanczos depth in each layer's own block, for its extreme
+            eigenvalues, density and distance to the whole; 0 does without.
+        num_layer_probes: Most block probes a layer, where they make its trace surer.
+        eig_rtol: Stop a run early at this relative residual of both extremes.
+        trace_rtol: Stop probing early at this relative standard error.
+        optimizer: Gives the criterion ``stability``.
+        num_samples: Take batches until they have this many samples; ``None`` takes all.
+        microbatch_size: Evaluate batches in parts of at most this many samples.
+        max_memory: Bytes that a measurement may take beside the module. Graphs that do not fit
+            are built anew for each product (3 gradients instead of 2), batches that do not fit
+            are split where their samples do not see each other, and where that is not enough,
+            differences of gradients take over. ``None``: half of what a training step takes,
+            and 256 MiB at least.
+        engine: ``"exact"``: double backward. ``"difference"``: central differences of gradients,
+            in the memory of a training step, with their own error in every result; what they
+            cannot say within 5 % is a gap. ``"auto"``: exact, and by difference where a second
+            derivative does not exist or does not fit in memory.
+        precision: ``"float32"``: half-precision weights are widened for the measurement, and no
+            autocast. ``"training"``: as the module has it.
+        chunk_size: Vectors in one backward pass.
+        seed: Fixes every random vector.
+
+    Raises:
+        ValueError: If a setting is not allowed; the message says what is.
+        TypeError: If there is neither a loss nor a replayable ``training_step``.
+        MeasurementError: If the loss or a product is not finite or has no second
+            derivative; the message holds the remedy.
+    """
+    settings = HessianSettings(
+        num_steps=num_steps,
+        num_probes=num_probes,
+        num_runs=num_runs,
+        num_layer_steps=num_layer_steps,
+        num_layer_probes=num_layer_probes,
+        layers=layers,
+        eig_rtol=eig_rtol,
+        trace_rtol=trace_rtol,
+        seed=seed,
+        chunk_size=chunk_size,
+    )
+    check_precision(precision)
+    limit = None
+    if optimizer is not None:
+        limit = stability_limit(optimizer, ParameterSpace(trainable(module)))
+    with at_precision(module, precision):
+        objective = objective_of(
+            module,
+            batches,
+            loss,
+            mode=mode,
+            dropout=dropout,
+            seed=seed,
+            num_samples=num_samples,
+            microbatch_size=microbatch_size,
+            max_memory=max_memory,
+            engine=engine,
+            precision=precision,
+        )
+        return HessianReport.of(measure(objective, settings, limit=limit))

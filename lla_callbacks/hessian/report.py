@@ -1,0 +1,76 @@
+"""The result of one Hessian measurement, with everything that can be made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lla_callbacks.hessian.arrays import save_measurement
+from lla_callbacks.hessian.figures import density_figure
+from lla_callbacks.hessian.layer_figures import (
+    layer_density_figure,
+    layer_distance_figure,
+    layer_figure,
+)
+from lla_callbacks.hessian.measures import HessianMeasurement
+from lla_callbacks.hessian.words import describe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HessianReport(HessianMeasurement):
+    """What :func:`~lla_callbacks.measure_hessian` returns.
+
+    All fields are those of
+    :class:`~lla_callbacks.hessian.measures.HessianMeasurement`.
+
+    Example::
+
+        >>> import torch
+        >>> from lla_callbacks import measure_hessian
+        >>> x, y = torch.diag(torch.tensor([1.0, 2.0, 3.0])), torch.ones(3, 1)
+        >>> def loss(module, batch):
+        ...     return (module(batch[0]) - batch[1]).square().mean()
+        >>> report = measure_hessian(torch.nn.Linear(3, 1, bias=False), [(x, y)], loss=loss)
+        >>> round(report.lambda_max, 4), round(report.trace, 4)
+        (6.0, 9.3333)
+    """
+
+    @classmethod
+    def of(cls, measurement: HessianMeasurement) -> HessianReport:
+        """Return a report of a measurement."""
+        return cls(**{f.name: getattr(measurement, f.name) for f in fields(measurement)})
+
+    def __repr__(self) -> str:
+        return (
+            f"<HessianReport lambda_max={self.lambda_max!r}, lambda_min={self.lambda_min!r}, "
+            f"trace={self.trace:.6g} +- {self.trace_sem:.1g}, {self.num_params} parameters, "
+            f"{self.num_samples} samples>"
+        )
+
+    def figure(self, *, title: str = "") -> Figure:
+        """Return the spectral density, drawn."""
+        return density_figure(self, title=title)
+
+    def layer_figure(self, *, title: str = "") -> Figure:
+        """Return the layers' traces, drawn as bars with error bars."""
+        return layer_figure(self, title=title)
+
+    def layer_density_figure(self, *, title: str = "") -> Figure:
+        """Return the layers' spectra against the whole's; needs ``num_layer_steps``."""
+        return layer_density_figure(self, title=title)
+
+    def layer_distance_figure(self, *, title: str = "") -> Figure:
+        """Return each layer's distance to the whole by depth; needs ``num_layer_steps``."""
+        return layer_distance_figure(self, title=title)
+
+    def save(self, path: str | Path) -> Path:
+        """Write every number to an .npz file and return its path."""
+        return save_measurement(self, Path(path))
+
+    def summary(self) -> str:
+        """Return what was found, in sentences."""
+        return describe(self)

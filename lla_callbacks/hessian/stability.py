@@ -1,0 +1,135 @@
+"""How far an optimizer is from its stability limit: 1 is the edge of stability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.linalg.space import ParameterSpace, whole
+from lla_callbacks.objective.precision import original_of
+
+
+@dataclass(frozen=True)
+class StabilityLimit:
+    """What turns curvature into a stability ratio, for an optimizer at one moment.
+
+    On a quadratic loss with Hessian ``H`` the optimizer diverges along some direction as
+    soon as ``lambda_max(D^(1/2) (H + shift) D^(1/2)) > 1``. Along the way to the limit the
+    ratio is that eigenvalue.
+
+    Attributes:
+        diagonal: ``D``, shape ``(dim,)``.
+        shift: Weight decay that acts through the gradient, shape ``(dim,)``.
+    """
+
+    diagonal: Tensor
+    shift: Tensor
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether ``D`` and the shift are constant: then the ratio follows from lambda_max."""
+        d, s = self.diagonal, self.shift
+        return bool((d == d[0]).all()) and bool((s == s[0]).all())
+
+    def ratio(self, lambda_max: float) -> float:
+        """Return the ratio for a uniform limit."""
+        return float(self.diagonal[0]) * (lambda_max + float(self.shift[0]))
+
+
+def stability_limit(
+    optimizer: torch.optim.Optimizer, space: ParameterSpace
+) -> StabilityLimit | None:
+    """Return the stability limit of an optimizer, or None where none is known.
+
+    * SGD: ``D = lr (1 - dampening) / (2 (1 + momentum))`` (heavy ball), or
+      ``lr (1 + 2 momentum) / (2 (1 + momentum))`` (Nesterov); for plain SGD the ratio is
+      ``lambda_max lr / 2`` (Cohen et al. 2021, appendix B). Weight decay adds to ``H``.
+    * Adam and AdamW: ``D = lr (1 - beta1) / ((1 + beta1) 2) / P`` with
+      ``P = (sqrt(v / (1 - beta2^t)) + eps) (1 - beta1^t)``: for beta1 = 0.9 the limit is
+      the published ``lambda_max(P^-1 H) = 38 / lr`` (Cohen et al. 2022, equation 4).
+      Adam's weight decay adds to ``H``; AdamW's decoupled decay ``d`` turns the 2 into
+      ``2 - lr d``. Before the first step ``v`` does not exist and there is no limit.
+    * RMSprop (without momentum): ``D = lr / (2 (sqrt(v) + eps))``, ``v`` centred if asked.
+
+    Parameters that the optimizer does not hold stay where they are: ``D = 0``.
+
+    Args:
+        optimizer: The optimizer, with its present state.
+        space: Layout of the flat vectors.
+    """
+    diagonal = torch.zeros(space.dim, dtype=torch.float64, device=space.device)
+    shift = torch.zeros_like(diagonal)
+    where = {
+        id(original_of(t)): space.slices[n] for n, t in zip(space.names, space.tensors, strict=True)
+    }
+    for group in optimizer.param_groups:
+        sign = -1.0 if group.get("maximize") else 1.0
+        for parameter in group["params"]:
+            index = where.get(id(parameter))
+            if index is None:
+                continue
+            state = optimizer.state.get(parameter, {})
+            entry = _entry(optimizer, group, state)
+            if entry is None or sign < 0:
+                return None
+            value, decay = entry
+            diagonal[index] = whole(value).reshape(-1) if isinstance(value, Tensor) else value
+            shift[index] = decay
+    return StabilityLimit(diagonal, shift)
+
+
+def _entry(
+    optimizer: torch.optim.Optimizer, group: dict[str, object], state: dict[str, object]
+) -> tuple[Tensor | float, float] | None:
+    """Return ``(D, shift)`` of one parameter, or None where it is not known."""
+    needed = {
+        torch.optim.SGD: ("momentum", "dampening", "nesterov"),
+        torch.optim.Adam: ("betas", "eps", "amsgrad"),
+        torch.optim.AdamW: ("betas", "eps", "amsgrad"),
+        torch.optim.RMSprop: ("momentum", "centered", "eps"),
+    }
+    # A subclass may do without the settings that its parent's rule needs.
+    keys = [key for kind, names in needed.items() if isinstance(optimizer, kind) for key in names]
+    if group.get("lr") is None or any(key not in group for key in keys):
+        return None
+    lr, decay = _number(group["lr"]), _number(group.get("weight_decay") or 0.0)
+    if isinstance(optimizer, torch.optim.SGD):
+        beta, dampening = _number(group["momentum"]), _number(group["dampening"])
+        if beta == 0:
+            return lr / 2, decay
+        factor = 1 + 2 * beta if group["nesterov"] else 1 - dampening
+        return lr * factor / (2 * (1 + beta)), decay
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        moment = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+        if "step" not in state or moment not in state:
+            return None
+        beta1, beta2 = (_number(b) for b in group["betas"])  # type: ignore[attr-defined]
+        step = _number(state["step"])
+        second = state[moment]
+        assert isinstance(second, Tensor)
+        root = (second.double() / (1 - beta2**step)).sqrt()
+        preconditioner = (root + _number(group["eps"])) * (1 - beta1**step)
+        decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(
+            group.get("decoupled_weight_decay")
+        )
+        limit = 2 - lr * decay if decoupled else 2.0
+        diagonal = lr * (1 - beta1) / ((1 + beta1) * limit) / preconditioner
+        return diagonal, 0.0 if decoupled else decay
+    if isinstance(optimizer, torch.optim.RMSprop):
+        if "square_avg" not in state or _number(group["momentum"]) > 0:
+            return None
+        second = state["square_avg"]
+        assert isinstance(second, Tensor)
+        variance = second.double()
+        if group["centered"]:
+            mean = state["grad_avg"]
+            assert isinstance(mean, Tensor)
+            variance = variance - mean.double() ** 2
+        return lr / (2 * (variance.sqrt() + _number(group["eps"]))), decay
+    return None
+
+
+def _number(value: object) -> float:
+    return float(value)  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+"""Results in words, for people who have not read the papers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lla_callbacks.hessian.measures import HessianMeasurement
+from lla_callbacks.report.words import with_error
+
+
+def describe(measurement: HessianMeasurement) -> str:
+    """Return what one measurement found, in a few lines with their uncertainty."""
+    m = measurement
+    c = m.criteria
+    lines = [
+        f"Hessian of {m.num_params:,} parameters on {m.num_samples:,} samples, mode "
+        f"'{m.mode}': {m.num_matvecs} products in {m.seconds:.2g} s.",
+        f"  largest eigenvalue  {with_error(float(m.lambda_max), m.lambda_max.residual)}"
+        "  (the sharpest direction; the +- is its residual)",
+        f"  smallest eigenvalue {with_error(float(m.lambda_min), m.lambda_min.residual)}"
+        "  (below zero: a direction that curves down)",
+    ]
+    if math.isfinite(m.trace):
+        lines.append(
+            f"  trace               {with_error(m.trace, m.trace_sem)}"
+            "  (all curvature added up; the +- is one standard error)"
+        )
+    if math.isfinite(c["c_t"]):
+        lines.append(
+            f"  spectrum            smallest/largest {c['c_t']:.2g} ({m.spectrum_type} by LLA's "
+            f"threshold -0.6); KH05 {with_error(c['kh05'], m.criteria_errors['kh05'])} at depth "
+            f"{m.num_steps}"
+        )
+    if m.engine == "difference":
+        lines.append(
+            f"  engine              differences of gradients, off by {m.product_error:.1g} along "
+            f"random directions, since {m.engine_reason}"
+        )
+    lines += [f"  no {name:<17}{reason}" for name, reason in m.gaps.items()]
+    if math.isfinite(c["gradient_share"]):
+        lines.append(
+            f"  gradient            {c['gradient_share']:.0%} of its square lies along the "
+            "five sharpest directions"
+        )
+    if math.isfinite(c["stability"]):
+        lines.append(
+            f"  stability           {c['stability']:.2g} of the optimizer's limit (1 is the "
+            "edge, where full-batch steps start to overshoot)"
+        )
+    lines += _layer_lines(m)
+    return "\n".join(lines)
+
+
+def _layer_lines(m: HessianMeasurement) -> list[str]:
+    if not m.layers:
+        return []
+    name, trace = max(m.layer_traces.items(), key=lambda item: item[1].value)
+    lines = [
+        f"  layers              most curvature in {name}: trace "
+        f"{with_error(trace.value, trace.sem)}"
+    ]
+    spectra = {name: layer.spectrum for name, layer in m.layers.items() if layer.spectrum}
+    if spectra:
+        name, sharpest = max(spectra.items(), key=lambda item: float(item[1].lambda_max))
+        top = sharpest.lambda_max
+        lines.append(f"                      sharpest is {name}: {with_error(top, top.residual)}")
+    distances = {
+        name: (s.distance, s.distance_error)
+        for name, s in spectra.items()
+        if math.isfinite(s.distance)
+    }
+    if distances:
+        name, nearest = min(distances.items(), key=lambda item: item[1][0])
+        lines.append(
+            f"                      most like the whole is {name}: distance "
+            f"{with_error(*nearest)} (0 is the same shape; the +- is one standard error)"
+        )
+    if m.unlayered:
+        lines.append(f"                      {outside_words(m)}")
+    return lines
+
+
+def outside_words(m: HessianMeasurement) -> str:
+    """Return how many parameters belong to no chosen layer, empty if none do."""
+    if not m.unlayered:
+        return ""
+    left = m.num_params - sum(layer.num_params for layer in m.layers.values())
+    return f"{left:,} of {m.num_params:,} parameters belong to no chosen layer"
+
+
+def describe_change(history: Sequence[tuple[int, HessianMeasurement]]) -> str:
+    """Return how curvature moved over a run, from its first to its last measurement."""
+    history = [(step, m) for step, m in history if math.isfinite(m.trace + m.lambda_max)]
+    if len(history) < 2:
+        return ""
+    (first_step, first), (last_step, last) = history[0], history[-1]
+    spread = math.hypot(first.trace_sem, last.trace_sem)
+    moved = abs(last.trace - first.trace) > 2 * spread
+    direction = "rose" if last.trace > first.trace else "fell"
+    steepest_step, steepest = max(history, key=lambda item: item[1].trace)
+    sharpest_step, sharpest = max(history, key=lambda item: float(item[1].lambda_max))
+    lines = [
+        f"From step {first_step} to {last_step} the trace "
+        + (
+            f"{direction} from {with_error(first.trace, first.trace_sem)} to "
+            f"{with_error(last.trace, last.trace_sem)}."
+            if moved
+            else f"did not move by more than its error ({first.trace:.3g} to {last.trace:.3g})."
+        )
+        + f" Its highest measured value was {steepest.trace:.3g}, at step {steepest_step}.",
+        f"The largest eigenvalue went from {float(first.lambda_max):.3g} to "
+        f"{float(last.lambda_max):.3g}; its highest measured value was "
+        f"{float(sharpest.lambda_max):.3g}, at step {sharpest_step}.",
+    ]
+    stable = [(s, m.criteria["stability"]) for s, m in history]
+    crossed = [step for step, value in stable if value > 1]
+    if crossed:
+        lines.append(
+            f"Stability was above 1 at {len(crossed)} of {len(history)} measurements: at those "
+            "weights a full-batch step would overshoot along the sharpest direction."
+        )
+    elif any(math.isfinite(value) for _, value in stable):
+        highest = max(value for _, value in stable if math.isfinite(value))
+        lines.append(f"Stability stayed below 1 wherever it was measured (highest {highest:.2g}).")
+    return "\n".join(lines)

@@ -1,1 +1,0 @@
-"""Losses of modules on batches, and what is measured of them: no Lightning, no drawing."""

@@ -1,0 +1,1 @@
+"""A module, batches and a loss as a repeatable function of the weights."""

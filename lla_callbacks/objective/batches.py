@@ -1,0 +1,104 @@
+"""Batches of any structure: how many samples, copies, parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lla_callbacks.objective.precision import widened_half
+
+
+def sample_count(batch: Any) -> int:
+    """Return the number of samples in a batch: the first tensor's leading size.
+
+    Objects that are no plain container (a graph batch, say) answer with ``num_graphs`` or
+    ``len``. A batch without either counts as one sample.
+    """
+    tensors = tensors_of(batch)
+    for tensor in tensors:
+        if tensor.ndim:
+            return int(tensor.shape[0])
+    if tensors:
+        return 1
+    for attribute in ("num_graphs", "batch_size"):
+        if isinstance(getattr(batch, attribute, None), int):
+            return int(getattr(batch, attribute))
+    return len(batch) if hasattr(batch, "__len__") else 1
+
+
+def first_samples(batches: Iterable[Any], num_samples: int | None) -> Iterator[Any]:
+    """Yield whole batches until they have at least this many samples, all for ``None``."""
+    count = 0
+    for batch in batches:
+        yield batch
+        count += sample_count(batch)
+        if num_samples is not None and count >= num_samples:
+            return
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return every tensor in a batch of nested containers, in order."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
+    return found
+
+
+def hold(batch: Any) -> Any:
+    """Return a copy of a batch on the CPU that shares nothing with it."""
+    return _map(batch, lambda t: t.detach().to("cpu", copy=True))
+
+
+def fresh(batch: Any, device: torch.device, *, widen: bool = False) -> Any:
+    """Return a copy of a held batch on a device, free to be changed by a training step.
+
+    Args:
+        batch: The batch.
+        device: Where to.
+        widen: Whether half-precision tensors become float32.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        # Also makes an ordinary tensor out of one that was made under inference mode.
+        with torch.inference_mode(False):
+            moved = tensor.detach().to(device, copy=True)
+            return widened_half(moved) if widen else moved
+
+    return _map(batch, move)
+
+
+def rewrapped(batch: Any) -> Any:
+    """Return new containers around the same tensors."""
+    return _map(batch, lambda tensor: tensor)
+
+
+def split(batch: Any, size: int) -> Iterator[Any]:
+    """Yield parts of at most ``size`` samples; tensors of another leading size are shared.
+
+    Raises:
+        TypeError: If the batch holds no tensor that could be split.
+    """
+    count = sample_count(batch)
+    if not any(t.ndim and t.shape[0] == count for t in tensors_of(batch)):
+        raise TypeError(
+            f"a batch of type {type(batch).__name__} cannot be split: leave out microbatch_size."
+        )
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+
+        def cut(tensor: Tensor, part: slice = part) -> Tensor:
+            return tensor[part] if tensor.ndim and tensor.shape[0] == count else tensor
+
+        yield _map(batch, cut)
+
+
+def _map(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor of a batch, building new containers."""
+    # A graph batch and its like are no containers, but know how to map their own tensors.
+    if not isinstance(batch, (Tensor, nn.Module)) and callable(getattr(batch, "apply", None)):
+        return copy(batch).apply(function)
+    return apply_to_collection(batch, Tensor, function, allow_frozen=True)

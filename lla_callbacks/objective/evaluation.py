@@ -1,0 +1,294 @@
+"""The loss and metrics of an objective at many points, as fast as forward passes allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lla_callbacks.objective.batches import rewrapped, tensors_of
+from lla_callbacks.objective.checkpoints import no_checkpoints
+from lla_callbacks.objective.repetition import keep_processes_apart, repeatable
+from lla_callbacks.objective.twice_differentiable import NoDropout, eager
+
+if TYPE_CHECKING:
+    from lla_callbacks.objective.objective import Objective
+
+Loss = Callable[[Any, Any], Tensor]
+# (module, batch) -> (predictions, targets), what torchmetrics are fed with.
+Predict = Callable[[Any, Any], tuple[Tensor, Tensor]]
+# BatchNorm module -> its mean and variance at the present weights.
+Statistics = Sequence[tuple[_BatchNorm, Tensor, Tensor]]
+
+
+class Evaluator:
+    """Evaluates an objective at whatever the weights are, for use in :func:`evaluating`.
+
+    Args:
+        objective: Module, batches and loss.
+        metrics: Name to a torchmetrics metric, fed with ``predict``'s pairs, or to a function
+            ``(module, batch) -> scalar`` that is averaged over samples.
+        predict: Gives predictions and targets for torchmetrics. ``None``: the module's own
+            output in the loss's forward pass, at no extra cost, against the batch's second
+            entry.
+        reset: Puts the module back into its starting state.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        metrics: Mapping[str, Any],
+        predict: Predict | None,
+        reset: Callable[[], None],
+    ) -> None:
+        self.objective = objective
+        self.batches = [objective.fresh(i) for i in range(len(objective.batches))]
+        self._versions = [_versions(batch) for batch in self.batches]
+        self._reset = reset
+        self._predict = predict
+        self.functions = {k: f for k, f in metrics.items() if not is_metric(f)}
+        self.metrics = {
+            k: deepcopy(m).to(objective.device) for k, m in metrics.items() if is_metric(m)
+        }
+        for metric in self.metrics.values():
+            if isinstance(metric, nn.Module):
+                keep_processes_apart(metric)
+        # Some losses differentiate on their own way (physics-informed ones, penalties).
+        self._needs_grad = False
+        # Looking at every function of a forward pass costs a small network as much as the pass,
+        # so it ends once all batches went through without any dropout.
+        self._no_dropout = None if objective.dropout else NoDropout()
+
+    def __call__(self, statistics: Statistics | None = None) -> Tensor:
+        """Return loss and metrics, shape ``(1 + len(metrics),)``, float64 on the CPU.
+
+        The metrics come in the order torchmetrics first, then functions; see :attr:`names`.
+
+        Args:
+            statistics: Running statistics of batch norms; ``None``: the module's own, or those
+                of the present weights in mode ``"recalibrate"``.
+        """
+        losses, others = [], [[] for _ in self.functions]  # type: ignore[var-annotated]
+        for metric in self.metrics.values():
+            metric.reset()
+        if self.objective.mode == "recalibrate":
+            statistics = self.statistics()
+        statistics = statistics or ()
+        for i in range(len(self.batches)):
+            loss, pair = self.run(i, statistics)
+            losses.append(loss.detach().reshape(()))
+            for metric in self.metrics.values():
+                metric.update(*pair)
+            for values, function in zip(others, self.functions.values(), strict=True):
+                values.append(_scalar(self._guarded(i, function, statistics)))
+        if self._no_dropout is not None and not self._no_dropout.active:
+            self._no_dropout = None
+        results = [self._mean(losses)]
+        results += [_number(k, m.compute()) for k, m in self.metrics.items()]
+        results += [self._mean(values) for values in others]
+        return torch.tensor(results, dtype=torch.float64)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the metrics, in the order of the results."""
+        return [*self.metrics, *self.functions]
+
+    def _mean(self, values: list[Tensor]) -> float:
+        """Return the mean over samples, added up as doubles in the order of the batches."""
+        counts = self.objective.counts
+        total = sum(counts)
+        # One wait for the device in all.
+        numbers = [v.item() for v in values] if len(values) == 1 else _numbers(values)
+        return float(sum(n / total * v for n, v in zip(counts, numbers, strict=True)))
+
+    def run(self, i: int, statistics: Statistics = ()) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the loss of batch ``i`` and, if metrics want them, predictions and targets."""
+        if not self.metrics:
+            return self._guarded(i, self.objective.loss, statistics), (torch.empty(0),) * 2
+        if self._predict is not None:
+            loss = self._guarded(i, self.objective.loss, statistics)
+            pair = self._guarded(i, self._predict, statistics)
+            return loss, (pair[0].detach(), pair[1])
+        target = _target(self.batches[i])
+        outputs: list[Any] = []
+        hook = self.objective.module.register_forward_hook(lambda m, a, out: outputs.append(out))
+        try:
+            loss = self._guarded(i, self.objective.loss, statistics)
+        finally:
+            hook.remove()
+        if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
+            # The loss does not call the module just once: a pass of its own.
+            outputs = [self._guarded(i, _first_entry_through, statistics)]
+        return loss, (outputs[0].detach(), target)
+
+    def _guarded(self, i: int, function: Callable[[Any, Any], Any], statistics: Statistics) -> Any:
+        """Call a function of (module, batch) from the starting state."""
+        self._reset()
+        load_statistics(statistics)
+        if not self._versions[i] or _versions(self.batches[i]) != self._versions[i]:
+            # The last evaluation wrote into its batch, or might have, unseen.
+            self.batches[i] = self.objective.fresh(i)
+            self._versions[i] = _versions(self.batches[i])
+        module = self.objective.module
+        with torch.set_grad_enabled(self._needs_grad):
+            try:
+                with self._no_dropout or nullcontext():
+                    # New containers around the same tensors: a step may put others into them.
+                    return function(module, rewrapped(self.batches[i]))
+            except RuntimeError as error:
+                if self._needs_grad or "does not require grad" not in str(error):
+                    raise
+        self._needs_grad = True
+        return self._guarded(i, function, statistics)
+
+    def statistics(self) -> Statistics:
+        """Return the batch norms' statistics at the present weights, over all batches.
+
+        The cumulative average over batches, each with its share of the samples, of what
+        training-mode batch norm would record, as ``update_bn`` of Garipov et al. 2018.
+        """
+        training = self.objective.training or {}
+        norms = [
+            m for m in self.objective.module.modules()
+            if isinstance(m, _BatchNorm) and m.track_running_stats and training.get(m, True)
+        ]  # fmt: skip
+        found: Statistics = ()
+        seen = 0
+
+        def observe(module: nn.Module, batch: Any) -> Tensor:
+            for m in norms:
+                m.training, m.momentum = True, share
+            return self.objective.loss(module, batch)
+
+        for i, count in enumerate(self.objective.counts if norms else ()):
+            seen += count
+            share = count / seen
+            self._guarded(i, observe, found)
+            found = [(m, _known(m.running_mean), _known(m.running_var)) for m in norms]
+        return found
+
+
+@contextmanager
+def evaluating(
+    objective: Objective,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    predict: Predict | None = None,
+    check_weights: bool = True,
+) -> Iterator[Evaluator]:
+    """Within this context an objective can be evaluated many times; all is restored after.
+
+    Raises:
+        ValueError: If torchmetrics are asked for and a batch is no pair, without ``predict``.
+    """
+    with ExitStack() as stack:
+        reset = stack.enter_context(
+            repeatable(
+                objective.module,
+                seed=objective.seed,
+                mode=objective.mode,
+                dropout=objective.dropout,
+                training=objective.training,
+                check_weights=check_weights,
+            )
+        )
+        # Compiled modules run eagerly, so that they have the values that their curvature is of.
+        stack.enter_context(eager())
+        # Nothing is differentiated, which reentrant checkpoints would warn about.
+        stack.enter_context(no_checkpoints())
+        # In full precision: autocast would cost digits of small differences, not time.
+        stack.enter_context(torch.autocast(objective.device.type, enabled=False))
+        yield Evaluator(objective, metrics or {}, predict, reset)
+
+
+def load_statistics(statistics: Statistics) -> None:
+    """Give batch norms their statistics, inside a guard that puts the old ones back."""
+    with torch.no_grad():
+        for m, mean, var in statistics:
+            assert m.running_mean is not None
+            assert m.running_var is not None
+            m.running_mean.copy_(mean)
+            m.running_var.copy_(var)
+
+
+def is_metric(thing: Any) -> bool:
+    """Return whether this is a torchmetrics metric, known by its methods."""
+    return all(callable(getattr(thing, name, None)) for name in ("update", "compute", "reset"))
+
+
+def check_metrics(metrics: Mapping[str, Any] | None, predict: Predict | None) -> None:
+    """Raise a ValueError if metrics are not what :class:`Evaluator` takes."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise ValueError(
+            f"metrics is of type {type(metrics).__name__}; give a dict of name to a torchmetrics "
+            "metric or a function (module, batch) -> scalar, or None."
+        )
+    for name, metric in (metrics or {}).items():
+        if not isinstance(name, str) or not name or name == "loss":
+            raise ValueError(f"metrics has the name {name!r}; give a name other than 'loss'.")
+        if not is_metric(metric) and not callable(metric):
+            raise ValueError(
+                f"metrics[{name!r}] is of type {type(metric).__name__}; give a torchmetrics "
+                "metric or a function (module, batch) -> scalar."
+            )
+    if predict is not None and not callable(predict):
+        raise ValueError(f"predict is {predict!r}; give predict(module, batch) -> (preds, target).")
+
+
+def _known(statistic: Tensor | None) -> Tensor:
+    assert statistic is not None
+    return statistic.detach().clone()
+
+
+def _versions(batch: Any) -> list[int]:
+    return [tensor._version for tensor in tensors_of(batch)]
+
+
+def _target(batch: Any) -> Tensor:
+    if isinstance(batch, Sequence) and len(batch) >= 2 and isinstance(batch[1], Tensor):
+        return batch[1]
+    raise ValueError(
+        f"a batch of type {type(batch).__name__} is no pair of inputs and targets, so metrics do "
+        "not know what to compare: give predict=callable(module, batch) -> (predictions, targets)."
+    )
+
+
+def _first_entry_through(module: nn.Module, batch: Any) -> Any:
+    try:
+        return module(batch[0])
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{type(module).__name__} has no forward that metrics could be fed from: give "
+            "predict=callable(module, batch) -> (predictions, targets)."
+        ) from error
+
+
+def _numbers(values: list[Tensor]) -> list[float]:
+    found: list[float] = torch.stack(
+        [v.float() if v.dtype != torch.float64 else v for v in values]
+    ).tolist()
+    return found
+
+
+def _scalar(value: Any) -> Tensor:
+    found = torch.as_tensor(value).detach()
+    if found.numel() != 1:
+        raise ValueError(
+            f"a metric function returned shape {tuple(found.shape)}; return one number a batch."
+        )
+    return found.reshape(())
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(
+        f"metrics[{name!r}] computes {shape}, not one number: choose an average, such as "
+        "average='macro'."
+    )

@@ -1,0 +1,479 @@
+"""A module, batches and a loss, as one frozen and repeatable function of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lla_callbacks.linalg.difference import DifferenceOperator, first_derivative
+from lla_callbacks.linalg.errors import (
+    MeasurementError,
+    NoSecondDerivativeError,
+    OutOfMemoryError,
+    forgetful,
+    is_out_of_memory,
+)
+from lla_callbacks.linalg.hessian import HessianOperator
+from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm
+from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
+from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.batches import fresh, sample_count, split
+from lla_callbacks.objective.evaluation import Loss, Statistics, evaluating, load_statistics
+from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
+from lla_callbacks.objective.memory import Findings, MemoryPlan, allowed_memory, saved_bytes
+from lla_callbacks.objective.precision import HALF, Precision, check_precision
+from lla_callbacks.objective.repetition import keep_processes_apart
+from lla_callbacks.objective.sharded import is_sharded, reshard, sharded_gradients
+from lla_callbacks.objective.state import preserved, set_mode
+from lla_callbacks.objective.twice_differentiable import once_differentiable, twice_differentiable
+
+Mode = Literal["batch", "eval", "recalibrate"]
+Engine = Literal["auto", "exact", "difference"]
+Result = TypeVar("Result")
+
+
+class Objective:
+    """``L(weights) = sum_b n_b L_b / sum_b n_b`` on held batches, the same at every call.
+
+    Each evaluation runs inside :func:`~lla_callbacks.objective.state.preserved`, so the
+    module is left as it was, and starts from the same random state, so that whatever is
+    random in the module is the same function each time.
+
+    Args:
+        module: Any module; its trainable parameters are the variables.
+        batches: Any iterable of batches. They stay as they are: every evaluation gets fresh
+            copies on the module's device.
+        loss: ``loss(module, batch)`` returns the scalar mean loss of one batch.
+        mode: Normalization mode. ``"batch"``: batch statistics, as in training.
+            ``"eval"``: running statistics. ``"recalibrate"``: statistics estimated over all
+            batches at the present weights, then held fixed.
+        dropout: Whether dropout stays on (with one fixed mask).
+        seed: Fixes whatever is random in a forward pass.
+        training: Train or eval mode of each submodule during training, where known.
+        microbatch_size: Split batches into parts of at most this many samples, to save
+            memory. Allowed where the loss is a mean over samples that do not see each
+            other; this is verified once, on the first batch.
+        max_memory: Bytes that a measurement may take; see
+            :class:`~lla_callbacks.objective.memory.MemoryPlan`. ``None``: half of what a training
+            step takes, and 256 MiB at least.
+        engine: How to multiply with the Hessian; see :func:`with_hessian`.
+        precision: ``"float32"``: no autocast, and half-precision batches are widened, for use
+            inside :func:`~lla_callbacks.objective.precision.at_precision`. ``"training"``: as the
+            loss itself has it.
+        arithmetic: Dtype in which the loss computes under autocast, where it does.
+        findings: What earlier objectives on the same batches found out.
+
+    Attributes:
+        num_samples: Samples behind the loss: of each batch, the leading size of its first
+            tensor.
+
+    Raises:
+        ValueError: If a setting is not allowed or there is no batch.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Iterable[Any],
+        loss: Loss,
+        *,
+        mode: Mode = "batch",
+        dropout: bool = False,
+        seed: int = 0,
+        training: Mapping[nn.Module, bool] | None = None,
+        microbatch_size: int | None = None,
+        max_memory: int | None = None,
+        engine: Engine = "auto",
+        precision: Precision = "float32",
+        arithmetic: torch.dtype | None = None,
+        findings: Findings | None = None,
+    ) -> None:
+        check_mode(mode, dropout)
+        check_engine(engine)
+        check_precision(precision)
+        if microbatch_size is not None and microbatch_size < 1:
+            raise ValueError(f"microbatch_size is {microbatch_size}; give 1 or more, or None.")
+        self.module = module
+        self.mode: Mode = mode
+        self.loss = loss
+        self.dropout = dropout
+        self.seed = seed
+        self.training = training
+        self.engine: Engine = engine
+        self.precision: Precision = precision
+        self.arithmetic = arithmetic
+        self._max_memory = max_memory
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError("there is no batch to measure on: give at least one.")
+        parameters = trainable(self.module)
+        if not parameters:
+            raise ValueError(
+                f"{type(module).__name__} has no trainable parameter: unfreeze one first."
+            )
+        self.device = next(iter(parameters.values())).device
+        if microbatch_size is not None:
+            whole = self.batches
+            self.batches = [part for batch in whole for part in split(batch, microbatch_size)]
+            self._check_splittable(whole[0], list(split(whole[0], microbatch_size)))
+        self.counts = [sample_count(batch) for batch in self.batches]
+        self._findings = findings or Findings()
+        self.num_samples = sum(self.counts)
+
+    def __call__(self) -> float:
+        """Return ``L`` at the present weights, by torch's own forward pass."""
+        with evaluating(self) as evaluate:
+            return float(evaluate()[0])
+
+    def fresh(self, i: int) -> Any:
+        """Return a copy of batch ``i`` on the module's device, free to be changed."""
+        return self._fresh(self.batches[i])
+
+    def hessian(
+        self, *, chunk_size: int = 1, engine: Engine | None = None, share: Share | None = None
+    ) -> LossOperator:
+        """Return the Hessian of ``L`` at the present weights.
+
+        Args:
+            chunk_size: Vectors in one backward pass.
+            engine: ``"exact"`` or ``"difference"``; ``None`` or ``"auto"``: the one of
+                :attr:`engines` that is tried first.
+            share: Processes that take their parts of the batches; each must have them all.
+
+        Raises:
+            MeasurementError: If the loss is not finite or cannot be differentiated so.
+        """
+        if engine in (None, "auto"):
+            engine = self.engines[0]
+        share = share or Alone()
+        sharded = is_sharded(self.module)
+        context = self._context if engine == "exact" else self._plain_context
+        terms = all_or_none(share, lambda: self._terms(share, engine, context, sharded=sharded))
+        if engine == "difference":
+            return self._finished(
+                DifferenceOperator(
+                    terms,
+                    trainable(self.module),
+                    context=context,
+                    share=share,
+                    constant=padding_vectors(self.module),
+                    differentiate=sharded_gradients if sharded else first_derivative,
+                    settle=partial(reshard, self.module) if sharded else None,
+                )
+            )
+        return self._finished(
+            HessianOperator(
+                terms,
+                trainable(self.module),
+                chunk_size=chunk_size,
+                context=context,
+                share=share,
+            )
+        )
+
+    def _terms(
+        self,
+        share: Share,
+        engine: str | None,
+        context: Callable[[], AbstractContextManager[None]],
+        *,
+        sharded: bool,
+    ) -> list[LossTerm]:
+        """Return this process's part of the batches, as memory allows."""
+        statistics: Statistics = ()
+        if self.mode == "recalibrate":
+            with evaluating(self) as evaluate:
+                statistics = evaluate.statistics()
+        parts = list(zip(self.batches, self.counts, strict=True))
+        mine = parts[share.rank :: share.size]
+        if sharded:
+            # Whatever one process computes, all must, so that they can gather parameters.
+            mine += [(parts[0][0], 0)] * (-(-len(parts) // share.size) - len(mine))
+        if engine == "difference":
+            return [self._term(b, n, statistics, context, halve=not sharded) for b, n in mine]
+        # Of all batches, so that all processes come to the same decision.
+        plan, kept = self._memory_plan(self.counts), 0
+        if mine:
+            kept = self._memory_plan([n for _, n in mine]).num_kept if plan.parts == 1 else 0
+            if plan.parts > 1 and self._is_splittable(plan.part_size):
+                mine = [(p, sample_count(p)) for b, _ in mine for p in split(b, plan.part_size)]
+            elif plan.parts > 1 and self._max_memory is not None:
+                raise OutOfMemoryError(
+                    f"the graph of one batch takes about {plan.graph / 2**20:,.0f} MiB, and "
+                    f"max_memory={self._max_memory} allows {self._max_memory / 2**20:,.0f} MiB.",
+                    "Raise max_memory, lower the batch size, or take engine='difference'.",
+                )
+        return [
+            self._term(b, n, statistics, context, keep=i < kept) for i, (b, n) in enumerate(mine)
+        ]
+
+    @property
+    def engines(self) -> tuple[Literal["exact", "difference"], ...]:
+        """The ways of multiplying that may be tried, in order."""
+        if is_sharded(self.module) and self.engine == "auto":
+            return ("difference",)
+        return ("exact", "difference") if self.engine == "auto" else (self.engine,)
+
+    @property
+    def arithmetic_name(self) -> str:
+        """The precision of the computation, in words."""
+        if self.arithmetic is not None:
+            return f"{str(self.arithmetic).removeprefix('torch.')} autocast"
+        return str(ParameterSpace(trainable(self.module)).precision).removeprefix("torch.")
+
+    def _finished(self, operator: LossOperator) -> LossOperator:
+        if self.arithmetic is not None:
+            operator.eps = max(operator.eps, torch.finfo(self.arithmetic).eps)
+        saved = self._findings.saved or 0
+        operator.room = allowed_memory(saved, self._weight_bytes(), self._max_memory)
+        return operator
+
+    def _term(
+        self,
+        batch: Any,
+        count: int,
+        statistics: Statistics,
+        context: Callable[[], AbstractContextManager[None]],
+        *,
+        keep: bool = False,
+        halve: bool = True,
+    ) -> LossTerm:
+        """Return one batch as a summand, which can be halved where memory runs out."""
+
+        def halves() -> list[LossTerm]:
+            size = -(-sample_count(batch) // 2)
+            if not self._is_splittable(size, batch):
+                raise OutOfMemoryError(
+                    "there is not enough memory for one batch, and its samples see each other.",
+                    "Lower num_samples, give a dataloader of smaller batches, or take mode='eval' "
+                    "or engine='difference'.",
+                )
+            total = sample_count(batch)
+            shares = [(part, count * sample_count(part) / total) for part in split(batch, size)]
+            return [self._term(b, n, statistics, context) for b, n in shares]  # type: ignore[arg-type]
+
+        return LossTerm(
+            lambda: self._evaluate(batch, statistics, context),
+            count / self.num_samples,
+            keep=keep,
+            guarded=lambda use: self._evaluate(batch, statistics, context, use),
+            halves=halves if halve and sample_count(batch) > 1 else None,
+        )
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        with twice_differentiable(dropout=self.dropout), no_gradient_hooks(self.module):
+            yield
+
+    @contextmanager
+    def _plain_context(self) -> Iterator[None]:
+        with (
+            once_differentiable(dropout=self.dropout, hooks=is_sharded(self.module)),
+            no_gradient_hooks(self.module),
+        ):
+            yield
+
+    def _fresh(self, batch: Any) -> Any:
+        halves = any(p.dtype in HALF for p in trainable(self.module).values())
+        return fresh(batch, self.device, widen=self.precision == "float32" and not halves)
+
+    def _evaluate(
+        self,
+        batch: Any,
+        statistics: Statistics = (),
+        context: Callable[[], AbstractContextManager[None]] | None = None,
+        use: Callable[[Tensor], Any] | None = None,
+    ) -> Any:
+        """Return the loss of one held batch, with its graph if gradients are enabled.
+
+        Or what ``use`` makes of it while the module is still in the state of the evaluation.
+        """
+        gradients = torch.is_grad_enabled()
+        reshard(self.module)
+        with preserved(self.module, seed=self.seed), torch.set_grad_enabled(gradients):
+            set_mode(self.module, self.mode, dropout=self.dropout, training=self.training)
+            keep_processes_apart(self.module)
+            load_statistics(statistics)
+            # Curvature in full precision: autocast would cost digits, not time, here.
+            full = torch.autocast(self.device.type, enabled=False)
+            with (context or self._context)(), full if self.arithmetic is None else nullcontext():
+                loss = self.loss(self.module, self._fresh(batch))
+                return loss if use is None else use(loss)
+
+    def _memory_plan(self, counts: Sequence[int]) -> MemoryPlan:
+        """Return what fits, judged by what one forward pass saves."""
+        if self._findings.saved is None:
+            try:
+                self._findings.saved = saved_bytes(
+                    lambda: self._evaluate(self.batches[0]),
+                    list(trainable(self.module).values()),
+                )
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Whole batches do not fit even once: they are halved as they come.
+                return MemoryPlan(num_kept=0, parts=1, part_size=max(counts), graph=math.inf)
+        per_sample = self._findings.saved / max(1, self.counts[0])
+        weights = self._weight_bytes()
+        return MemoryPlan.of([n * per_sample for n in counts], counts, weights, self._max_memory)
+
+    def _weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in trainable(self.module).values())
+
+    def _is_splittable(self, size: int, batch: Any = None) -> bool:
+        """Return whether parts of a batch add up to it, judged by its loss and gradient.
+
+        Asked anew for each measurement, since samples may not see each other yet (a head of
+        zeros hides batch statistics); once they do, no more.
+
+        Args:
+            size: Samples in a part.
+            batch: ``None``: the largest one, in every process the same.
+        """
+        if self._findings.splittable is False:
+            return False
+        if batch is None:
+            batch = max(self.batches, key=sample_count)
+        try:
+            parts = list(split(batch, size))
+            if len(parts) < 2:
+                return False
+            self._check_splittable(batch, parts)
+        except (MeasurementError, TypeError):
+            self._findings.splittable = False
+            return False
+        return True
+
+    def _check_splittable(self, whole: Any, parts: list[Any]) -> None:
+        counts = [sample_count(part) for part in parts]
+        with torch.inference_mode(False), torch.no_grad():
+            expected = float(self._evaluate(whole))
+            total = sum(float(self._evaluate(p)) * n for p, n in zip(parts, counts, strict=True))
+        found = total / sum(counts)
+        # Rounding differs between the two sums; a coupling of samples differs by far more.
+        apart = abs(found - expected) > 1e-4 * max(abs(expected), 1e-6)
+        if apart or self._gradients_differ(whole, parts, counts):
+            raise MeasurementError(
+                f"microbatches change the loss (from {expected:.6g} to {found:.6g}) or its "
+                "gradient: the samples of a batch see each other (batch statistics, a contrastive "
+                "loss) or the loss is not a mean over samples.",
+                "Leave out microbatch_size, or use mode='eval'.",
+            )
+
+    def _gradients_differ(self, whole: Any, parts: list[Any], counts: Sequence[int]) -> bool:
+        """Return whether the parts' gradients add up to another one than the whole's.
+
+        No, where memory does not suffice for the whole's.
+        """
+        space = ParameterSpace(trainable(self.module))
+
+        def gradient(batch: Any) -> Tensor:
+            with torch.inference_mode(False), torch.enable_grad():
+                return self._evaluate(  # type: ignore[no-any-return]
+                    batch,
+                    context=self._plain_context,
+                    use=lambda loss: space.flatten(first_derivative(loss, space.tensors)),
+                )
+
+        try:
+            expected = gradient(whole)
+            found = sum(
+                (gradient(p) * (n / sum(counts)) for p, n in zip(parts, counts, strict=True)),
+                torch.zeros_like(expected),
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        off = torch.linalg.vector_norm(found - expected)
+        return bool(off > 1e-3 * torch.linalg.vector_norm(expected))
+
+
+def with_hessian(
+    objective: Objective,
+    use: Callable[[LossOperator], Result],
+    *,
+    chunk_size: int = 1,
+    share: Share | None = None,
+) -> tuple[Result, str]:
+    """Use the Hessian of an objective, by the first engine that can; return why it was that.
+
+    The exact engine is tried first. Differences of gradients take over where a second
+    derivative does not exist, or does not fit in memory, or where parameters are sharded.
+
+    Args:
+        objective: The loss.
+        use: What to do with the Hessian; called anew with the second engine if the first fails.
+        chunk_size: Vectors in one backward pass.
+        share: Processes that share the work.
+
+    Returns:
+        What ``use`` returns, and the reason for differences, empty for the exact engine.
+
+    Raises:
+        MeasurementError: If the loss or a product is not finite or cannot be had.
+    """
+    reason = ""
+    if objective.engine == "difference":
+        reason = "engine='difference' was asked for"
+    elif objective.engines[0] == "difference":
+        reason = "the parameters are sharded, and torch differentiates through that once only"
+    for last, engine in enumerate(objective.engines, start=1):
+        failed: Exception
+        try:
+            with objective.hessian(chunk_size=chunk_size, engine=engine, share=share) as hessian:
+                return use(hessian), reason
+        except (NoSecondDerivativeError, OutOfMemoryError) as error:
+            if last == len(objective.engines):
+                if isinstance(error, NoSecondDerivativeError):
+                    hint = "Or take engine='auto', which then measures by differences."
+                    raise NoSecondDerivativeError(str(error), hint) from error
+                raise
+            failed = forgetful(error)
+        reason = f"{type(failed).__name__}: {failed}"
+    raise AssertionError("an objective has at least one engine")
+
+
+def padding_vectors(module: nn.Module) -> Tensor | None:
+    """Return the positions of embeddings' padding vectors in the flat vector, if there are any.
+
+    They have no gradient by definition, so they are constants.
+    """
+    space = ParameterSpace(trainable(module))
+    names = {id(t): name for name, t in zip(space.names, space.tensors, strict=True)}
+    found = []
+    for m in module.modules():
+        padding = getattr(m, "padding_idx", None)
+        weight = dict(m.named_parameters(recurse=False)).get("weight")
+        if isinstance(padding, int) and weight is not None and id(weight) in names:
+            start = space.slices[names[id(weight)]].start + padding * weight.shape[1]
+            found.append(torch.arange(start, start + weight.shape[1], device=space.device))
+    return torch.cat(found) if found else None
+
+
+def check_engine(engine: str) -> None:
+    """Raise a ValueError for an engine that does not exist."""
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine is {engine!r}; give one of {', '.join(get_args(Engine))}.")
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters by name; a shared one under its first name."""
+    return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def check_mode(mode: str, dropout: bool) -> None:
+    """Raise a ValueError for a mode that does not exist or has no dropout to be on."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
+    if mode != "batch" and dropout:
+        raise ValueError(
+            f"dropout is True in mode {mode!r}, where it is off by definition; give mode='batch' "
+            "or dropout=False."
+        )

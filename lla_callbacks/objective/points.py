@@ -1,0 +1,389 @@
+"""An objective at many points of an affine set of weights: in place, or batched by vmap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.linalg.sharing import Alone, Share, fail_together
+from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.batched import BatchedEvaluator
+from lla_callbacks.objective.evaluation import Evaluator, Predict, Statistics, evaluating
+from lla_callbacks.objective.grid import Keep, gathered
+from lla_callbacks.objective.objective import Objective, trainable
+
+Evaluation = Literal["auto", "loop", "vmap"]
+
+# A pass of fewer seconds than this is bound by launching its operations, and only then does
+# batching points pay: an MLP of 2,000 parameters took 0.45 of the time, larger networks 1.1 to
+# 3.3 times as long (docs/benchmarks/planes.md).
+LAUNCH_BOUND = 0.002
+# Seconds between two calls of `keep`.
+KEEP_EVERY = 5.0
+
+
+class Family(Protocol):
+    """Weights that depend on a few coordinates."""
+
+    space: ParameterSpace
+
+    def place(self, point: Sequence[float]) -> None:
+        """Write the weights of a point into the parameters."""
+
+    def stack(self, points: Tensor) -> dict[str, Tensor]:
+        """Return the weights of several points, one more dimension in front."""
+
+    def statistics(self, point: Sequence[float]) -> Statistics | None:
+        """Return the running statistics that belong to a point; None: the module's own."""
+
+    def restore(self) -> None:
+        """Write the weights back that were there at first, to the bit."""
+
+
+class Offsets:
+    """``weights + sum_k c_k direction_k``: always from the saved weights, never by increments.
+
+    Args:
+        space: Layout of the flat vectors; its tensors are the live parameters.
+        directions: Flat vectors.
+    """
+
+    def __init__(self, space: ParameterSpace, directions: Sequence[Tensor]) -> None:
+        self.space = space
+        self._live = [tensor.data for tensor in space.tensors]
+        self._saved = [tensor.detach().clone() for tensor in space.tensors]
+        self.turn(directions)
+
+    def turn(self, directions: Sequence[Tensor]) -> None:
+        """Take other directions."""
+        space = self.space
+        self._parts = [list(space.unflatten(vector)) for vector in directions]
+        # Tensors in which a direction is zero need not be touched.
+        self._moves = [
+            [i for i, part in enumerate(parts) if bool(part.any())] for parts in self._parts
+        ]
+
+    def place(self, point: Sequence[float]) -> None:
+        """Write the weights of a point into the parameters."""
+        # Through .data: a graph that the user still holds does not see a new version.
+        torch._foreach_copy_(self._live, self._saved)
+        for c, parts, moves in zip(point, self._parts, self._moves, strict=True):
+            if c != 0.0 and moves:
+                torch._foreach_add_(
+                    [self._live[i] for i in moves], [parts[i] for i in moves], alpha=c
+                )
+
+    def stack(self, points: Tensor) -> dict[str, Tensor]:
+        """Return the weights of several points, one more dimension in front."""
+        stacked = {}
+        for i, name in enumerate(self.space.names):
+            value = self._saved[i].expand(len(points), *self._saved[i].shape)
+            for k, parts in enumerate(self._parts):
+                if i in self._moves[k]:
+                    c = points[:, k].to(value.device, value.dtype)
+                    value = value + c.reshape(-1, *[1] * parts[i].ndim) * parts[i]
+            stacked[name] = value.contiguous()
+        return stacked
+
+    def statistics(self, point: Sequence[float]) -> Statistics | None:
+        """Return None: the module's own running statistics."""
+        return None
+
+    def restore(self) -> None:
+        """Write the weights back that were there at first, to the bit."""
+        torch._foreach_copy_(self._live, self._saved)
+
+
+class Segment(Offsets):
+    """``(1 - t) start + t end``, exact at both ends.
+
+    Args:
+        space: Layout of the flat vectors.
+        start: Weights at ``t = 0``, flat.
+        end: Weights at ``t = 1``, flat.
+        ends: Running statistics at either end, if they are to go along; a variance that is
+            extrapolated below zero is taken as zero.
+    """
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        start: Tensor,
+        end: Tensor,
+        ends: tuple[Statistics, Statistics] = ((), ()),
+    ) -> None:
+        super().__init__(space, [])
+        self._start, self._end = list(space.unflatten(start)), list(space.unflatten(end))
+        self._ends = ends
+
+    def place(self, point: Sequence[float]) -> None:
+        """Write the weights of a point into the parameters."""
+        torch._foreach_copy_(self._live, self._start)
+        torch._foreach_lerp_(self._live, self._end, point[0])
+
+    def statistics(self, point: Sequence[float]) -> Statistics | None:
+        """Return the statistics between those of the ends, None without any."""
+        between = [
+            (m, torch.lerp(mean, end_mean, point[0]), torch.lerp(var, end_var, point[0]).clamp(0))
+            for (m, mean, var), (_, end_mean, end_var) in zip(*self._ends, strict=True)
+        ]
+        return between or None
+
+    def stack(self, points: Tensor) -> dict[str, Tensor]:
+        """Return the weights of several points, one more dimension in front."""
+        return {
+            name: torch.stack([torch.lerp(a, b, t) for t in points[:, 0].tolist()])
+            for name, a, b in zip(self.space.names, self._start, self._end, strict=True)
+        }
+
+
+class Listed(Offsets):
+    """Given weights, by their number.
+
+    Args:
+        space: Layout of the flat vectors.
+        weights: Flat weights.
+    """
+
+    def __init__(self, space: ParameterSpace, weights: Sequence[Tensor]) -> None:
+        super().__init__(space, [])
+        self._weights = weights
+
+    def place(self, point: Sequence[float]) -> None:
+        """Write weights number ``point[0]`` into the parameters."""
+        chosen = self._weights[int(point[0])].to(self.space.device)
+        torch._foreach_copy_(self._live, list(self.space.unflatten(chosen)))
+
+
+@dataclass(frozen=True)
+class PointSettings:
+    """How points are evaluated.
+
+    Attributes:
+        metrics: Name to torchmetrics metric or function of (module, batch).
+        predict: Gives torchmetrics their pairs; see
+            :class:`~lla_callbacks.objective.evaluation.Evaluator`.
+        evaluation: ``"loop"``: one point after another, in place. ``"vmap"``: many at once.
+            ``"auto"``: whichever a short measurement finds faster.
+        time_budget: Seconds after which no further point is begun; ``None``: no limit.
+    """
+
+    metrics: Mapping[str, Any] | None = None
+    predict: Predict | None = None
+    evaluation: Evaluation = "auto"
+    time_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.evaluation not in get_args(Evaluation):
+            raise ValueError(
+                f"evaluation is {self.evaluation!r}; give one of {', '.join(get_args(Evaluation))}."
+            )
+        budget = self.time_budget
+        if budget is not None and not (
+            isinstance(budget, (int, float)) and not isinstance(budget, bool) and budget > 0
+        ):
+            raise ValueError(
+                f"time_budget is {budget!r}; give a positive number of seconds, or None."
+            )
+
+
+@dataclass(frozen=True)
+class Values:
+    """What was found at points.
+
+    Attributes:
+        table: Loss and metrics, shape ``(num_points, 1 + num_metrics)``, float64; NaN where a
+            point was not evaluated.
+        evaluated: Which points were, shape ``(num_points,)``.
+        names: Of the metrics.
+        method: ``"loop"`` or ``"vmap"``.
+        num_new: Points evaluated now, and not before, by all processes.
+    """
+
+    table: Tensor
+    evaluated: Tensor
+    names: tuple[str, ...]
+    method: str
+    num_new: int
+
+
+@contextmanager
+def moving(objective: Objective, family: Family, settings: PointSettings) -> Iterator[Evaluator]:
+    """Within this context the weights may be moved; they are put back whatever happens."""
+    try:
+        with evaluating(
+            objective, metrics=settings.metrics, predict=settings.predict, check_weights=False
+        ) as evaluate:
+            yield evaluate
+    finally:
+        family.restore()
+
+
+def evaluate_points(
+    objective: Objective,
+    family: Family,
+    points: Tensor,
+    settings: PointSettings,
+    *,
+    order: Sequence[int] | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+    exact: Sequence[int] = (),
+    share: Share | None = None,
+    keep: Keep | None = None,
+    listener: Callable[[int], object] | None = None,
+) -> Values:
+    """Return loss and metrics at points, and leave everything as it was.
+
+    Args:
+        objective: The loss.
+        family: From coordinates to weights.
+        points: Coordinates, shape ``(num_points, num_coordinates)``, float64.
+        settings: How.
+        order: In which the points are visited; processes take turns along it.
+        known: A table and mask of what an earlier call found; those points are left out.
+        exact: Points that are evaluated one by one, since they are compared to the bit.
+        share: The processes that divide the work.
+        keep: Called with table and mask every few seconds, and at the end, also when the
+            end is an exception.
+        listener: Called after points, with their number.
+
+    Raises:
+        MeasurementError: If another process failed.
+    """
+    share = share or Alone()
+    began = time.monotonic()
+    width = 1 + len(settings.metrics or {})
+    table = torch.full((len(points), width), float("nan"), dtype=torch.float64)
+    done = torch.zeros(len(points), dtype=torch.bool)
+    if known is not None:
+        table[known[1]], done = known[0][known[1]], known[1].clone()
+    before = done.clone()
+    todo = [i for i in (order if order is not None else range(len(points))) if not done[i]]
+    mine = todo[share.rank :: share.size]
+    names: tuple[str, ...] = ()
+    method = "loop"
+    trouble: Exception | None = None
+    try:
+        # A loss that changes the weights is no function of them: refused here, once.
+        objective()
+        with moving(objective, family, settings) as evaluate:
+            names = tuple(evaluate.names)
+            visit = _Visit(evaluate, family, points, table, done, began, settings, listener, keep)
+            method = visit.all(mine, exact)
+    except Exception as error:  # noqa: BLE001 - raised below, in all processes together
+        trouble = error
+    finally:
+        if keep is not None:
+            keep(table, done)
+    fail_together(share, trouble)
+    table, done = gathered(share, table, done, before)
+    return Values(table, done, names, method, int((done & ~before).sum()))
+
+
+def space_of(objective: Objective) -> ParameterSpace:
+    """Return the layout of an objective's variables."""
+    return ParameterSpace(trainable(objective.module))
+
+
+@dataclass
+class _Visit:
+    """Goes through points, by the loop or batched."""
+
+    evaluate: Evaluator
+    family: Family
+    points: Tensor
+    table: Tensor
+    done: Tensor
+    began: float
+    settings: PointSettings
+    listener: Callable[[int], object] | None
+    keep: Keep | None
+    kept: float = 0.0
+
+    def all(self, mine: Sequence[int], exact: Sequence[int]) -> str:
+        """Evaluate points in this order and return how."""
+        waiting = list(mine)
+        for i in [i for i in waiting if i in exact]:
+            waiting.remove(i)
+            self._one(i)
+        batched = self._batched(waiting)
+        while waiting and not self._late():
+            if batched is None:
+                self._one(waiting.pop(0))
+                continue
+            chunk = waiting[: batched.size]
+            try:
+                found = batched(self.points[chunk])
+            except Exception:
+                if self.settings.evaluation == "vmap":
+                    raise
+                # Out of memory, say: the loop needs less.
+                batched = None
+                continue
+            waiting = waiting[len(chunk) :]
+            self._book(chunk, found)
+        return "loop" if batched is None else "vmap"
+
+    def _batched(self, waiting: list[int]) -> BatchedEvaluator | None:
+        """Return a batched evaluator if one is asked for, or is found to be faster."""
+        wanted = self.settings.evaluation
+        if wanted == "loop" or not waiting:
+            return None
+        if wanted == "vmap":
+            batched = BatchedEvaluator(self.evaluate, self.family)
+            batched.fit(len(waiting))
+            return batched
+        if len(waiting) < 32 or not BatchedEvaluator.serves(self.evaluate, self.family):
+            return None
+        # The points of this measurement count: nothing is evaluated twice, but the chunk
+        # that is compared with the loop.
+        trial = waiting[:4]
+        began = time.perf_counter()
+        for i in trial:
+            self._one(i)
+            waiting.remove(i)
+        alone = (time.perf_counter() - began) / len(trial)
+        if alone > LAUNCH_BOUND or self._late():
+            return None
+        try:
+            batched = BatchedEvaluator(self.evaluate, self.family)
+            batched.fit(len(waiting))
+            if not batched.agrees(self.points[trial], self.table[trial]):
+                return None
+            chunk = waiting[: batched.size]
+            began = time.perf_counter()
+            found = batched(self.points[chunk])
+            together = (time.perf_counter() - began) / len(chunk)
+        except Exception:  # noqa: BLE001 - vmap knows not every operation; the loop does
+            return None
+        self._book(chunk, found)
+        del waiting[: len(chunk)]
+        return batched if together < alone else None
+
+    def _one(self, i: int) -> None:
+        point = self.points[i].tolist()
+        self.family.place(point)
+        self.table[i] = self.evaluate(self.family.statistics(point))
+        self.done[i] = True
+        self._tell(1)
+
+    def _book(self, chunk: Sequence[int], found: Tensor) -> None:
+        self.table[chunk], self.done[chunk] = found, True
+        self._tell(len(chunk))
+
+    def _tell(self, count: int) -> None:
+        if self.listener is not None:
+            self.listener(count)
+        if self.keep is not None and time.monotonic() - self.kept > KEEP_EVERY:
+            self.keep(self.table, self.done)
+            self.kept = time.monotonic()
+
+    def _late(self) -> bool:
+        budget = self.settings.time_budget
+        return budget is not None and time.monotonic() - self.began > budget

@@ -1,0 +1,82 @@
+"""In which arithmetic curvature is computed: float32 by default, whatever training uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.objective.sharded import is_sharded
+
+Precision = Literal["float32", "training"]
+
+# Formats whose digits do not suffice for second derivatives.
+HALF = (torch.float16, torch.bfloat16)
+# Names the parameter that a float32 copy stands for.
+_ORIGINAL = "_lla_callbacks_original"
+
+
+def check_precision(precision: str) -> None:
+    """Raise a ValueError for a precision that does not exist."""
+    if precision not in get_args(Precision):
+        raise ValueError(
+            f"precision is {precision!r}; give one of {', '.join(get_args(Precision))}."
+        )
+
+
+@contextmanager
+def at_precision(module: nn.Module, precision: Precision) -> Iterator[None]:
+    """Let a module have float32 parameters and buffers inside, where it has halves.
+
+    Copies take the places of half-precision parameters and buffers, and the originals, to the
+    bit and as the same objects, come back on leaving: optimizers and wrappers notice nothing.
+    float32 and float64 stay as they are, and with ``"training"`` everything does.
+
+    Raises:
+        MeasurementError: If the halves are sharded.
+    """
+    saved: list[tuple[dict[str, Any], str, Any]] = []
+    copies: dict[int, Tensor] = {}
+    halves = any(t.dtype in HALF for t in (*module.parameters(), *module.buffers()))
+    if halves and precision == "float32" and is_sharded(module):
+        raise MeasurementError(
+            "half-precision parameters that fully_shard has spread cannot be widened.",
+            "Keep float32 parameters, with MixedPrecisionPolicy for training.",
+        )
+    try:
+        if precision == "float32":
+            for m in module.modules():
+                for store in (m._parameters, m._buffers):
+                    for name, tensor in store.items():
+                        if tensor is not None and tensor.dtype in HALF:
+                            saved.append((store, name, tensor))
+                            if id(tensor) not in copies:
+                                copies[id(tensor)] = _widened(tensor)
+                            store[name] = copies[id(tensor)]  # type: ignore[assignment]
+        yield
+    finally:
+        for store, name, tensor in saved:
+            store[name] = tensor
+
+
+def original_of(tensor: Tensor) -> Tensor:
+    """Return the parameter that a copy stands for, or the tensor itself."""
+    found: Tensor = getattr(tensor, _ORIGINAL, tensor)
+    return found
+
+
+def widened_half(tensor: Tensor) -> Tensor:
+    """Return a half-precision tensor as float32, any other as it is."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().float()
+    if isinstance(tensor, nn.Parameter):
+        copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+    setattr(copy, _ORIGINAL, tensor)
+    return copy

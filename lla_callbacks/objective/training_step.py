@@ -1,0 +1,94 @@
+"""The module's own training step as a loss of (module, batch), without a Trainer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lla_callbacks.linalg.errors import MeasurementError
+
+
+class SkippedBatchError(MeasurementError):
+    """The training step returned no loss for a held batch."""
+
+
+def replay_training_step(module: nn.Module, batch: Any, batch_idx: int = 0) -> Tensor:
+    """Return the loss that ``module.training_step`` computes on a batch.
+
+    Call it within :func:`lla_callbacks.objective.state.preserved`, which takes the mute and
+    everything else that the step changes away again.
+
+    Args:
+        module: A LightningModule, known by its methods alone.
+        batch: One batch, on the module's device.
+        batch_idx: Passed on if the step asks for it.
+
+    Raises:
+        TypeError: If the module has no training step that could be replayed.
+        SkippedBatchError: If the step returns ``None`` for this batch.
+    """
+    check_replayable(module)
+    mute(module)
+    step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
+    names = list(inspect.signature(step).parameters.values())
+    positional = [p for p in names if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in names)
+    if takes_iterator(module):
+        output = step(iter([(batch, batch_idx, 0)]))
+    elif len(positional) >= 2 or variadic:
+        output = step(batch, batch_idx)
+    else:
+        output = step(batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None:
+        raise SkippedBatchError(
+            "training_step returned no loss for a held batch.",
+            "Give loss=callable(module, batch) that returns one for every batch, or a "
+            "dataloader whose batches are not skipped.",
+        )
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"training_step returned {type(loss).__name__}; give loss=callable(module, batch) "
+            "that returns a scalar tensor."
+        )
+    return loss
+
+
+def takes_iterator(module: nn.Module) -> bool:
+    """Return whether ``training_step`` fetches its batches itself, from ``dataloader_iter``."""
+    step = getattr(module, "training_step", None)
+    return (
+        callable(step) and next(iter(inspect.signature(step).parameters), "") == "dataloader_iter"
+    )
+
+
+def mute(module: nn.Module) -> None:
+    """Silence ``log`` and ``log_dict`` of every LightningModule inside a module."""
+    for m in module.modules():
+        # Asked of the class first: a module looks up what it does not have at length.
+        if hasattr(type(m), "training_step") or "training_step" in m.__dict__:
+            m.__dict__["log"] = m.__dict__["log_dict"] = _silence
+
+
+def check_replayable(module: nn.Module) -> None:
+    """Raise a TypeError, with the lines to add, if the training step cannot be replayed."""
+    if not callable(getattr(module, "training_step", None)):
+        raise TypeError(
+            f"{type(module).__name__} has no training_step, so the loss is unknown: give "
+            "loss=callable(module, batch), for instance "
+            "loss=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])."
+        )
+    if not getattr(module, "automatic_optimization", True):
+        raise TypeError(
+            f"{type(module).__name__} uses manual optimization: its training_step steps the "
+            "optimizer and cannot be replayed. Give the loss itself:\n"
+            "    def loss(module, batch): return module.compute_loss(batch)  # your own\n"
+            "    # and give it to the callback: ...(loss=loss)"
+        )
+
+
+def _silence(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``log`` and ``log_dict``."""

@@ -1,0 +1,1 @@
+"""The penalty on the trace of the Hessian, and estimators of its gradient."""

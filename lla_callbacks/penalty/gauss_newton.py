@@ -1,0 +1,164 @@
+"""The Gauss-Newton part of the trace penalty, by first-order differences alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.penalty.displacement import DisplacedLoss, Gradients, combined
+
+# Criteria that are convex in their first argument, the network's output. Negative log
+# likelihood is taken as cross entropy: on log-probabilities the two agree, and the second
+# has the curvature that the first leaves to the log_softmax before it.
+CRITERIA: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.cross_entropy: F.cross_entropy,
+    F.nll_loss: F.cross_entropy,
+    F.mse_loss: F.mse_loss,
+    F.binary_cross_entropy_with_logits: F.binary_cross_entropy_with_logits,
+    F.huber_loss: F.huber_loss,
+    F.smooth_l1_loss: F.smooth_l1_loss,
+}
+
+
+def gauss_newton_gradient(
+    loss: DisplacedLoss, distance: float, probe: int
+) -> tuple[float, Gradients]:
+    """Return ``delta' A delta``, an estimate of ``tr(J'AJ)``, and its gradient.
+
+    ``J`` is the Jacobian of what enters the criterion, ``A >= 0`` the criterion's own
+    Hessian, ``delta = [y(theta + c z) - y(theta - c z)] / (2 c) = J z + O(c^2)``, and ``A``
+    is taken at the mean of both outputs. The gradient is that of this very expression, by
+    two vector-Jacobian products; nothing in the network is differentiated twice.
+
+    Every criterion that the loss calls counts with the weight ``dL/dl`` it has in the loss.
+    Cost: two gradients and one forward pass.
+
+    Args:
+        loss: The displaced loss; it calls at least one of :data:`CRITERIA`.
+        distance: ``c``.
+        probe: Which probe.
+
+    Raises:
+        MeasurementError: If the loss calls no known criterion.
+    """
+    # Compiled code is not seen calling a criterion.
+    with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
+            loss.move(distance, probe)
+            upper = _forward(loss)[1]
+        with torch.enable_grad():
+            loss.move(-distance, probe)
+            total, lower = _forward(loss)
+            # What was computed for show, under no_grad, has no part in the loss.
+            counting = [i for i, call in enumerate(lower) if call.value.requires_grad]
+            _refuse_none(counting)
+            weights = torch.autograd.grad(
+                total, [lower[i].value for i in counting], retain_graph=True, allow_unused=True
+            )
+            pairs = zip(counting, weights, strict=True)
+            parts = [_curvature(upper[i], lower[i], weight, distance) for i, weight in pairs]
+            outputs = [lower[i].outputs for i in counting]
+            pulls = [mean / 2 - delta / (2 * distance) for _, mean, delta in parts]
+            below = _pull(loss, outputs, pulls, -distance, probe)
+            del lower, total
+            loss.move(distance, probe)
+            upper = _forward(loss)[1]
+            outputs = [upper[i].outputs for i in counting]
+            pulls = [mean / 2 + delta / (2 * distance) for _, mean, delta in parts]
+            above = _pull(loss, outputs, pulls, distance, probe)
+    return sum(value for value, _, _ in parts), combined((1.0, above), (1.0, below))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a criterion: what entered it, what came out, and how to repeat it."""
+
+    outputs: Tensor
+    value: Tensor
+    criterion: Callable[[Tensor], Tensor]
+
+
+@dataclass
+class _Listening(TorchFunctionMode):
+    """Takes note of every criterion that is called inside."""
+
+    calls: list[_Call] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        value = func(*args, **named)
+        if func in CRITERIA:
+            outputs = args[0] if args else named.pop("input")
+            rest, convex = args[1:], CRITERIA[func]
+
+            def criterion(outputs: Tensor) -> Tensor:
+                result: Tensor = convex(outputs, *rest, **named)
+                return result
+
+            self.calls.append(_Call(outputs, value, criterion))
+        return value
+
+
+def _forward(loss: DisplacedLoss) -> tuple[Tensor, list[_Call]]:
+    """Return the loss and every criterion that was called for it."""
+    listening = _Listening()
+    with listening:
+        total = loss.evaluate()
+    return total, listening.calls
+
+
+def _refuse_none(counting: Sequence[int]) -> None:
+    if not counting:
+        known = ", ".join(sorted(criterion.__name__ for criterion in CRITERIA))
+        raise MeasurementError(
+            "the loss calls no criterion whose curvature is known, so its Gauss-Newton part "
+            "cannot be told apart.",
+            f"Compute it by one of torch.nn.functional's {known} (or their modules), or use "
+            "estimator='perturbation'.",
+        )
+
+
+def _curvature(
+    above: _Call, below: _Call, weight: Tensor | None, distance: float
+) -> tuple[float, Tensor, Tensor]:
+    """Return ``delta' A delta`` and its derivatives by the mean output and by ``delta``."""
+    first, second = above.outputs.detach(), below.outputs.detach()
+    if weight is None:
+        return 0.0, torch.zeros_like(first), torch.zeros_like(first)
+    mean = ((first + second) / 2).requires_grad_()
+    delta = ((first - second) / (2 * distance)).requires_grad_()
+    value = (weight * below.criterion(mean)).sum()
+    (slope,) = torch.autograd.grad(value, mean, create_graph=True)
+    (product,) = torch.autograd.grad(slope, mean, delta, create_graph=True)
+    curvature = (product * delta).sum()
+    at_mean, at_delta = torch.autograd.grad(
+        curvature, (mean, delta), allow_unused=True, materialize_grads=True
+    )
+    return float(curvature.detach()), at_mean, at_delta
+
+
+def _pull(
+    loss: DisplacedLoss,
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    distance: float,
+    probe: int,
+) -> Gradients:
+    found = torch.autograd.grad(outputs, loss.space.tensors, cotangents, allow_unused=True)
+    return loss.pulled_back(found, distance, probe)

@@ -1,0 +1,307 @@
+"""Several slices of one objective, measured together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lla_callbacks.linalg.errors import forgetful
+from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
+from lla_callbacks.objective.evaluation import Predict, check_metrics
+from lla_callbacks.objective.grid import centred
+from lla_callbacks.objective.objective import Objective
+from lla_callbacks.objective.points import Evaluation, PointSettings
+from lla_callbacks.slices.basin import Basin, measure_basin
+from lla_callbacks.slices.choice import (
+    DirectionSource,
+    line_names,
+    plane_coordinates,
+    plane_names,
+)
+from lla_callbacks.slices.convexity import Convexity, measure_convexity
+from lla_callbacks.slices.directions import Normalization, Vectors, check_normalization
+from lla_callbacks.slices.slices import (
+    Line,
+    Plane,
+    measure_line,
+    measure_path,
+    measure_plane,
+)
+
+# Opens a progress bar of a total; yields what advances it.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+
+
+@dataclass(frozen=True)
+class LandscapeSettings:
+    """Which slices are measured, and how.
+
+    Attributes:
+        planes: Names of planes; see :func:`~lla_callbacks.loss_plane`.
+        lines: Names of lines; see :func:`~lla_callbacks.loss_line`.
+        plane_points: Points along each side of a plane, odd.
+        line_points: Points of a line, odd.
+        convexity_points: Points along each side of a convexity map on the first plane's
+            directions, odd; 0 for none.
+        num_rays: Rays for the basin's radii; 0 for none.
+        rise: Rim of the basin, above the loss at the weights.
+        reach: Multiple of each direction's own range.
+        normalization: Of random directions.
+        vectors: One-dimensional parameters in random directions.
+        metrics: Name to torchmetrics metric or function of (module, batch).
+        predict: Gives torchmetrics their pairs.
+        evaluation: ``"auto"``, ``"loop"`` or ``"vmap"``.
+        time_budget: Seconds for all slices together; ``None``: no limit.
+        seed: Of random directions, rays and start vectors.
+
+    Raises:
+        ValueError: Naming the setting, what was given, and what is allowed.
+    """
+
+    planes: Sequence[str] = ("random",)
+    lines: Sequence[str] = ("random", "top1")
+    plane_points: int = 17
+    line_points: int = 21
+    convexity_points: int = 0
+    num_rays: int = 0
+    rise: float = 0.1
+    reach: float = 1.0
+    normalization: Normalization = "filter"
+    vectors: Vectors = "zero"
+    metrics: Mapping[str, Any] | None = None
+    predict: Predict | None = None
+    evaluation: Evaluation = "auto"
+    time_budget: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("planes", "lines"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise ValueError(f"{name} is {value!r}; give a list of names, such as ['random'].")
+            if len(set(map(str, value))) != len(value):
+                raise ValueError(f"{name} is {value!r}; give each name once.")
+        for value in self.planes:
+            plane_names(_name("planes", value))
+        for value in self.lines:
+            line_names(_name("lines", value))
+        for name in ("plane_points", "line_points", "convexity_points"):
+            value = getattr(self, name)
+            if value != 0 or name != "convexity_points":
+                try:
+                    centred(1.0, value)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        if isinstance(self.num_rays, bool) or not isinstance(self.num_rays, int):
+            raise ValueError(f"num_rays is {self.num_rays!r}; give a whole number, 0 for none.")
+        if self.num_rays < 0:
+            raise ValueError(f"num_rays is {self.num_rays}; give a whole number, 0 for none.")
+        for name in ("rise", "reach"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"{name} is {value!r}; give a positive number.")
+        check_normalization(self.normalization, self.vectors)
+        check_metrics(self.metrics, self.predict)
+        if not (self.planes or self.lines or self.num_rays):
+            raise ValueError("planes, lines and num_rays are all empty: give one at least.")
+        self.points(None)
+
+    def points(self, budget: float | None) -> PointSettings:
+        """Return how points are evaluated, in what is left of the time."""
+        return PointSettings(
+            self.metrics, self.predict, self.evaluation, budget or self.time_budget
+        )
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of all single directions."""
+        pairs = [name for plane in self.planes for name in plane_names(plane)]
+        return (*pairs, *self.lines)
+
+    def smallest(self) -> LandscapeSettings:
+        """Return settings that run every line of code and take no time."""
+        return replace(
+            self,
+            plane_points=3,
+            line_points=5,
+            convexity_points=min(3, self.convexity_points),
+            num_rays=min(2, self.num_rays),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Landscape:
+    """What one measurement of several slices found.
+
+    Attributes:
+        planes: Name to plane.
+        lines: Name to line.
+        convexity: The convexity map, if one was asked for.
+        basin: The basin's radii, if they were asked for.
+        missing: Name of a slice to why it is not there.
+        loss: The loss at the weights.
+        seconds: Wall time.
+    """
+
+    planes: Mapping[str, Plane]
+    lines: Mapping[str, Line]
+    convexity: Convexity | None
+    basin: Basin | None
+    missing: Mapping[str, Exception]
+    loss: float
+    seconds: float
+
+
+def measure_landscape(
+    objective: Objective,
+    settings: LandscapeSettings,
+    source: DirectionSource,
+    *,
+    share: Share | None = None,
+    progress: Progress = lambda text, total: nullcontext(lambda count: None),
+) -> Landscape:
+    """Return several slices, their directions computed once for all of them.
+
+    A slice that cannot be had (Adam's moments before its first step, a path too short for a
+    plane) is left out and named in ``missing``; the others are measured all the same.
+
+    Args:
+        objective: The loss.
+        settings: Which slices, and how.
+        source: Of directions.
+        share: Processes that divide the points.
+        progress: Opens a progress bar.
+    """
+    source.expected = settings.wanted
+    work = _Work(objective, settings, source, share, progress, time.perf_counter())
+    loss = all_or_none(share or Alone(), objective)
+    planes = {str(name): work.tried(f"plane_{name}", work.plane, name) for name in settings.planes}
+    lines = {str(name): work.tried(f"line_{name}", work.line, name) for name in settings.lines}
+    convexity = basin = None
+    if settings.convexity_points:
+        convexity = work.tried("convexity", work.convexity, (*settings.planes, "random")[0])
+    if settings.num_rays:
+        basin = work.tried("basin", work.basin)
+    if work.missing and not (any(planes.values()) or any(lines.values()) or convexity or basin):
+        raise next(iter(work.missing.values()))
+    return Landscape(
+        {name: plane for name, plane in planes.items() if plane is not None},
+        {name: line for name, line in lines.items() if line is not None},
+        convexity,
+        basin,
+        work.missing,
+        loss,
+        time.perf_counter() - work.began,
+    )
+
+
+@dataclass
+class _Work:
+    objective: Objective
+    settings: LandscapeSettings
+    source: DirectionSource
+    share: Share | None
+    progress: Progress
+    began: float
+    missing: dict[str, Exception] = field(default_factory=dict)
+
+    def tried(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Return a slice, or None with its reason noted."""
+        try:
+            return action(*arguments)
+        except Exception as error:  # noqa: BLE001 - one slice must not cost the others
+            # Without its traceback, whose frames hold graphs and weights.
+            self.missing[what] = forgetful(error)
+            return None
+
+    def left(self) -> float | None:
+        """Return what is left of the time, a moment at least."""
+        budget = self.settings.time_budget
+        if budget is None:
+            return None
+        return max(1e-3, budget - (time.perf_counter() - self.began))
+
+    def plane(self, name: str) -> Plane:
+        s = self.settings
+        names = plane_names(name)
+        first, second = self.source.get(names)
+        path = self.source.path_on(names)
+        alphas, betas = plane_coordinates((first, second), path, s.plane_points, s.reach)
+        if path is not None:
+            path = measure_path(self.objective, path, self.source.weights, share=self.share)
+        with self.progress(f"Plane {name}", len(alphas) * len(betas)) as advance:
+            return measure_plane(
+                self.objective,
+                (first, second),
+                alphas,
+                betas,
+                s.points(self.left()),
+                normalization=s.normalization if self.source.is_normalized(names) else "",
+                seed=s.seed,
+                path=path,
+                share=self.share,
+                listener=advance,
+            )
+
+    def line(self, name: str) -> Line:
+        s = self.settings
+        names = line_names(name)
+        (direction,) = self.source.get(names)
+        with self.progress(f"Line {name}", s.line_points) as advance:
+            return measure_line(
+                self.objective,
+                direction,
+                centred(s.reach * direction.reach, s.line_points),
+                s.points(self.left()),
+                normalization=s.normalization if self.source.is_normalized(names) else "",
+                seed=s.seed,
+                share=self.share,
+                listener=advance,
+            )
+
+    def convexity(self, name: str) -> Convexity:
+        s = self.settings
+        names = plane_names(name)
+        first, second = self.source.get(names)
+        path = self.source.path_on(names)
+        alphas, betas = plane_coordinates((first, second), path, s.convexity_points, s.reach)
+        with self.progress("Convexity map", len(alphas) * len(betas)) as advance:
+            return measure_convexity(
+                self.objective,
+                (first, second),
+                alphas,
+                betas,
+                num_steps=40,
+                rtol=0.01,
+                normalization=s.normalization if self.source.is_normalized(names) else "",
+                seed=s.seed,
+                time_budget=self.left(),
+                share=self.share,
+                listener=advance,
+            )
+
+    def basin(self) -> Basin:
+        s = self.settings
+        with self.progress("Basin", s.num_rays) as advance:
+            return measure_basin(
+                self.objective,
+                num_rays=s.num_rays,
+                rise=s.rise,
+                cutoff=None,
+                max_radius=4.0,
+                normalization=s.normalization,
+                vectors=s.vectors,
+                seed=s.seed,
+                time_budget=self.left(),
+                share=self.share,
+                listener=advance,
+            )
+
+
+def _name(setting: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{setting} holds {value!r}; give names of directions.")
+    return value

@@ -1,0 +1,126 @@
+"""The result of one measurement of several slices, with everything that can be made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lla_callbacks.report.words import with_error
+from lla_callbacks.slices.landscape import Landscape
+from lla_callbacks.slices.line_figures import line_figure
+from lla_callbacks.slices.results import (
+    BasinRadii,
+    ConvexityMap,
+    LossLine,
+    LossPlane,
+    finite_range,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LandscapeReport:
+    """What :class:`~lla_callbacks.LossLandscapeMonitor` keeps of one measurement.
+
+    The directions of planes and lines come without their vectors, so that a run that measures
+    often does not fill memory with copies as large as the network.
+
+    Attributes:
+        planes: Name to plane.
+        lines: Name to line.
+        convexity: The convexity map, or None.
+        basin: The basin's radii, or None.
+        missing: Name of a slice to why it could not be had.
+        loss: The loss at the weights.
+        seconds: Wall time.
+    """
+
+    planes: Mapping[str, LossPlane]
+    lines: Mapping[str, LossLine]
+    convexity: ConvexityMap | None
+    basin: BasinRadii | None
+    missing: Mapping[str, Exception]
+    loss: float
+    seconds: float
+
+    @classmethod
+    def of(cls, found: Landscape) -> LandscapeReport:
+        """Return a report of a measurement."""
+        return cls(
+            {name: LossPlane.of(_light(plane)) for name, plane in found.planes.items()},
+            {name: LossLine.of(_light(line)) for name, line in found.lines.items()},
+            None if found.convexity is None else ConvexityMap.of(_light(found.convexity)),
+            None if found.basin is None else BasinRadii.of(found.basin),
+            found.missing,
+            found.loss,
+            found.seconds,
+        )
+
+    def __repr__(self) -> str:
+        return f"<LandscapeReport of {', '.join(self.slices)}, loss {self.loss:.4g}>"
+
+    @property
+    def slices(self) -> dict[str, Any]:
+        """Every slice by its name: ``plane_random``, ``line_top1``, ``convexity``, ``basin``."""
+        found: dict[str, Any] = {f"plane_{name}": plane for name, plane in self.planes.items()}
+        found |= {f"line_{name}": line for name, line in self.lines.items()}
+        found |= {"convexity": self.convexity, "basin": self.basin}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def save(self, path: str | Path) -> Path:
+        """Write each slice to a folder of its own beside ``path``, and return their folder.
+
+        ``<folder>/step_00000100.npz`` becomes ``<folder>/plane_random/step_00000100.npz``, and
+        so on.
+        """
+        path = Path(path)
+        for name, part in self.slices.items():
+            part.save(path.parent / name / path.name)
+        return path.parent
+
+    def line_figure(self, *, title: str = "", metric: str | None = None) -> Figure:
+        """Return all lines side by side."""
+        return line_figure(list(self.lines.values()), title=title, metric=metric)
+
+    def summary(self) -> str:
+        """Return what was found, in sentences."""
+        lines = [f"Loss {self.loss:.4g} at the weights, {self.seconds:.2g} s of slices around it."]
+        for name, plane in self.planes.items():
+            lines.append(
+                f"  plane {name:<12} loss {finite_range(plane.loss)} on "
+                f"{int(plane.evaluated.sum())} points"
+            )
+            if plane.path is not None:
+                lines.append(
+                    f"  path of training   {float(plane.path.explained.sum()):.1%} of its variance "
+                    f"lies in the plane; the point furthest from it misses "
+                    f"{float(plane.path.residuals.max()):.0%} of its distance"
+                )
+        for name, line in self.lines.items():
+            direction = line.directions[0]
+            text = f"  line {name:<13} curvature {with_error(line.curvature, line.curvature_error)}"
+            if direction.eigenvalue is not None:
+                known = with_error(direction.eigenvalue, direction.residual or math.nan)
+                text += f", where the Hessian's eigenvalue is {known}"
+            lines.append(text)
+        if self.basin is not None:
+            b = self.basin
+            lines.append(
+                f"  basin              effective radius "
+                f"{with_error(b.effective_radius, b.effective_radius_sem)} filter norms until the "
+                f"loss passes {b.cutoff:.4g} ({len(b.radii)} rays, {int(b.open.sum())} never did)"
+            )
+        return "\n".join(lines)
+
+
+def _light(found: Any) -> Any:
+    """Return a result whose directions have no vectors."""
+    bare = tuple(replace(d, vector=torch.empty(0)) for d in found.directions)
+    return replace(found, directions=bare)

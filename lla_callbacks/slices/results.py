@@ -1,0 +1,180 @@
+"""Results of slices, with everything that can be made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lla_callbacks.slices.arrays import load_slice, save_slice
+from lla_callbacks.slices.basin import Basin
+from lla_callbacks.slices.convexity import Convexity
+from lla_callbacks.slices.landscape_figures import (
+    basin_figure,
+    convexity_figure,
+    surface_figure,
+)
+from lla_callbacks.slices.line_figures import line_figure
+from lla_callbacks.slices.plane_figures import plane_figure
+from lla_callbacks.slices.slices import Line, Plane
+from lla_callbacks.slices.surface_html import surface_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+R = TypeVar("R", bound="_Saved")
+
+
+class _Saved:
+    """From measurement to report, and to a file and back."""
+
+    @classmethod
+    def of(cls: type[R], measurement: Any) -> R:
+        """Return a report of a measurement."""
+        return cls(**{f.name: getattr(measurement, f.name) for f in fields(measurement)})
+
+    @classmethod
+    def load(cls: type[R], path: str | Path) -> R:
+        """Return a result that was saved, its directions without their vectors.
+
+        Raises:
+            ValueError: If the file holds another kind of result.
+        """
+        kind, values = load_slice(Path(path))
+        wanted = cls.__mro__[1].__name__
+        if kind != wanted:
+            raise ValueError(f"{path} holds a {kind.lower()}, not a {wanted.lower()}.")
+        return cls(**values)
+
+    def save(self, path: str | Path) -> Path:
+        """Write every number to an .npz file and return its path."""
+        return save_slice(self, Path(path))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LossLine(Line, _Saved):
+    """What :func:`~lla_callbacks.loss_line` and :func:`~lla_callbacks.interpolate` return.
+
+    All fields are those of :class:`~lla_callbacks.slices.slices.Line`.
+    """
+
+    def __repr__(self) -> str:
+        return (
+            f"<LossLine along {self.directions[0].name!r}: {len(self.alphas)} points, loss "
+            f"{finite_range(self.loss)}, {self.facts.num_samples} samples>"
+        )
+
+    def figure(self, *, title: str = "", metric: str | None = None) -> Figure:
+        """Return loss and one metric along the line, drawn."""
+        return line_figure([self], title=title, metric=metric)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LossPlane(Plane, _Saved):
+    """What :func:`~lla_callbacks.loss_plane` returns.
+
+    All fields are those of :class:`~lla_callbacks.slices.slices.Plane`.
+    """
+
+    def __repr__(self) -> str:
+        done = "" if self.complete else f" ({int(self.evaluated.sum())} of them evaluated)"
+        return (
+            f"<LossPlane of {self.directions[0].name!r} and {self.directions[1].name!r}: "
+            f"{len(self.alphas)} x {len(self.betas)} points{done}, loss {finite_range(self.loss)}, "
+            f"{self.facts.num_samples} samples>"
+        )
+
+    def figure(
+        self,
+        *,
+        title: str = "",
+        metric: str | None = None,
+        interpolate: bool = False,
+        cap: float | None = None,
+        scale: tuple[float, float] | None = None,
+    ) -> Figure:
+        """Return filled contours of the log loss, or of a metric.
+
+        Args:
+            title: Above the figure.
+            metric: Draw this metric instead of the loss.
+            interpolate: Draw a spline of the log loss through the computed points, which are
+                marked.
+            cap: Draw larger losses as this one, and say so.
+            scale: Lowest and highest loss of the colours, to compare figures.
+        """
+        return plane_figure(
+            self, title=title, metric=metric, interpolate=interpolate, cap=cap, scale=scale
+        )
+
+    def surface(
+        self,
+        *,
+        title: str = "",
+        cap: float | None = None,
+        scale: tuple[float, float] | None = None,
+    ) -> Figure:
+        """Return the log loss as a surface in three dimensions; see :meth:`figure`."""
+        return surface_figure(self, title=title, cap=cap, scale=scale)
+
+    def html(
+        self,
+        path: str | Path,
+        *,
+        title: str = "",
+        cap: float | None = None,
+        scale: tuple[float, float] | None = None,
+    ) -> Path:
+        """Write a surface that a browser can turn, one file; needs plotly.
+
+        See :meth:`figure` for the arguments.
+
+        Raises:
+            ImportError: If plotly is not installed.
+        """
+        return surface_html(self, Path(path), title=title, cap=cap, scale=scale)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ConvexityMap(Convexity, _Saved):
+    """What :func:`~lla_callbacks.convexity_map` returns.
+
+    All fields are those of :class:`~lla_callbacks.slices.convexity.Convexity`.
+    """
+
+    def __repr__(self) -> str:
+        return (
+            f"<ConvexityMap: {len(self.alphas)} x {len(self.betas)} points, "
+            f"|lambda_min/lambda_max| {finite_range(self.ratio)}, {self.num_matvecs} products>"
+        )
+
+    def figure(self, *, title: str = "") -> Figure:
+        """Return both ratios as maps."""
+        return convexity_figure(self, title=title)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BasinRadii(Basin, _Saved):
+    """What :func:`~lla_callbacks.basin_radii` returns.
+
+    All fields are those of :class:`~lla_callbacks.slices.basin.Basin`.
+    """
+
+    def __repr__(self) -> str:
+        return (
+            f"<BasinRadii: {len(self.radii)} rays ({int(self.open.sum())} open), median "
+            f"{self.quantiles[0.5]:.3g}, effective {self.effective_radius:.3g} +- "
+            f"{self.effective_radius_sem:.1g} filter norms, cutoff {self.cutoff:.4g}>"
+        )
+
+    def figure(self, *, title: str = "") -> Figure:
+        """Return the distribution of radii."""
+        return basin_figure({"basin": self}, title=title)
+
+
+def finite_range(values: Any) -> str:
+    """Return the smallest and the largest finite value, in words."""
+    finite = values[values.isfinite()]
+    if not finite.numel():
+        return "nowhere finite"
+    return f"{float(finite.min()):.4g} to {float(finite.max()):.4g}"

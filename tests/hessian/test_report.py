@@ -1,0 +1,166 @@
+"""Scalars, files, words and figures of a report. Of figures the drawn data are tested."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from torch import nn
+
+from lla_callbacks import HessianReport, measure_hessian
+from lla_callbacks.hessian.figures import history_figure
+from lla_callbacks.hessian.scalars import custom_scalars_layout, hessian_scalars
+from lla_callbacks.hessian.words import describe_change, with_error
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
+from tests.cases import CASES
+
+
+@pytest.fixture(scope="module")
+def report() -> HessianReport:
+    module, batches, loss = CASES[0].build()
+    return measure_hessian(module, batches, loss=loss, num_steps=12, num_probes=5)
+
+
+def test_scalars_carry_values_errors_and_layers(report: HessianReport) -> None:
+    values = hessian_scalars(report)
+    assert values["hessian/lambda_max"] == report.lambda_max
+    assert values["hessian/trace_sem"] == report.trace_sem
+    assert values["hessian_errors/lambda_min"] == report.lambda_min.residual
+    assert values["hessian/kh05"] == report.criteria["kh05"]
+    assert values["hessian_layers/2/trace"] == report.layer_traces["2"].value
+    assert values["hessian_layers/2/weight_norm"] == report.layers["2"].norm
+    assert values["hessian/trace_times_norm2"] == report.trace * report.weight_norm**2
+    half = values["hessian_bands/trace_upper"] - values["hessian/trace"]
+    assert half == pytest.approx(2 * report.trace_sem)
+    assert all(math.isfinite(value) for value in values.values())
+    # No optimizer was given: a gap, not a NaN.
+    assert "hessian/stability" not in values
+    assert all(
+        tag.startswith("train_curvature") for tag in hessian_scalars(report, "train_curvature")
+    )
+
+
+def test_the_layout_names_tags_that_exist(report: HessianReport) -> None:
+    values = hessian_scalars(report)
+    for kind, tags in custom_scalars_layout()["hessian"].values():
+        if kind == "Margin":
+            assert set(tags) <= set(values)
+            value, lower, upper = (values[tag] for tag in tags)
+            assert lower <= value <= upper
+
+
+def test_arrays_come_back_from_the_file(report: HessianReport, tmp_path: Path) -> None:
+    path = report.save(tmp_path / "deep" / "report.npz")
+    with np.load(path, allow_pickle=False) as arrays:
+        assert float(arrays["trace"]) == report.trace
+        assert float(arrays["lambda_max_residual"]) == report.lambda_max.residual
+        assert arrays["nodes"].tolist() == report.nodes.tolist()
+        named = dict(
+            zip(arrays["layer_names"].tolist(), arrays["layer_traces"].tolist(), strict=True)
+        )
+        assert named == {k: [t.value, t.sem] for k, t in report.layer_traces.items()}
+        criteria = dict(zip(arrays["criteria_names"].tolist(), arrays["criteria"], strict=True))
+        assert criteria["kh05"][0] == report.criteria["kh05"]
+        fields = {f.name for f in dataclasses.fields(report)} - {"criteria_errors", "layers"}
+        assert fields <= set(arrays.files)
+
+
+def test_a_report_is_frozen(report: HessianReport) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError, match="trace"):
+        report.trace = 0.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (12.3456, 0.41, "12.35 +- 0.41"),
+        (-0.0991291, 8e-7, "-0.0991291 +- 8e-07"),
+        (2.115812, 3e-7, "2.11581 +- 3e-07"),
+        (1234.5, 100.0, "1.23e+03 +- 1e+02"),
+        (3.0, 0.0, "3"),
+        (3.0, math.nan, "3"),
+        (math.nan, 1.0, "undefined"),
+        (0.0, 0.5, "0.00 +- 0.50"),
+    ],
+)
+def test_numbers_show_as_many_digits_as_their_error_allows(
+    value: float, error: float, text: str
+) -> None:
+    assert with_error(value, error) == text
+
+
+def test_the_summary_says_everything_in_words(report: HessianReport) -> None:
+    text = report.summary()
+    for part in ("largest eigenvalue", "smallest eigenvalue", "trace", "43 parameters", "KH05"):
+        assert part in text
+    assert "stability" not in text
+
+
+def moved(report: HessianReport, factor: float, stability: float) -> HessianReport:
+    return dataclasses.replace(
+        report,
+        trace=report.trace * factor,
+        trace_sem=0.01 * report.trace,
+        lambda_max=Eigenvalue(report.lambda_max * factor, 0.0),
+        criteria={**report.criteria, "stability": stability},
+    )
+
+
+def test_the_change_is_told_with_its_error(report: HessianReport) -> None:
+    start = moved(report, 1.0, math.nan)
+    fell = describe_change([(0, start), (9, moved(report, 1e-3, 0.5))])
+    assert "the trace fell" in fell
+    assert "Stability stayed below 1 wherever it was measured (highest 0.5)" in fell
+    still = describe_change([(0, start), (9, moved(report, 1 + 1e-9, 1.5))])
+    assert "did not move by more than its error" in still
+    assert "above 1 at 1 of 2 measurements" in still
+    assert describe_change([(0, report)]) == ""
+
+
+def test_the_density_figure_draws_the_spectrum(report: HessianReport) -> None:
+    figure = report.figure(title="a title")
+    whole, bulk = figure.axes
+    low, high = whole.get_xlim()
+    assert low < report.lambda_min < report.lambda_max < high
+    assert whole.get_yscale() == bulk.get_yscale() == "log"
+    verticals = {line.get_xdata()[0] for line in whole.lines if len(set(line.get_xdata())) == 1}
+    assert {float(report.lambda_max), float(report.lambda_min)} <= verticals
+    texts = [t.get_text() for t in whole.texts]
+    assert any(f"{report.lambda_max:.4g}" in t for t in texts)
+    note = figure._supxlabel.get_text()
+    assert "8 samples" in note
+    assert "batch statistics" in note
+    assert "12 Lanczos steps" in note
+    FigureCanvasAgg(figure).draw()
+
+
+def test_the_history_figure_follows_the_extremes(report: HessianReport) -> None:
+    history = [(0, report), (10, moved(report, 0.1, 0.5)), (40, moved(report, 2.0, 0.5))]
+    figure = history_figure(history)
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    drawn = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
+    assert any(
+        # Older matplotlib keeps the objects that it was given.
+        np.allclose(np.asarray(line.get_ydata(), float), [m.lambda_max for _, m in history])
+        for line in drawn
+    ), lines
+    FigureCanvasAgg(figure).draw()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-8, 1e8])
+def test_figures_survive_extreme_spectra(scale: float) -> None:
+    module = nn.Linear(3, 1, bias=False)
+    report = measure_hessian(
+        module, [torch.eye(3)], loss=lambda m, b: scale * m(b).square().sum(), num_steps=3
+    )
+    for figure in (
+        report.figure(),
+        report.layer_figure(),
+        history_figure([(0, report), (1, report)]),
+    ):
+        FigureCanvasAgg(figure).draw()

@@ -1,0 +1,106 @@
+"""What is kept in memory, and that the numbers do not depend on it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lla_callbacks import measure_hessian
+from lla_callbacks.linalg.errors import OutOfMemoryError
+from lla_callbacks.objective.memory import LEAST_MEMORY, MemoryPlan
+from lla_callbacks.objective.objective import Objective
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("saved", "allowed", "kept", "parts"),
+    [
+        # All graphs fit: three times what their forward passes save.
+        ([10, 10], 60, 2, 1),
+        # One is kept beside the one that is being differentiated.
+        ([10, 10], 59, 0, 1),
+        ([10, 10, 10, 10], 61, 1, 1),
+        # Not even one fits: parts of a batch.
+        ([10, 10], 29, 0, 2),
+        ([10, 10], 8, 0, 4),
+        ([10], 30, 1, 1),
+        ([10], 10, 0, 4),
+    ],
+)
+def test_the_plan_keeps_what_fits(saved, allowed, kept, parts):
+    plan = MemoryPlan.of([s * MIB for s in saved], [8] * len(saved), 0, allowed * MIB)
+    assert (plan.num_kept, plan.parts, plan.part_size) == (kept, parts, 8 // parts)
+
+
+def test_by_default_half_of_a_training_step_and_a_little_more():
+    small = MemoryPlan.of([LEAST_MEMORY / 3], [8], 0, None)
+    assert small.parts == 1
+    # Four copies of the weights and what one batch saves: half of it are 3 GiB.
+    large = MemoryPlan.of([2 * 2**30], [8], 2**30, None)
+    assert large.parts == 2
+
+
+def problem(norm=False):
+    torch.manual_seed(0)
+    middle = nn.BatchNorm1d(32) if norm else nn.Identity()
+    net = nn.Sequential(nn.Linear(8, 32), middle, nn.Tanh(), nn.Linear(32, 3)).double()
+    x, y = torch.randn(64, 8, dtype=torch.float64), torch.randint(3, (64,))
+    return net, [(x[:40], y[:40]), (x[40:], y[40:])]
+
+
+def loss(module, batch):
+    return cross_entropy(module(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("max_memory", [20_000, 60_000, 10**9])
+def test_the_numbers_do_not_depend_on_the_memory(max_memory):
+    net, batches = problem()
+    wanted = measure_hessian(net, batches, loss=loss)
+    sizes = []
+
+    def noted(module, batch):
+        sizes.append(len(batch[0]))
+        return loss(module, batch)
+
+    found = measure_hessian(net, batches, loss=noted, max_memory=max_memory)
+    assert found.engine == "exact"
+    assert float(found.lambda_max) == pytest.approx(float(wanted.lambda_max), rel=1e-12)
+    assert found.trace == pytest.approx(wanted.trace, rel=1e-10)
+    if max_memory == 20_000:
+        assert min(sizes) <= 10
+
+
+def test_what_cannot_be_split_goes_by_difference_and_says_why():
+    net, batches = problem(norm=True)
+    found = measure_hessian(net, batches, loss=loss, max_memory=20_000)
+    assert found.engine == "difference"
+    assert "max_memory=20000" in found.engine_reason
+    wanted = measure_hessian(net, batches, loss=loss)
+    assert found.trace == pytest.approx(wanted.trace, rel=1e-5)
+    with pytest.raises(OutOfMemoryError, match=r"max_memory=20000.*engine='difference'"):
+        measure_hessian(net, batches, loss=loss, max_memory=20_000, engine="exact")
+
+
+def test_a_batch_that_runs_out_of_memory_is_halved():
+    net, batches = problem()
+    wanted = measure_hessian(net, batches, loss=loss)
+
+    def greedy(module, batch):
+        if len(batch[0]) > 12 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(module, batch)
+
+    found = measure_hessian(net, batches, loss=greedy)
+    assert found.trace == pytest.approx(wanted.trace, rel=1e-10)
+
+
+def test_vectors_that_do_not_fit_on_the_device_live_on_the_cpu():
+    net, batches = problem()
+    hessian = Objective(net, batches, loss, max_memory=10**6).hessian()
+    assert hessian.room == 10**6
+    # As on a GPU, whose tensors this machine cannot have.
+    hessian.device = torch.device("cuda")
+    few = 10**6 // (8 * hessian.shape[0])
+    assert hessian.basis_device(few).type == "cuda"
+    assert hessian.basis_device(few + 1).type == "cpu"

@@ -1,0 +1,97 @@
+"""Half-precision modules are measured in float32, and come back untouched."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lla_callbacks import measure_hessian
+from lla_callbacks.objective.precision import at_precision, original_of
+
+
+class Net(nn.Module):
+    """Tied weights, a buffer, and a frozen part."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 3)
+        self.last.bias.requires_grad_(False)
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.second(torch.tanh(self.first(x))))))
+
+
+def loss(module, batch):
+    return cross_entropy(module(batch[0]), batch[1])
+
+
+def batches(dtype):
+    torch.manual_seed(1)
+    return [(torch.randn(16, 4).to(dtype), torch.randint(3, (16,)))]
+
+
+def float32_twin(module):
+    twin = Net()
+    twin.load_state_dict({k: v.float() for k, v in module.state_dict().items()})
+    return twin
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_module_is_measured_in_float32(dtype):
+    module = Net(dtype)
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    objects = {name: id(p) for name, p in module.named_parameters()}
+    report = measure_hessian(module, batches(dtype), loss=loss)
+    wide = [(x.float(), y) for x, y in batches(dtype)]
+    twin = measure_hessian(float32_twin(module), wide, loss=loss)
+    assert report.precision == "float32"
+    assert float(report.lambda_max) == float(twin.lambda_max)
+    assert report.trace == twin.trace
+    assert {name: id(p) for name, p in module.named_parameters()} == objects
+    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
+    assert module.second.weight is module.first.weight
+
+
+def test_training_precision_keeps_the_halves_and_says_so():
+    report = measure_hessian(
+        Net(torch.bfloat16), batches(torch.bfloat16), loss=loss, precision="training"
+    )
+    assert report.precision == "bfloat16"
+    # Nothing surer than the arithmetic is.
+    assert report.lambda_max.residual >= 0.01 * abs(report.lambda_max)
+
+
+def test_float64_stays_float64():
+    assert measure_hessian(
+        Net(torch.float64), batches(torch.float64), loss=loss
+    ).precision == "float64"  # fmt: skip
+
+
+def test_copies_know_what_they_stand_for_and_leave_after_an_exception():
+    module = Net(torch.bfloat16)
+    weight = module.first.weight
+
+    def inside():
+        with at_precision(module, "float32"):
+            assert module.first.weight is not weight
+            assert module.second.weight is module.first.weight
+            assert original_of(module.first.weight) is weight
+            assert module.norm.running_mean.dtype == torch.float32
+            assert not module.last.bias.requires_grad
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        inside()
+    assert module.first.weight is weight
+    assert module.norm.running_mean.dtype == torch.bfloat16
+
+
+def test_a_precision_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match=r"precision is '64'; give one of float32, training"):
+        measure_hessian(Net(), batches(torch.float32), loss=loss, precision="64")

@@ -558,7 +558,7 @@ class Monitor(Resumable):
                 mode=self.mode,
                 dropout=self.dropout,
                 seed=self.seed,
-                training=self._training,
+                training=self._modes(module, moment),
                 microbatch_size=self.microbatch_size,
                 max_memory=self.max_memory,
                 engine=self.engine,
@@ -568,6 +568,14 @@ class Monitor(Resumable):
             )
 
         return all_or_none(self._processes, make)
+
+    def _modes(self, module: nn.Module, moment: Moment) -> dict[nn.Module, bool] | None:
+        """Return each submodule's train or eval mode in training, as it is at a moment."""
+        past = moment.snapshot is not None and moment.snapshot is not self._final
+        if past or moment.function != "fit":
+            # The weights that the first batch met; and an evaluation says nothing of training.
+            return self._training
+        return {m: m.training for m in module.modules()}
 
     # -- where to -----------------------------------------------------------------------
 

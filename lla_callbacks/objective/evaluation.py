@@ -203,6 +203,7 @@ def evaluating(
         stack.enter_context(no_checkpoints())
         # In full precision: autocast would cost digits of small differences, not time.
         stack.enter_context(torch.autocast(objective.device.type, enabled=False))
+        stack.enter_context(objective.autocast_inside())
         yield Evaluator(objective, metrics or {}, predict, reset)
 
 

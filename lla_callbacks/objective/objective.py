@@ -27,7 +27,7 @@ from lla_callbacks.objective.batches import fresh, sample_count, split
 from lla_callbacks.objective.evaluation import Loss, Statistics, evaluating, load_statistics
 from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
 from lla_callbacks.objective.memory import Findings, MemoryPlan, allowed_memory, saved_bytes
-from lla_callbacks.objective.precision import HALF, Precision, check_precision
+from lla_callbacks.objective.precision import HALF, Precision, autocast_inside, check_precision
 from lla_callbacks.objective.repetition import keep_processes_apart
 from lla_callbacks.objective.sharded import is_sharded, reshard, sharded_gradients
 from lla_callbacks.objective.state import preserved, set_mode
@@ -108,6 +108,8 @@ class Objective:
         self.engine: Engine = engine
         self.precision: Precision = precision
         self.arithmetic = arithmetic
+        # That of autocast regions which the loss opens itself, once one was seen.
+        self._inner_arithmetic: torch.dtype | None = None
         self._max_memory = max_memory
         self.batches = list(batches)
         if not self.batches:
@@ -223,13 +225,23 @@ class Objective:
     @property
     def arithmetic_name(self) -> str:
         """The precision of the computation, in words."""
-        if self.arithmetic is not None:
-            return f"{str(self.arithmetic).removeprefix('torch.')} autocast"
+        found = self.arithmetic or self._inner_arithmetic
+        if found is not None:
+            return f"{str(found).removeprefix('torch.')} autocast"
         return str(ParameterSpace(trainable(self.module)).precision).removeprefix("torch.")
 
+    def autocast_inside(self) -> AbstractContextManager[None]:
+        """Return the context in which autocast regions of the loss's own are off, or noted."""
+
+        def note(dtype: torch.dtype) -> None:
+            self._inner_arithmetic = dtype
+
+        return autocast_inside(off=self.precision == "float32", note=note)
+
     def _finished(self, operator: LossOperator) -> LossOperator:
-        if self.arithmetic is not None:
-            operator.eps = max(operator.eps, torch.finfo(self.arithmetic).eps)
+        found = self.arithmetic or self._inner_arithmetic
+        if found is not None:
+            operator.eps = max(operator.eps, torch.finfo(found).eps)
         saved = self._findings.saved or 0
         operator.room = allowed_memory(saved, self._weight_bytes(), self._max_memory)
         return operator
@@ -302,7 +314,11 @@ class Objective:
             load_statistics(statistics)
             # Curvature in full precision: autocast would cost digits, not time, here.
             full = torch.autocast(self.device.type, enabled=False)
-            with (context or self._context)(), full if self.arithmetic is None else nullcontext():
+            with (
+                (context or self._context)(),
+                full if self.arithmetic is None else nullcontext(),
+                self.autocast_inside(),
+            ):
                 loss = self.loss(self.module, self._fresh(batch))
                 return loss if use is None else use(loss)
 

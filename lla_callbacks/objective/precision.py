@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -61,6 +61,40 @@ def at_precision(module: nn.Module, precision: Precision) -> Iterator[None]:
     finally:
         for store, name, tensor in saved:
             store[name] = tensor
+
+
+@contextmanager
+def autocast_inside(*, off: bool, note: Callable[[torch.dtype], object]) -> Iterator[None]:
+    """Watch the autocast regions that a loss opens itself, and turn them off if asked to.
+
+    Turning autocast off around a loss does not reach the regions that it opens. Those of
+    scripted modules, which enter them in compiled code, are not seen.
+
+    Args:
+        off: Whether they have no effect.
+        note: Called with the dtype of each region that has one.
+    """
+    kind = torch.amp.autocast_mode.autocast
+    enter = kind.__enter__
+
+    def entered(self: Any) -> Any:
+        if not self._enabled:
+            return enter(self)
+        if not off:
+            note(self.fast_dtype)
+            return enter(self)
+        # As it was for whoever keeps the region and enters it again elsewhere.
+        self._enabled = False
+        try:
+            return enter(self)
+        finally:
+            self._enabled = True
+
+    kind.__enter__ = entered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind.__enter__ = enter  # type: ignore[method-assign]
 
 
 def original_of(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lla_callbacks import measure_hessian
+from lla_callbacks import loss_line, measure_hessian
 from lla_callbacks.objective.precision import at_precision, original_of
 
 
@@ -95,3 +95,40 @@ def test_copies_know_what_they_stand_for_and_leave_after_an_exception():
 def test_a_precision_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match=r"precision is '64'; give one of float32, training"):
         measure_hessian(Net(), batches(torch.float32), loss=loss, precision="64")
+
+
+class OwnAutocast(nn.Module):
+    """A module that opens its own autocast regions: one anew, one that it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.region = torch.autocast("cpu", dtype=torch.bfloat16)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = torch.tanh(self.first(x))
+        with self.region:
+            return self.last(x).float()
+
+
+def test_an_autocast_of_the_users_own_is_off_and_comes_back():
+    module = OwnAutocast()
+    plain = nn.Sequential(module.first, nn.Tanh(), module.last)
+    before = loss(module, batches(torch.float32)[0])
+    report = measure_hessian(module, batches(torch.float32), loss=loss)
+    twin = measure_hessian(plain, batches(torch.float32), loss=loss)
+    assert report.precision == "float32"
+    assert abs(report.lambda_max - twin.lambda_max) <= 2 * twin.lambda_max.residual
+    line = loss_line(module, batches(torch.float32), loss=loss, alphas=[-1.0, 0.0, 1.0])
+    assert line.loss[1] == pytest.approx(twin.loss, rel=1e-6)
+    # The region that the module keeps works again.
+    assert torch.equal(loss(module, batches(torch.float32)[0]), before)
+
+
+def test_an_autocast_of_the_users_own_that_stays_on_is_said():
+    report = measure_hessian(OwnAutocast(), batches(torch.float32), loss=loss, precision="training")
+    assert report.precision == "bfloat16 autocast"
+    # Nothing surer than the arithmetic is.
+    assert report.lambda_max.residual >= 0.01 * abs(report.lambda_max)

@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 
 from lla_callbacks.callbacks import monitor as monitor_module
 from lla_callbacks.callbacks import replay
-from lla_callbacks.landscape import state
+from lla_callbacks.objective import state
 
 from .modules import (
     Order,

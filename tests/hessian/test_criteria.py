@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lla_callbacks.landscape import criteria
+from lla_callbacks.hessian import criteria
 
 NODES = torch.tensor([-4.0, -1.0, 0.0, 9.0]).double()
 WEIGHTS = torch.tensor([0.1, 0.2, 0.3, 0.4]).double()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lla_callbacks.landscape import penalty as penalty_module
 from lla_callbacks.linalg.errors import MeasurementError, NonFiniteError
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.penalty import penalty as penalty_module
 from lla_callbacks.penalty.displacement import DisplacedLoss
 from lla_callbacks.penalty.penalty import PenaltyGradient, PenaltySettings, penalty_gradient
 

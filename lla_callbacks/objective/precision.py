@@ -74,7 +74,7 @@ def autocast_inside(*, off: bool, note: Callable[[torch.dtype], object]) -> Iter
         off: Whether they have no effect.
         note: Called with the dtype of each region that has one.
     """
-    kind = torch.amp.autocast_mode.autocast
+    kind: Any = torch.amp.autocast_mode.autocast
     enter = kind.__enter__
 
     def entered(self: Any) -> Any:
@@ -90,11 +90,11 @@ def autocast_inside(*, off: bool, note: Callable[[torch.dtype], object]) -> Iter
         finally:
             self._enabled = True
 
-    kind.__enter__ = entered  # type: ignore[method-assign]
+    kind.__enter__ = entered
     try:
         yield
     finally:
-        kind.__enter__ = enter  # type: ignore[method-assign]
+        kind.__enter__ = enter
 
 
 def original_of(tensor: Tensor) -> Tensor:

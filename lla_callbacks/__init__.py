@@ -7,6 +7,7 @@ from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
 from lla_callbacks.hessian.functions import measure_hessian
 from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.penalty.reversed import reversed_binary_cross_entropy, reversed_cross_entropy
 from lla_callbacks.slices.functions import (
     basin_radii,
     convexity_map,
@@ -38,5 +39,7 @@ __all__ = [
     "loss_plane",
     "measure_hessian",
     "paper",
+    "reversed_binary_cross_entropy",
+    "reversed_cross_entropy",
     "standard",
 ]

@@ -4,6 +4,9 @@ from lla_callbacks.callbacks.bundles import economy, paper, standard
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
 from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
+from lla_callbacks.curves.curve import Curve
+from lla_callbacks.curves.functions import barrier, connect, loss_curve
+from lla_callbacks.curves.report import Barriers, LossCurve
 from lla_callbacks.hessian.functions import measure_hessian
 from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.linalg.errors import MeasurementError
@@ -20,21 +23,27 @@ from lla_callbacks.slices.results import BasinRadii, ConvexityMap, LossLine, Los
 from lla_callbacks.version import __version__
 
 __all__ = [
+    "Barriers",
     "BasinRadii",
     "ConvexityMap",
+    "Curve",
     "HessianMonitor",
     "HessianReport",
     "HessianTraceRegularizer",
     "LandscapeReport",
+    "LossCurve",
     "LossLandscapeMonitor",
     "LossLine",
     "LossPlane",
     "MeasurementError",
     "__version__",
+    "barrier",
     "basin_radii",
+    "connect",
     "convexity_map",
     "economy",
     "interpolate",
+    "loss_curve",
     "loss_line",
     "loss_plane",
     "measure_hessian",

@@ -15,13 +15,14 @@ LEVELS = [
     ["objective"],
     ["report"],
     ["hessian", "slices", "penalty"],
+    ["curves"],
     ["callbacks"],
 ]
 LAYERS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Files of a room that draw or write; its numerics know none of them.
 SHOWING = ("figures.py", "arrays.py", "scalars.py", "words.py", "report.py", "results.py",
            "fields.py", "interpolation.py", "surface_html.py", "functions.py")  # fmt: skip
-QUANTITIES = ("hessian", "slices", "penalty")
+QUANTITIES = ("hessian", "slices", "penalty", "curves")
 # Where a library may be imported, beside the layers above it.
 ONLY_IN = {
     "pytorch_lightning": ("callbacks/",),
@@ -40,6 +41,7 @@ OF_TORCH = {
     "_foreach_add_",
     "_foreach_copy_",
     "_foreach_lerp_",
+    "_foreach_mul_",
     "_parameters",
     "_post_accumulate_grad_hooks",
     "_step_supports_amp_scaling",

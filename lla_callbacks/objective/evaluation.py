@@ -70,13 +70,13 @@ class Evaluator:
         The metrics come in the order torchmetrics first, then functions; see :attr:`names`.
 
         Args:
-            statistics: Running statistics of batch norms; ``None``: the module's own, or those
-                of the present weights in mode ``"recalibrate"``.
+            statistics: Running statistics of batch norms, which count in every mode; ``None``:
+                the module's own, or those of the present weights in mode ``"recalibrate"``.
         """
         losses, others = [], [[] for _ in self.functions]  # type: ignore[var-annotated]
         for metric in self.metrics.values():
             metric.reset()
-        if self.objective.mode == "recalibrate":
+        if self.objective.mode == "recalibrate" and statistics is None:
             statistics = self.statistics()
         statistics = statistics or ()
         for i in range(len(self.batches)):

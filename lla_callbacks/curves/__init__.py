@@ -1,0 +1,1 @@
+"""Between networks: curves that join them, what the loss does along these, barriers."""

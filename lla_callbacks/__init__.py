@@ -3,6 +3,7 @@
 from lla_callbacks.callbacks.bundles import economy, paper, standard
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
+from lla_callbacks.callbacks.mode_connection import ModeConnection
 from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
 from lla_callbacks.curves.curve import Curve
 from lla_callbacks.curves.functions import barrier, connect, loss_curve
@@ -36,6 +37,7 @@ __all__ = [
     "LossLine",
     "LossPlane",
     "MeasurementError",
+    "ModeConnection",
     "__version__",
     "barrier",
     "basin_radii",

@@ -1,4 +1,4 @@
-"""What a penalty on the trace cannot work with, each with what to do instead."""
+"""What callbacks that move weights cannot work with, each with what to do instead."""
 
 from __future__ import annotations
 
@@ -84,4 +84,66 @@ def refuse_training(
             f"{kind}(estimator='difference') on a network with kinks (ReLU, max-pooling): "
             "each kink between two points counts with one over the squared step. Use "
             "estimator='perturbation', which bounds that."
+        )
+
+
+def refuse_moving(callback: Any, trainer: Any, module: nn.Module) -> None:
+    """Raise if a Trainer or a module cannot train a curve at all.
+
+    Args:
+        callback: Who would move the weights during each step.
+        trainer: The Trainer.
+        module: Its module.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    kind = type(callback).__name__
+    for other in trainer.callbacks:
+        if other is callback:
+            continue
+        if getattr(other, "moves_weights", False):
+            raise MisconfigurationException(
+                f"{kind} and {type(other).__name__} would both move the weights during a step: "
+                "use one of them a fit."
+            )
+        if any("WeightAveraging" in base.__name__ for base in type(other).__mro__):
+            raise MisconfigurationException(
+                f"{type(other).__name__} averages what is trained, and {kind} trains bends, "
+                "whose average is no network on the curve. Leave it out."
+            )
+    if not getattr(module, "automatic_optimization", True):
+        raise MisconfigurationException(
+            f"{kind} moves the weights between a batch's start and its one backward pass, and "
+            f"{type(module).__name__} uses manual optimization, whose passes are its own. Call "
+            "connect(module, batches, start, end, loss=loss) instead."
+        )
+    if shards_parameters(trainer, module):
+        raise MisconfigurationException(
+            f"{kind} moves whole parameters, and {type(trainer.strategy).__name__} shards "
+            "them. Train with strategy='ddp' or in one process."
+        )
+
+
+def refuse_moving_training(kind: str, trainer: Any, module: nn.Module) -> None:
+    """Raise if optimizers or parameters cannot train a curve; to be called once they exist.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+        raise MisconfigurationException(
+            f"{kind} has one gradient a step, and LBFGS evaluates the loss several times a step. "
+            "Use a first-order optimizer."
+        )
+    space = ParameterSpace(trainable(module))
+    if torch.finfo(space.precision).eps > 1e-5:
+        raise MisconfigurationException(
+            f"{kind} moves weights along a curve, whose steps {space.precision} rounds away. "
+            "Train with precision='bf16-mixed' or '16-mixed', which keep float32 weights."
+        )
+    if any(getattr(m, "sparse", False) is True for m in module.modules()):
+        raise MisconfigurationException(
+            f"{kind} scales dense gradients, and an embedding here gives sparse ones. Make it "
+            "with sparse=False."
         )

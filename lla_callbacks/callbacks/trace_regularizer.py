@@ -107,6 +107,9 @@ class HessianTraceRegularizer(Callback):
         >>> trainer = Trainer(callbacks=[HessianTraceRegularizer(1e-3)], max_epochs=1)
     """
 
+    # Two that do so would each see the other's.
+    moves_weights = True
+
     def __init__(
         self,
         strength: float | Literal["auto"],

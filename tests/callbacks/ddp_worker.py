@@ -1,4 +1,4 @@
-"""One of two processes that train with the regularizer: ``ddp_worker.py RANK PORT FOLDER``."""
+"""One of two processes that train with a callback of ours: ``ddp_worker.py RANK PORT FOLDER``."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lla_callbacks import HessianTraceRegularizer
+from lla_callbacks import HessianTraceRegularizer, ModeConnection
 from tests.callbacks.by_hand import Double, half_loader
 
 # Name: strategy, Trainer, module and regularizer settings.
@@ -72,6 +72,23 @@ def train(strategy, trainer, module, settings, folder, rank):
     return {name: p.detach().clone() for name, p in network.named_parameters()}
 
 
+def connect(folder, rank):
+    """Train a curve of two bends; return their weights, one after the other."""
+    ends = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        ends.append(Double(smooth=True))
+    torch.manual_seed(3)
+    connection = ModeConnection(*ends, bends=2)
+    pl.Trainer(
+        accelerator="cpu", devices=2, max_epochs=1, logger=False, enable_checkpointing=False,
+        use_distributed_sampler=False, strategy=DDPStrategy(process_group_backend="gloo"),
+        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False,
+        accumulate_grad_batches=2, gradient_clip_val=0.1, callbacks=[connection],
+    ).fit(Double(smooth=True), half_loader(rank))  # fmt: skip
+    return connection.curve.points[1:-1]
+
+
 def main() -> None:
     rank, port, folder = sys.argv[1:]
     os.environ |= {
@@ -82,6 +99,7 @@ def main() -> None:
     found = {}
     for name, (strategy, trainer, module, settings) in RUNS.items():
         found[name] = train(strategy, trainer, dict(module), settings, folder, int(rank))
+    found["connection"] = connect(folder, int(rank))
     torch.save(found, Path(folder) / f"rank{rank}.pt")
 
 

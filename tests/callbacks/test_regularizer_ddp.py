@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.curves.curve_cases import train_by_hand as train_curve_by_hand
+
 from .by_hand import (
     STRENGTH,
     Double,
@@ -104,3 +106,31 @@ def test_two_processes_are_the_loop_by_hand(weights, name):
             assert float((value - reference[key].detach()).abs().max()) < limit, key
     moved = max(float((weights[0][name][k] - p.detach()).abs().max()) for k, p in start.items())
     assert moved > 1e-2
+
+
+def test_two_processes_train_the_curve_of_a_loop_by_hand(weights):
+    ends = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        ends.append(Forward(Double(smooth=True)))
+    batches = [b for pair in zip(half_loader(0), half_loader(1), strict=True) for b in pair]
+    expected = train_curve_by_hand(
+        *ends, [batches[i : i + 4] for i in range(0, len(batches), 4)],
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), kind="bezier", bends=2, scaled=True,
+        clip=0.1,
+    )  # fmt: skip
+    for rank in range(2):
+        for found, bend in zip(weights[rank]["connection"], expected, strict=True):
+            for name, value in found.items():
+                assert float((value - bend[f"inner.{name}"]).abs().max()) < 1e-12
+
+
+class Forward(torch.nn.Module):
+    """`Double` as a function of its input."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner.net(x)

@@ -4,6 +4,7 @@ from lla_callbacks.callbacks.bundles import economy, paper, standard
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
 from lla_callbacks.callbacks.mode_connection import ModeConnection
+from lla_callbacks.callbacks.poisoned_loss import PoisonedLoss
 from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
 from lla_callbacks.curves.curve import Curve
 from lla_callbacks.curves.functions import barrier, connect, loss_curve
@@ -38,6 +39,7 @@ __all__ = [
     "LossPlane",
     "MeasurementError",
     "ModeConnection",
+    "PoisonedLoss",
     "__version__",
     "barrier",
     "basin_radii",

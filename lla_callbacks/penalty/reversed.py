@@ -12,6 +12,10 @@ from lla_callbacks.objective.precision import widened_half
 Reduction = Literal["mean", "sum", "none"]
 
 
+class NoReverseError(ValueError):
+    """A loss, or its labels, have no reverse."""
+
+
 def reversed_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -41,8 +45,8 @@ def reversed_cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (zero where a label is left out).
 
     Raises:
-        ValueError: If labels are no whole numbers, there is no second class, or every label is
-            left out of a mean.
+        NoReverseError: A ValueError, if labels are no whole numbers, there is no second class,
+            or every label is left out of a mean.
 
     Example::
 
@@ -54,21 +58,21 @@ def reversed_cross_entropy(
     """
     _check_reduction(reduction)
     if targets.is_floating_point() or targets.ndim >= max(1, logits.ndim):
-        raise ValueError(
+        raise NoReverseError(
             f"targets have dtype {targets.dtype} and shape {tuple(targets.shape)} for logits of "
             f"shape {tuple(logits.shape)}: cross entropy is reversed for labels only, one whole "
             "number a sample. Soft labels (probabilities of classes) have no reverse."
         )
     axis = 0 if logits.ndim == 1 else 1
     if logits.ndim == 0 or logits.shape[axis] < 2:
-        raise ValueError(
+        raise NoReverseError(
             f"logits have shape {tuple(logits.shape)}: reversing a label needs another class. "
             "For one logit a sample use reversed_binary_cross_entropy."
         )
     logits = widened_half(logits)
     kept = targets != ignore_index
     if reduction == "mean" and not bool(kept.any()):
-        raise ValueError(
+        raise NoReverseError(
             f"every target is {ignore_index} and ignored: the mean of nothing is undefined. Give "
             "batches with at least one label."
         )
@@ -93,17 +97,17 @@ def reversed_binary_cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
-        ValueError: If shapes differ or a target is neither 0 nor 1.
+        NoReverseError: A ValueError, if shapes differ or a target is neither 0 nor 1.
     """
     _check_reduction(reduction)
     if logits.shape != targets.shape:
-        raise ValueError(
+        raise NoReverseError(
             f"logits have shape {tuple(logits.shape)} and targets {tuple(targets.shape)}: give "
             "one target a logit."
         )
     positive = targets == 1
     if not bool((positive | (targets == 0)).all()):
-        raise ValueError(
+        raise NoReverseError(
             "targets hold a value other than 0 and 1: binary cross entropy is reversed for hard "
             "labels only. Soft labels have no reverse."
         )

@@ -13,8 +13,9 @@ from pytorch_lightning.strategies import DDPStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lla_callbacks import HessianTraceRegularizer, ModeConnection
+from lla_callbacks import HessianTraceRegularizer, ModeConnection, PoisonedLoss
 from tests.callbacks.by_hand import Double, half_loader
+from tests.callbacks.poison_by_hand import poison_batches
 
 # Name: strategy, Trainer, module and regularizer settings.
 RUNS = {
@@ -34,6 +35,18 @@ RUNS = {
     "manual": ({}, {}, {"smooth": True, "manual": True}, {}),
 }  # fmt: skip
 
+# The same of runs with poison. Without batch norm, whose statistics DDP takes from one process.
+POISONED = {
+    "poison": ({}, {}, {"smooth": True}),
+    "poison, static graph": ({"static_graph": True}, {}, {"smooth": True}),
+    "poison, unused": ({"find_unused_parameters": True}, {}, {"smooth": True, "unused": True}),
+    "poison, all": (
+        {"gradient_as_bucket_view": True},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2, "scaler": True},
+        {"smooth": True},
+    ),
+}
+
 
 def loss(module, batch):
     return module.loss(batch)
@@ -51,7 +64,7 @@ class Manual(Double):
         optimizer.step()
 
 
-def train(strategy, trainer, module, settings, folder, rank):
+def train(strategy, trainer, module, settings, folder, rank, callback=None):
     torch.manual_seed(3)
     trainer = dict(trainer)
     if trainer.pop("scaler", False):
@@ -67,7 +80,7 @@ def train(strategy, trainer, module, settings, folder, rank):
         use_distributed_sampler=False,
         strategy=DDPStrategy(process_group_backend="gloo", **strategy), default_root_dir=folder,
         enable_progress_bar=False, enable_model_summary=False, **trainer,
-        callbacks=[HessianTraceRegularizer(**{"strength": 1e-3, **settings})],
+        callbacks=[callback or HessianTraceRegularizer(**{"strength": 1e-3, **settings})],
     ).fit(network, half_loader(rank))  # fmt: skip
     return {name: p.detach().clone() for name, p in network.named_parameters()}
 
@@ -100,6 +113,9 @@ def main() -> None:
     for name, (strategy, trainer, module, settings) in RUNS.items():
         found[name] = train(strategy, trainer, dict(module), settings, folder, int(rank))
     found["connection"] = connect(folder, int(rank))
+    for name, (strategy, trainer, module) in POISONED.items():
+        poison = PoisonedLoss(0.4, poison_batches())
+        found[name] = train(strategy, trainer, dict(module), {}, folder, int(rank), poison)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
 
 

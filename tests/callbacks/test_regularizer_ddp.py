@@ -1,4 +1,4 @@
-"""Two real processes that train with the regularizer, against one loop by hand in float64."""
+"""Two real processes that train, regularized or poisoned, against loops by hand in float64."""
 
 import os
 import socket
@@ -22,7 +22,8 @@ from .by_hand import (
     perturbation,
     train_by_hand,
 )
-from .ddp_worker import RUNS
+from .ddp_worker import POISONED, RUNS
+from .poison_by_hand import poison_batches, train_with_poison
 
 GRADIENTS = {"static graph, exact": exact, "difference": difference}
 
@@ -134,3 +135,23 @@ class Forward(torch.nn.Module):
 
     def forward(self, x):
         return self.inner.net(x)
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_two_processes_share_out_the_poison(weights, name):
+    """As one process with both processes' batches, and twice as many batches of poison."""
+    _, trainer, settings = POISONED[name]
+    torch.manual_seed(3)
+    module = Double(**settings)
+    batches = [b for pair in zip(half_loader(0), half_loader(1), strict=True) for b in pair]
+    reference = train_with_poison(
+        module,
+        batches,
+        poison_batches(),
+        together=2 * trainer.get("accumulate_grad_batches", 1),
+        clip=trainer.get("gradient_clip_val"),
+    )
+    for rank in range(2):
+        for key, value in reference.named_parameters():
+            found = weights[rank][name][key]
+            assert float((found - value.detach()).abs().max()) < 1e-12, (rank, key)

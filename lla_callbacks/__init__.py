@@ -1,6 +1,7 @@
 """Watch the curvature of the loss while a network trains: callbacks for PyTorch Lightning."""
 
 from lla_callbacks.callbacks.bundles import economy, paper, standard
+from lla_callbacks.callbacks.fast_geometric_ensembling import FastGeometricEnsembling
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
 from lla_callbacks.callbacks.mode_connection import ModeConnection
@@ -29,6 +30,7 @@ __all__ = [
     "BasinRadii",
     "ConvexityMap",
     "Curve",
+    "FastGeometricEnsembling",
     "HessianMonitor",
     "HessianReport",
     "HessianTraceRegularizer",

@@ -10,6 +10,7 @@ from lla_callbacks.callbacks.compat import Callback
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
 from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
+from lla_callbacks.objective.checks import number, shown
 
 # A strength, or settings of HessianTraceRegularizer by name; None for no penalty.
 TraceRegularization = float | Literal["auto"] | Mapping[str, Any] | None
@@ -88,7 +89,21 @@ def paper(trace_regularization: TraceRegularization = None, **overrides: Any) ->
 def _regularizer(asked: TraceRegularization, **settings: Any) -> list[Callback]:
     if asked is None:
         return []
-    own = asked if isinstance(asked, Mapping) else {"strength": asked}
+    if isinstance(asked, Mapping):
+        own = dict(asked)
+        if "strength" not in own:
+            raise ValueError(
+                f"trace_regularization is {shown(asked)}, without a strength; give 'strength' "
+                "among the settings of HessianTraceRegularizer, or a strength alone."
+            )
+    elif isinstance(asked, str) and asked == "auto":
+        own = {"strength": asked}
+    else:
+        allowed = (
+            "a strength (a finite number at least 0, or 'auto'), settings of "
+            "HessianTraceRegularizer by name, or None"
+        )
+        own = {"strength": number("trace_regularization", asked, allowed, least=0)}
     return [HessianTraceRegularizer(**{**settings, **own})]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -103,14 +102,3 @@ def is_plain(batch: Any) -> bool:
     if type(batch) in (list, tuple):
         return all(map(is_plain, batch))
     return type(batch) is Tensor
-
-
-def check_loader(loader: Any) -> None:
-    """Raise a ValueError if this is neither an iterable of batches nor None."""
-    if loader is None:
-        return
-    if isinstance(loader, (str, bytes)) or not isinstance(loader, Iterable):
-        raise ValueError(
-            f"dataloader is of type {type(loader).__name__}; give an iterable of batches, or "
-            "None for the first training batches."
-        )

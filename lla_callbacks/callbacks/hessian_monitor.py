@@ -22,10 +22,12 @@ from lla_callbacks.hessian.tracking import (
     TrackerState,
     TrackingSettings,
     anchored,
+    check_light,
     track,
 )
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.sharing import all_or_none
+from lla_callbacks.objective.checks import whole
 from lla_callbacks.objective.layers import layer_parameters, outside
 from lla_callbacks.objective.objective import Engine, Mode, Objective
 from lla_callbacks.objective.precision import Precision
@@ -35,6 +37,8 @@ _GAP_REMEDY = (
     "The exact engine says it: set engine='exact', in one process or under DDP, or measure a "
     "checkpoint by measure_hessian."
 )
+
+_NO = ", or None for no light measurements"
 
 
 class HessianMonitor(Monitor):
@@ -181,14 +185,19 @@ class HessianMonitor(Monitor):
             trace_rtol=trace_rtol,
             seed=seed,
         )
-        self.tracking_settings = TrackingSettings(
-            num_probes=track_num_probes,
-            eig_rtol=track_eig_rtol,
-            num_steps=num_steps,
-            layers=layers,
-            seed=seed,
+        probes, rtol = check_light(
+            track_num_probes, track_eig_rtol, ("track_num_probes", "track_eig_rtol")
         )
-        self.tracking_schedule = Schedule(track_every_n_train_steps)
+        self.tracking_settings = TrackingSettings(
+            num_probes=probes,
+            eig_rtol=rtol,
+            num_steps=self.settings.num_steps,
+            layers=layers,
+            seed=self.settings.seed,
+        )
+        self.tracking_schedule = Schedule(
+            whole("track_every_n_train_steps", track_every_n_train_steps, 1, none=True, other=_NO)
+        )
         super().__init__(
             every_n_epochs=every_n_epochs,
             every_n_train_steps=every_n_train_steps,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lla_callbacks.callbacks.compat import is_barebones
 from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
 from lla_callbacks.linalg.errors import NotYetError
+from lla_callbacks.objective.checks import flag, number
 from lla_callbacks.objective.evaluation import Predict
 from lla_callbacks.objective.objective import Engine, Mode, Objective
 from lla_callbacks.objective.points import Evaluation
@@ -168,20 +169,13 @@ class LossLandscapeMonitor(Monitor):
             time_budget=time_budget,
             seed=seed,
         )
-        for flag, value in {
-            "interpolate": interpolate, "surface": surface, "mesh": mesh, "html": html,
-        }.items():  # fmt: skip
-            if not isinstance(value, bool):
-                raise ValueError(f"{flag} is {value!r}; give True or False.")
-        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float))):
-            raise ValueError(f"cap is {cap!r}; give a loss, or None.")
-        if html:
+        self.interpolate = flag("interpolate", interpolate)
+        self.cap: float | None = number("cap", cap, "a loss, or None", none=True)
+        self.surface = flag("surface", surface)
+        self.mesh = flag("mesh", mesh)
+        self.html = flag("html", html)
+        if self.html:
             check_plotly()
-        self.interpolate = interpolate
-        self.cap = cap
-        self.surface = surface
-        self.mesh = mesh
-        self.html = html
         self.history: list[tuple[int, LandscapeReport]] = []
         self.report: LandscapeReport | None = None
         super().__init__(

@@ -26,7 +26,8 @@ from lla_callbacks.callbacks.compat import (
     shards_parameters,
     state_key_of,
 )
-from lla_callbacks.callbacks.held_batches import HeldBatches, check_loader
+from lla_callbacks.callbacks.held_batches import HeldBatches
+from lla_callbacks.callbacks.monitor_settings import checked
 from lla_callbacks.callbacks.processes import Processes
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.run_state import Resumable
@@ -40,11 +41,9 @@ from lla_callbacks.objective.objective import (
     Engine,
     Mode,
     Objective,
-    check_engine,
-    check_mode,
     trainable,
 )
-from lla_callbacks.objective.precision import Precision, at_precision, check_precision
+from lla_callbacks.objective.precision import Precision, at_precision
 from lla_callbacks.objective.sharded import is_sharded, reshard
 from lla_callbacks.objective.state import Snapshot, take_snapshot, weights_at
 from lla_callbacks.objective.training_step import check_replayable
@@ -127,50 +126,40 @@ class Monitor(Resumable):
         super().__init__()
         default_schedule = every_n_epochs is None and every_n_train_steps is None
         self.schedule = Schedule(every_n_train_steps, 1 if default_schedule else every_n_epochs)
-        _check_positive("num_samples", num_samples)
-        if microbatch_size is not None:
-            _check_positive("microbatch_size", microbatch_size)
-        if max_memory is not None:
-            _check_positive("max_memory", max_memory)
-        check_engine(engine)
-        check_precision(precision)
-        for flag, value in {
-            "dropout": dropout,
-            "figures": figures,
-            "save_arrays": save_arrays,
-            "custom_scalars": custom_scalars,
-        }.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"{flag} is {value!r}; give True or False.")
-        check_mode(mode, dropout)
-        if loss is not None and not callable(loss):
-            raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
-        if max_overhead is not None and not (
-            isinstance(max_overhead, (int, float))
-            and not isinstance(max_overhead, bool)
-            and max_overhead > 0
-        ):
-            raise ValueError(
-                f"max_overhead is {max_overhead!r}; give a positive share of training time, "
-                "such as 0.05, or None."
-            )
-        check_loader(dataloader)
-        if not name or not isinstance(name, str):
-            raise ValueError(f"name is {name!r}; give the first part of the tags, a string.")
-        self.num_samples = num_samples
+        found = checked(
+            {
+                "num_samples": num_samples,
+                "mode": mode,
+                "dropout": dropout,
+                "loss": loss,
+                "dataloader": dataloader,
+                "seed": seed,
+                "max_overhead": max_overhead,
+                "microbatch_size": microbatch_size,
+                "max_memory": max_memory,
+                "engine": engine,
+                "precision": precision,
+                "figures": figures,
+                "save_arrays": save_arrays,
+                "custom_scalars": custom_scalars,
+                "name": name,
+            }
+        )
+        self.num_samples: int = found["num_samples"]
         self.mode: Mode = mode
-        self.dropout = dropout
+        self.dropout: bool = found["dropout"]
         self.loss = loss
         self.dataloader = dataloader
-        self.seed = seed
-        self.microbatch_size = microbatch_size
-        self.max_memory = max_memory
+        self.seed: int = found["seed"]
+        self.microbatch_size: int | None = found["microbatch_size"]
+        self.max_memory: int | None = found["max_memory"]
         self.engine: Engine = engine
         self.precision: Precision = precision
-        self.figures = figures
-        self.save_arrays = save_arrays
-        self.custom_scalars = custom_scalars
+        self.figures: bool = found["figures"]
+        self.save_arrays: bool = found["save_arrays"]
+        self.custom_scalars: bool = found["custom_scalars"]
         self.name = name
+        max_overhead = found["max_overhead"]
         # A light schedule is always the user's own, which only an own limit holds up.
         light_counts = max_overhead is not None
         if max_overhead is None and default_schedule:
@@ -660,8 +649,3 @@ _REMEDIES = {
     "storing the history": "A resumed run will begin its curves anew.",
     "keeping the state": "A run resumed from here will begin its curves anew.",
 }
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; give a whole number of at least 1.")

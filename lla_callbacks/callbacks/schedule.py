@@ -5,9 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from lla_callbacks.objective.checks import settle, whole
+
 # Share of training time that measurements may take where the user set no schedule. A fit took
 # 0.8 % longer than its measurements explain (docs/cost.md), so 4 % keep it within 5 %.
 DEFAULT_OVERHEAD = 0.04
+
+
+_NONE = ", or None for no schedule of this kind"
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("every_n_train_steps", "every_n_epochs"):
-            value = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ValueError(
-                    f"{name} is {value!r}; give a whole number of at least 1, or None for "
-                    "no schedule of this kind."
-                )
+            settle(self, **{name: whole(name, getattr(self, name), 1, none=True, other=_NONE)})
 
     def after_step(self, global_step: int) -> bool:
         """Return whether a measurement is due once this many optimizer steps are done."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lla_callbacks.callbacks.schedule import Schedule
+from lla_callbacks.objective.checks import flag, settle, whole
 
 # Of an automatic strength: number of penalized steps whose median ratio sets it (choice: one
 # batch's ratio varies by a factor of about two), what it is tried with (noise of 0.01 on each
@@ -40,17 +41,9 @@ class StrengthSchedule:
     scale_by_interval: bool = True
 
     def __post_init__(self) -> None:
-        if self.every_n_train_steps is None:
-            raise ValueError("every_n_train_steps is None; give a whole number of at least 1.")
-        Schedule(self.every_n_train_steps)
-        for name in ("start_step", "ramp_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} is {value!r}; give a whole number of at least 0.")
-        if not isinstance(self.scale_by_interval, bool):
-            raise ValueError(
-                f"scale_by_interval is {self.scale_by_interval!r}; give True or False."
-            )
+        for name, least in {"every_n_train_steps": 1, "start_step": 0, "ramp_steps": 0}.items():
+            settle(self, **{name: whole(name, getattr(self, name), least)})
+        settle(self, scale_by_interval=flag("scale_by_interval", self.scale_by_interval))
 
     def due(self, step: int) -> bool:
         """Return whether the optimizer step with this many steps before it is penalized."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from lla_callbacks.callbacks.surrogate import add_gradient
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batches import fresh
+from lla_callbacks.objective.checks import check_loss, number, seed_of, shown
 from lla_callbacks.objective.layers import check_layers
 from lla_callbacks.objective.objective import trainable
 from lla_callbacks.objective.state import preserved
@@ -131,25 +131,26 @@ class HessianTraceRegularizer(Callback):
         self.schedule = StrengthSchedule(
             every_n_train_steps, start_step, ramp_steps, scale_by_interval
         )
-        if strength != "auto":
-            _check_number("strength", strength, "'auto'", zero=True)
+        if not (isinstance(strength, str) and strength == "auto"):
+            strength = number(
+                "strength", strength, "a finite number at least 0, or 'auto'", least=0
+            )
             if target_ratio is not None:
                 raise ValueError(
-                    f"target_ratio is {target_ratio!r} but strength is {strength!r}: give "
+                    f"target_ratio is {shown(target_ratio)} but strength is {strength!r}: give "
                     "strength='auto', or leave target_ratio out."
                 )
-        for name, value in {"max_ratio": max_ratio, "target_ratio": target_ratio}.items():
-            if value is not None:
-                _check_number(name, value, "None", zero=False)
-        if loss is not None and not callable(loss):
-            raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
+        above = "a finite number above 0, or None"
+        max_ratio = number("max_ratio", max_ratio, above, above=0, none=True)
+        target_ratio = number("target_ratio", target_ratio, above, above=0, none=True)
+        check_loss(loss)
         check_layers(layers)
         self.strength = strength
         self.layers = layers
         self.max_ratio = max_ratio
         self.target_ratio = TARGET_RATIO if target_ratio is None else target_ratio
         self.loss = loss
-        self.seed = seed
+        self.seed = seed_of("seed", seed)
         self._reset()
 
     @property
@@ -393,10 +394,3 @@ class HessianTraceRegularizer(Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             for logger in trainer.loggers:
                 write_scalars(logger, values, step)
-
-
-def _check_number(name: str, value: Any, other: str, *, zero: bool) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        least = "at least 0" if zero else "above 0"
-        raise ValueError(f"{name} is {value!r}; give a finite number {least}, or {other}.")

@@ -13,6 +13,7 @@ from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.hessian.stability import stability_limit
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.build import objective_of
+from lla_callbacks.objective.checks import module_of, optimizer_of
 from lla_callbacks.objective.evaluation import Loss
 from lla_callbacks.objective.layers import Layers
 from lla_callbacks.objective.objective import Engine, Mode, trainable
@@ -107,7 +108,9 @@ def measure_hessian(
         seed=seed,
         chunk_size=chunk_size,
     )
+    module_of("module", module)
     check_precision(precision)
+    optimizer_of("optimizer", optimizer)
     limit = None
     if optimizer is not None:
         limit = stability_limit(optimizer, ParameterSpace(trainable(module)))

@@ -28,6 +28,14 @@ from lla_callbacks.linalg.operators import ScaledOperator
 from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
+from lla_callbacks.objective.checks import (
+    MOST_WORK,
+    fraction,
+    none_or_two,
+    seed_of,
+    settle,
+    whole,
+)
 from lla_callbacks.objective.layers import Layers, check_layers, layer_parameters, outside
 from lla_callbacks.objective.objective import Objective, with_hessian
 
@@ -95,23 +103,18 @@ class HessianSettings:
     chunk_size: int = 1
 
     def __post_init__(self) -> None:
-        least = {"num_steps": 2, "num_probes": 2, "num_runs": 1, "seed": 0, "chunk_size": 1}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise ValueError(f"{name} is {value!r}; give a whole number of at least {bound}.")
+        for name, least in {
+            "num_steps": 2,
+            "num_probes": 2,
+            "num_runs": 1,
+            "chunk_size": 1,
+        }.items():
+            settle(self, **{name: whole(name, getattr(self, name), least, MOST_WORK)})
         for name in ("num_layer_steps", "num_layer_probes"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value == 1:
-                raise ValueError(
-                    f"{name} is {value!r}; give a whole number of at least 2, or 0 for none."
-                )
+            settle(self, **{name: none_or_two(name, getattr(self, name))})
         for name in ("eig_rtol", "trace_rtol"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < 1):
-                raise ValueError(f"{name} is {value!r}; give a number between 0 and 1, or None.")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed is {self.seed}; give a whole number below 2**63.")
+            settle(self, **{name: fraction(name, getattr(self, name), none=True)})
+        settle(self, seed=seed_of("seed", self.seed))
         check_layers(self.layers)
 
     @property

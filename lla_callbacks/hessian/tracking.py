@@ -20,6 +20,7 @@ from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 from lla_callbacks.linalg.tracking import TraceState, advance, begin
+from lla_callbacks.objective.checks import MOST_WORK, even, fraction, seed_of, settle, whole
 from lla_callbacks.objective.layers import Layers, check_layers, layer_parameters
 from lla_callbacks.objective.objective import Objective, with_hessian
 
@@ -69,32 +70,38 @@ class TrackingSettings:
     chunk_size: int = 1
 
     def __post_init__(self) -> None:
-        for name, bound in {"num_steps": 1, "seed": 0, "chunk_size": 1}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise ValueError(f"{name} is {value!r}; give a whole number of at least {bound}.")
-        probes = self.num_probes
-        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 0 or probes % 2:
-            raise ValueError(
-                f"num_probes is {probes!r}; give an even number, since half of the probes come "
-                "back next time, or 0 for no traces."
-            )
-        rtol = self.eig_rtol
-        if rtol is not None and not (isinstance(rtol, (int, float)) and 0 < rtol < 1):
-            raise ValueError(
-                f"eig_rtol is {rtol!r}; give a number between 0 and 1, or None for no lambda_max."
-            )
-        if not probes and rtol is None:
-            raise ValueError(
-                "there is nothing to track: give num_probes for the traces, eig_rtol for "
-                "lambda_max, or both."
-            )
+        for name in ("num_steps", "chunk_size"):
+            settle(self, **{name: whole(name, getattr(self, name), 1, MOST_WORK)})
+        probes, rtol = check_light(self.num_probes, self.eig_rtol)
+        settle(self, num_probes=probes, eig_rtol=rtol, seed=seed_of("seed", self.seed))
         check_layers(self.layers)
 
     @property
     def max_matvecs(self) -> int:
         """Products that a measurement takes at most."""
         return self.num_probes + (self.num_steps if self.eig_rtol is not None else 0)
+
+
+def check_light(
+    num_probes: Any, eig_rtol: Any, names: tuple[str, str] = ("num_probes", "eig_rtol")
+) -> tuple[int, float | None]:
+    """Return how much of what is tracked, under the names that the user gave it.
+
+    Raises:
+        ValueError: If it cannot be, or is nothing.
+    """
+    probes = even(
+        names[0],
+        num_probes,
+        "since half of the probes come back next time, or 0 for no traces",
+    )
+    rtol = fraction(names[1], eig_rtol, none=True, other=", or None for no lambda_max")
+    if not probes and rtol is None:
+        raise ValueError(
+            f"there is nothing to track: give {names[0]} for the traces, {names[1]} for "
+            "lambda_max, or both."
+        )
+    return probes, rtol
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,16 @@ from typing import Any
 from torch import nn
 
 from lla_callbacks.objective.batches import first_samples, hold
+from lla_callbacks.objective.checks import batches_of, check_loss, module_of, seed_of, whole
 from lla_callbacks.objective.evaluation import Loss
-from lla_callbacks.objective.objective import Engine, Mode, Objective
-from lla_callbacks.objective.precision import Precision
+from lla_callbacks.objective.objective import (
+    Engine,
+    Mode,
+    Objective,
+    check_engine,
+    check_mode,
+)
+from lla_callbacks.objective.precision import Precision, check_precision
 from lla_callbacks.objective.training_step import check_replayable, replay_training_step
 
 
@@ -34,18 +41,29 @@ def objective_of(
         ValueError: If a setting is not allowed.
         TypeError: If there is neither a loss nor a replayable ``training_step``.
     """
+    module_of("module", module)
+    batches_of("batches", batches)
+    check_loss(loss)
+    # Before batches are fetched, which may take long.
+    check_mode(mode, dropout)
+    check_engine(engine)
+    check_precision(precision)
+    num_samples = whole("num_samples", num_samples, 1, none=True, other=", or None for all")
+    microbatch_size = whole("microbatch_size", microbatch_size, 1, none=True, other=", or None")
+    max_memory = whole("max_memory", max_memory, 1, none=True, other=" byte, or None")
+    seed = seed_of("seed", seed)
     if loss is None:
         check_replayable(module)
         loss = replay_training_step
-    if not callable(loss):
-        raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}; give 1 or more, or None for all.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed!r}; give a whole number from 0 to below 2**63.")
+    held = [hold(batch) for batch in first_samples(batches, num_samples)]
+    if not held:
+        raise ValueError(
+            f"batches, of type {type(batches).__name__}, is empty: there is no batch to measure "
+            "on. Give at least one; a generator that was read once is at its end."
+        )
     return Objective(
         module,
-        [hold(batch) for batch in first_samples(batches, num_samples)],
+        held,
         loss,
         mode=mode,
         dropout=dropout,

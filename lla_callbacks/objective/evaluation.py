@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lla_callbacks.objective.batches import rewrapped, tensors_of
 from lla_callbacks.objective.checkpoints import no_checkpoints
+from lla_callbacks.objective.checks import function_of, shown, tag_of
 from lla_callbacks.objective.repetition import keep_processes_apart, repeatable
 from lla_callbacks.objective.twice_differentiable import NoDropout, eager
 
@@ -231,14 +232,18 @@ def check_metrics(metrics: Mapping[str, Any] | None, predict: Predict | None) ->
         )
     for name, metric in (metrics or {}).items():
         if not isinstance(name, str) or not name or name == "loss":
-            raise ValueError(f"metrics has the name {name!r}; give a name other than 'loss'.")
-        if not is_metric(metric) and not callable(metric):
+            raise ValueError(f"metrics has the name {shown(name)}; give a name other than 'loss'.")
+        tag_of(f"the name {name!r} in metrics", name)
+        if isinstance(metric, type) or not (is_metric(metric) or callable(metric)):
+            what = "the class" if isinstance(metric, type) else "of type"
+            kind = metric if isinstance(metric, type) else type(metric)
             raise ValueError(
-                f"metrics[{name!r}] is of type {type(metric).__name__}; give a torchmetrics "
-                "metric or a function (module, batch) -> scalar."
+                f"metrics[{name!r}] is {what} {kind.__name__}; give a torchmetrics metric, made "
+                "with its settings, or a function (module, batch) -> scalar."
             )
-    if predict is not None and not callable(predict):
-        raise ValueError(f"predict is {predict!r}; give predict(module, batch) -> (preds, target).")
+        if not is_metric(metric):
+            function_of(f"metrics[{name!r}]", metric, "a function (module, batch) -> scalar", 2)
+    function_of("predict", predict, "predict(module, batch) -> (preds, target)", 2)
 
 
 def _known(statistic: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.sharing import Share
+from lla_callbacks.objective.checks import shown
 
 
 def centred(reach: float, count: int) -> Tensor:
@@ -50,8 +51,10 @@ def coordinates(name: str, values: object) -> Tensor:
     """
     try:
         found = torch.as_tensor(values, dtype=torch.float64).detach().cpu().reshape(-1)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is {values!r}; give ascending numbers.") from error
+    except Exception as error:  # whatever an object's own conversion raises
+        raise ValueError(f"{name} is {shown(values)}; give ascending numbers.") from error
+    if isinstance(values, (bool, int, float)) or getattr(values, "ndim", 1) == 0:
+        raise ValueError(f"{name} is {shown(values)}; give a list of ascending numbers.")
     if not found.numel() or not torch.isfinite(found).all() or bool((found.diff() <= 0).any()):
         raise ValueError(f"{name} is {found.tolist()}; give finite, strictly ascending numbers.")
     return found

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.checks import function_of, shown
 
 # How layers are chosen; see layer_parameters.
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -94,7 +95,10 @@ def outside(space: ParameterSpace, groups: Mapping[str, Sequence[str]]) -> list[
 
 def check_layers(layers: object) -> None:
     """Raise a ValueError for what can name no layers, whatever the module is."""
-    if layers is None or callable(layers) or (isinstance(layers, str) and layers):
+    if layers is None or (isinstance(layers, str) and layers):
+        return
+    if callable(layers):
+        function_of("layers", layers, "a predicate (path, module) -> bool", 2)
         return
     if (
         isinstance(layers, Sequence)
@@ -103,7 +107,7 @@ def check_layers(layers: object) -> None:
     ):
         return
     raise ValueError(
-        f"layers is {layers!r}; give a module path or pattern such as 'encoder.*', a list of "
+        f"layers is {shown(layers)}; give a module path or pattern such as 'encoder.*', a list of "
         f"them, a grouping ({', '.join(map(repr, GROUPINGS))}), a predicate (path, module) -> "
         "bool, or None for every layer."
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batches import fresh, sample_count, split
+from lla_callbacks.objective.checks import flag, one_of, scalar_loss
 from lla_callbacks.objective.evaluation import Loss, Statistics, evaluating, load_statistics
 from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
 from lla_callbacks.objective.memory import Findings, MemoryPlan, allowed_memory, saved_bytes
@@ -101,7 +102,7 @@ class Objective:
             raise ValueError(f"microbatch_size is {microbatch_size}; give 1 or more, or None.")
         self.module = module
         self.mode: Mode = mode
-        self.loss = loss
+        self.loss: Loss = scalar_loss(loss)
         self.dropout = dropout
         self.seed = seed
         self.training = training
@@ -475,8 +476,7 @@ def padding_vectors(module: nn.Module) -> Tensor | None:
 
 def check_engine(engine: str) -> None:
     """Raise a ValueError for an engine that does not exist."""
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine is {engine!r}; give one of {', '.join(get_args(Engine))}.")
+    one_of("engine", engine, Engine)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -486,8 +486,8 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def check_mode(mode: str, dropout: bool) -> None:
     """Raise a ValueError for a mode that does not exist or has no dropout to be on."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
+    one_of("mode", mode, Mode)
+    flag("dropout", dropout)
     if mode != "batch" and dropout:
         raise ValueError(
             f"dropout is True in mode {mode!r}, where it is off by definition; give mode='batch' "

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from lla_callbacks.linalg.sharing import Alone, Share, fail_together
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batched import BatchedEvaluator
+from lla_callbacks.objective.checks import one_of, positive, settle
 from lla_callbacks.objective.evaluation import Evaluator, Predict, Statistics, evaluating
 from lla_callbacks.objective.grid import Keep, gathered
 from lla_callbacks.objective.objective import Objective, trainable
@@ -180,17 +181,9 @@ class PointSettings:
     time_budget: float | None = None
 
     def __post_init__(self) -> None:
-        if self.evaluation not in get_args(Evaluation):
-            raise ValueError(
-                f"evaluation is {self.evaluation!r}; give one of {', '.join(get_args(Evaluation))}."
-            )
-        budget = self.time_budget
-        if budget is not None and not (
-            isinstance(budget, (int, float)) and not isinstance(budget, bool) and budget > 0
-        ):
-            raise ValueError(
-                f"time_budget is {budget!r}; give a positive number of seconds, or None."
-            )
+        one_of("evaluation", self.evaluation, Evaluation)
+        budget = positive("time_budget", self.time_budget, unit=" of seconds", none=True)
+        settle(self, time_budget=budget)
 
 
 @dataclass(frozen=True)

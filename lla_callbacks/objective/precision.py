@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.objective.checks import one_of
 from lla_callbacks.objective.sharded import is_sharded
 
 Precision = Literal["float32", "training"]
@@ -22,10 +23,7 @@ _ORIGINAL = "_lla_callbacks_original"
 
 def check_precision(precision: str) -> None:
     """Raise a ValueError for a precision that does not exist."""
-    if precision not in get_args(Precision):
-        raise ValueError(
-            f"precision is {precision!r}; give one of {', '.join(get_args(Precision))}."
-        )
+    one_of("precision", precision, Precision)
 
 
 @contextmanager

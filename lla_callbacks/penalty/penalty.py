@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.errors import NonFiniteError
+from lla_callbacks.objective.checks import MOST_WORK, flag, one_of, settle, whole
 from lla_callbacks.penalty.displacement import DisplacedLoss, Gradients, combined
 from lla_callbacks.penalty.gauss_newton import gauss_newton_gradient
 from lla_callbacks.penalty.third_order import quadratic_form_gradient
@@ -54,15 +55,12 @@ class PenaltySettings:
     relative: bool = False
 
     def __post_init__(self) -> None:
-        if self.estimator not in get_args(Estimator):
-            raise ValueError(
-                f"estimator is {self.estimator!r}; give one of {', '.join(get_args(Estimator))}."
-            )
-        count = self.num_probes
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"num_probes is {count!r}; give a whole number of at least 1.")
-        if not isinstance(self.relative, bool):
-            raise ValueError(f"relative is {self.relative!r}; give True or False.")
+        one_of("estimator", self.estimator, Estimator)
+        settle(
+            self,
+            num_probes=whole("num_probes", self.num_probes, 1, MOST_WORK),
+            relative=flag("relative", self.relative),
+        )
 
 
 @dataclass(frozen=True)

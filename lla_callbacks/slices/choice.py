@@ -12,6 +12,7 @@ from torch import Tensor
 from lla_callbacks.linalg.errors import NotYetError, forgetful
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.checks import shown
 from lla_callbacks.objective.grid import centred, spanning
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import space_of
@@ -62,8 +63,8 @@ def plane_names(value: Any) -> tuple[Any, Any]:
         value = [part.strip() for part in value.split("+")]
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
         raise ValueError(
-            f"directions is {value!r}; give one of {', '.join(PAIRS)}, or two directions: names "
-            f"among {', '.join(SINGLE)} (as a pair or joined by '+'), tensors, or Directions."
+            f"directions is {shown(value)}; give one of {', '.join(PAIRS)}, or two directions: "
+            f"names among {', '.join(SINGLE)} (as a pair or joined by '+'), tensors, or Directions."
         )
     first, second = map(_checked, value)
     if first == "random" and second == "random":
@@ -73,7 +74,15 @@ def plane_names(value: Any) -> tuple[Any, Any]:
 
 def _checked(value: Any) -> Any:
     if isinstance(value, str) and value not in SINGLE:
-        raise ValueError(f"directions names {value!r}; the names are: {', '.join(SINGLE)}.")
+        raise ValueError(f"directions names {shown(value)}; give one of: {', '.join(SINGLE)}.")
+    tensors = isinstance(value, Sequence) and value and all(isinstance(t, Tensor) for t in value)
+    names_none = isinstance(value, Mapping) and not value
+    if names_none or not (tensors or isinstance(value, (str, Direction, Tensor, Mapping))):
+        raise ValueError(
+            f"directions holds {shown(value)}; give a name among {', '.join(SINGLE)}, a flat "
+            "tensor, a dict of parameter names to tensors, or tensors in the order of the "
+            "parameters."
+        )
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lla_callbacks.linalg.errors import NotYetError
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.checks import one_of
 from lla_callbacks.objective.precision import original_of
 from lla_callbacks.slices.filters import Filters
 
@@ -151,12 +152,12 @@ def direction_of(thing: Any, space: ParameterSpace, name: str = "own") -> Direct
         )
     if vector.shape != (space.dim,):
         raise ValueError(
-            f"the direction {name!r} has {vector.numel()} entries and the module "
+            f"directions: the direction {name!r} has {vector.numel()} entries and the module "
             f"{space.dim} trainable parameters: give one entry for each."
         )
     vector = vector.to(space.device, space.dtype)
     if not torch.isfinite(vector).all():
-        raise ValueError(f"the direction {name!r} is not finite: give finite entries.")
+        raise ValueError(f"directions: {name!r} is not finite: give finite entries.")
     if isinstance(thing, Direction):
         return replace(thing, vector=vector)
     return Direction(vector, name, "own")
@@ -259,8 +260,7 @@ def check_normalization(normalization: str, vectors: str) -> None:
         ("normalization", normalization, Normalization),
         ("vectors", vectors, Vectors),
     ):
-        if value not in get_args(kind):
-            raise ValueError(f"{name} is {value!r}; give one of {', '.join(get_args(kind))}.")
+        one_of(name, value, kind)
 
 
 UNITS: dict[Normalization, str] = {

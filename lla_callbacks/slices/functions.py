@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batches import tensors_of
 from lla_callbacks.objective.build import objective_of
+from lla_callbacks.objective.checks import (
+    MOST_WORK,
+    fraction,
+    number,
+    optimizer_of,
+    positive,
+    shown,
+    whole,
+)
 from lla_callbacks.objective.evaluation import (
     Loss,
     Predict,
@@ -217,6 +226,8 @@ def loss_plane(
     settings = _settings(metrics, predict, evaluation, time_budget)
     check_normalization(normalization, vectors)
     given = _given(alphas, betas)
+    if file is not None and not (isinstance(file, (str, os.PathLike)) and str(file)):
+        raise ValueError(f"file is {shown(file)}; give the path of an .npz file, or None.")
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
         microbatch_size=microbatch_size,
@@ -308,7 +319,10 @@ def interpolate(
     )  # fmt: skip
     space = space_of(objective)
     ends = [module if end is None else end for end in (start, end)]
-    weights = [checkpoint_weights(end, space) for end in ends]
+    weights = [
+        checkpoint_weights(end, space, name)
+        for name, end in zip(("start", "end"), ends, strict=True)
+    ]
     statistics: tuple[Statistics, Statistics] = ((), ())
     if mode == "eval":
         statistics = (_statistics(module, ends[0]), _statistics(module, ends[1]))
@@ -369,8 +383,8 @@ def convexity_map(
     """
     names = plane_names(directions)
     check_normalization(normalization, vectors)
-    _whole("num_steps", num_steps, 2)
-    _fraction("rtol", rtol)
+    num_steps = whole("num_steps", num_steps, 2, MOST_WORK)
+    rtol = fraction("rtol", rtol)
     budget = PointSettings(time_budget=time_budget).time_budget
     given = _given(alphas, betas)
     objective = objective_of(
@@ -444,11 +458,10 @@ def basin_radii(
         TypeError: If there is neither a loss nor a replayable ``training_step``.
     """
     check_normalization(normalization, vectors)
-    _whole("num_rays", num_rays, 1)
-    _fraction("rtol", rtol)
-    for name, value in (("rise", rise), ("max_radius", max_radius)):
-        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise ValueError(f"{name} is {value!r}; give a positive number.")
+    num_rays = whole("num_rays", num_rays, 1, MOST_WORK)
+    rtol = fraction("rtol", rtol)
+    rise, max_radius = positive("rise", rise), positive("max_radius", max_radius)
+    cutoff = number("cutoff", cutoff, "a loss, or None for the one that rise gives", none=True)
     budget = PointSettings(time_budget=time_budget).time_budget
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
@@ -496,7 +509,15 @@ def _source(
     checkpoints: Sequence[Any],
 ) -> DirectionSource:
     space = space_of(objective)
-    weights = [checkpoint_weights(c, space) for c in checkpoints]
+    optimizer_of("optimizer", optimizer)
+    if isinstance(checkpoints, (str, bytes, Mapping, nn.Module)) or not isinstance(
+        checkpoints, Iterable
+    ):
+        raise ValueError(
+            f"checkpoints is of type {type(checkpoints).__name__}; give a list of modules or state "
+            "dicts, oldest first."
+        )
+    weights = [checkpoint_weights(c, space, "checkpoints") for c in checkpoints]
     return DirectionSource(
         objective,
         normalization,
@@ -509,18 +530,22 @@ def _source(
     )
 
 
-def checkpoint_weights(checkpoint: Any, space: ParameterSpace) -> Tensor:
+def checkpoint_weights(checkpoint: Any, space: ParameterSpace, name: str) -> Tensor:
     """Return the trainable weights of a module, a state dict or a Lightning checkpoint, flat."""
     checkpoint = _unwrapped(checkpoint)
     if isinstance(checkpoint, nn.Module):
         checkpoint = dict(checkpoint.named_parameters())
     if not isinstance(checkpoint, Mapping):
         raise ValueError(
-            f"a checkpoint of type {type(checkpoint).__name__} is not known: give a module or a "
-            "state dict."
+            f"{name}: a checkpoint of type {type(checkpoint).__name__} is not known: give a module "
+            "or a state dict."
         )
     # Buffers and frozen parameters are no variables.
-    return flat_weights({n: t for n, t in checkpoint.items() if n in space.slices}, space)
+    known = {n: t for n, t in checkpoint.items() if n in space.slices}
+    try:
+        return flat_weights(known, space)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _unwrapped(checkpoint: Any) -> Any:
@@ -569,13 +594,3 @@ def _fingerprint(
         words = (objective.mode, objective.dropout, objective.seed, evaluate.names, centre)
     digest.update(repr(words).encode())
     return digest.hexdigest()
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}.")
-
-
-def _fraction(name: str, value: Any) -> None:
-    if not (isinstance(value, (int, float)) and 0 < value < 1):
-        raise ValueError(f"{name} is {value!r}; give a number between 0 and 1.")

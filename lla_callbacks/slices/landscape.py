@@ -10,6 +10,15 @@ from typing import Any
 
 from lla_callbacks.linalg.errors import forgetful
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
+from lla_callbacks.objective.checks import (
+    MOST_WORK,
+    odd_points,
+    positive,
+    seed_of,
+    settle,
+    shown,
+    whole,
+)
 from lla_callbacks.objective.evaluation import Predict, check_metrics
 from lla_callbacks.objective.grid import centred
 from lla_callbacks.objective.objective import Objective
@@ -80,34 +89,26 @@ class LandscapeSettings:
     def __post_init__(self) -> None:
         for name in ("planes", "lines"):
             value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                raise ValueError(f"{name} is {value!r}; give a list of names, such as ['random'].")
-            if len(set(map(str, value))) != len(value):
-                raise ValueError(f"{name} is {value!r}; give each name once.")
-        for value in self.planes:
-            plane_names(_name("planes", value))
-        for value in self.lines:
-            line_names(_name("lines", value))
+            if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+                raise ValueError(
+                    f"{name} is {shown(value)}; give a list of names, such as ['random']."
+                )
+            for item in value:
+                _name(name, item)
+            if len(set(value)) != len(value):
+                raise ValueError(f"{name} is {shown(value)}; give each name once.")
         for name in ("plane_points", "line_points", "convexity_points"):
-            value = getattr(self, name)
-            if value != 0 or name != "convexity_points":
-                try:
-                    centred(1.0, value)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
-        if isinstance(self.num_rays, bool) or not isinstance(self.num_rays, int):
-            raise ValueError(f"num_rays is {self.num_rays!r}; give a whole number, 0 for none.")
-        if self.num_rays < 0:
-            raise ValueError(f"num_rays is {self.num_rays}; give a whole number, 0 for none.")
+            found = odd_points(name, getattr(self, name), zero=name == "convexity_points")
+            settle(self, **{name: found})
+        rays = whole("num_rays", self.num_rays, 0, MOST_WORK, other=", 0 for none")
+        settle(self, num_rays=rays, seed=seed_of("seed", self.seed))
         for name in ("rise", "reach"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (isinstance(value, (int, float)) and value > 0):
-                raise ValueError(f"{name} is {value!r}; give a positive number.")
+            settle(self, **{name: positive(name, getattr(self, name))})
         check_normalization(self.normalization, self.vectors)
         check_metrics(self.metrics, self.predict)
         if not (self.planes or self.lines or self.num_rays):
             raise ValueError("planes, lines and num_rays are all empty: give one at least.")
-        self.points(None)
+        settle(self, time_budget=self.points(None).time_budget)
 
     def points(self, budget: float | None) -> PointSettings:
         """Return how points are evaluated, in what is left of the time."""
@@ -301,7 +302,11 @@ class _Work:
             )
 
 
-def _name(setting: str, value: Any) -> str:
+def _name(setting: str, value: Any) -> None:
+    """Raise a ValueError, of the setting, for what names no plane or no line."""
     if not isinstance(value, str):
-        raise ValueError(f"{setting} holds {value!r}; give names of directions.")
-    return value
+        raise ValueError(f"{setting} holds {shown(value)}; give names of directions.")
+    try:
+        (plane_names if setting == "planes" else line_names)(value)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from lla_callbacks.landscape import penalty as penalty_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -31,6 +31,7 @@ class HeldBatches:
         self.complete = False
         self._count = 0
         self._enough = False
+        self._marked: tuple[int, str] = (-1, "")
 
     def add(self, batch: Any, *, most: float = float("inf")) -> None:
         """Hold one more batch.
@@ -75,16 +76,24 @@ class HeldBatches:
             "complete": self.complete,
             "count": self._count,
             "enough": self._enough,
+            # Whether they are the same still is asked when they are read.
+            "mark": self.mark(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Hold what another run held."""
         self.batches = list(state["batches"])
+        self._marked = (-1, "")
         self.complete = state["complete"]
         self._count, self._enough = state["count"], state["enough"]
 
     def mark(self) -> str:
         """Return a hash of all tensors, which tells whether another run holds the same."""
+        if self._marked[0] != len(self.batches):
+            self._marked = (len(self.batches), self._hash())
+        return self._marked[1]
+
+    def _hash(self) -> str:
         found = hashlib.sha256()
         for tensor in tensors_of(self.batches):
             found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

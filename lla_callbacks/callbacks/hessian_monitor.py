@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
+from lla_callbacks.callbacks.saved_state import check_entries, check_flat
 from lla_callbacks.callbacks.schedule import Schedule
 from lla_callbacks.hessian.figures import history_figure
 from lla_callbacks.hessian.layer_figures import layer_history_figure
@@ -31,6 +32,7 @@ from lla_callbacks.objective.checks import whole
 from lla_callbacks.objective.layers import layer_parameters, outside
 from lla_callbacks.objective.objective import Engine, Mode, Objective
 from lla_callbacks.objective.precision import Precision
+from lla_callbacks.report.conform import check_fields, check_type
 from lla_callbacks.report.plain import pack, unpack
 
 _GAP_REMEDY = (
@@ -38,6 +40,14 @@ _GAP_REMEDY = (
     "checkpoint by measure_hessian."
 )
 
+# Of what type the further entries of a stored state are.
+_TRACKED = {
+    "tracker": Mapping[str, Any],
+    "tracker_step": int,
+    "last_light": int,
+    "tracked": list[tuple[int, Mapping[str, Any]]],
+    "fallback": str,
+}
 _NO = ", or None for no light measurements"
 
 
@@ -140,6 +150,7 @@ class HessianMonitor(Monitor):
     """
 
     measures_shards = True
+    _result = HessianReport
     _last_light: int
     _tracker_step: int
 
@@ -283,11 +294,23 @@ class HessianMonitor(Monitor):
             "fallback": self._fallback,
         }
 
-    def _load_more(self, state: Mapping[str, Any]) -> None:
-        self._tracker = TrackerState.from_state_dict(state["tracker"])
+    def _read_more(self, state: Mapping[str, Any], module: Any) -> Any:
+        check_entries(state, _TRACKED, "the state")
+        tracker = TrackerState.from_state_dict(state["tracker"])
+        check_fields(tracker, "the state's tracker")
+        if tracker.vector is not None:
+            space = space_of(module)
+            check_flat(tracker.vector, space.dim, "the state's tracker.vector")
+            # The run may go on in another precision.
+            tracker = replace(tracker, vector=tracker.vector.to(space.dtype))
+        tracked = [(step, unpack(found)) for step, found in state["tracked"]]
+        check_type(tracked, list[tuple[int, HessianTracking]], "the state's tracked")
+        return tracker, tracked, state
+
+    def _take_more(self, read: Any) -> None:
+        self._tracker, self.tracked[:], state = read
         self._tracker_step = state["tracker_step"]
         self._last_light = state["last_light"]
-        self.tracked[:] = [(step, unpack(found)) for step, found in state["tracked"]]
         # An engine that was asked for is taken.
         self._fallback = state["fallback"] if self.engine == "auto" else ""
         self._told = bool(self._fallback)

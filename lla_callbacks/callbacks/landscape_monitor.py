@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import is_barebones
 from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
+from lla_callbacks.callbacks.saved_state import check_entries, check_flat
 from lla_callbacks.linalg.errors import NotYetError
 from lla_callbacks.objective.checks import flag, number
 from lla_callbacks.objective.evaluation import Predict
@@ -113,6 +114,8 @@ class LossLandscapeMonitor(Monitor):
         >>> from lla_callbacks import LossLandscapeMonitor
         >>> trainer = Trainer(callbacks=[LossLandscapeMonitor()], max_epochs=1)
     """
+
+    _result = LandscapeReport
 
     def __init__(
         self,
@@ -221,9 +224,24 @@ class LossLandscapeMonitor(Monitor):
             "scale": self._scale,
         }
 
-    def _load_more(self, state: Mapping[str, Any]) -> None:
-        self._trajectory.load(state["path"])
-        self._previous, self._scale = state["previous"], state["scale"]
+    def _read_more(self, state: Mapping[str, Any], module: Any) -> Any:
+        check_entries(state, _SAVED, "the state")
+        path, previous, scale = (state[name] for name in _SAVED)
+        check_entries(path, _PATH, "the state's path")
+        if len(path["steps"]) != len(path["weights"]) or path["interval"] < 1:
+            raise ValueError("the state's path has not one set of weights for each step.")
+        space = space_of(module)
+        for weights in [*path["weights"], *([previous[1]] if previous else [])]:
+            check_flat(weights, space.dim, "a point of the state's path")
+        # The run may go on in another precision.
+        path = {**path, "weights": [weights.to(space.dtype) for weights in path["weights"]]}
+        if previous is not None:
+            previous = previous[0], previous[1].to(space.dtype)
+        return path, previous, scale
+
+    def _take_more(self, read: Any) -> None:
+        path, self._previous, self._scale = read
+        self._trajectory.load(path)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.history = []
@@ -339,6 +357,15 @@ class LossLandscapeMonitor(Monitor):
                     stem = f"step_{moment.step:08d}.html"
                     self._guarded("drawing", _write_page, logger, plane, folder, self.name, stem,
                                   f"plane_{name}", moment.step)  # fmt: skip
+
+
+# Of what type the further entries of a stored state are.
+_SAVED: dict[str, Any] = {
+    "path": Mapping[str, Any],
+    "previous": tuple[int, Tensor] | None,
+    "scale": tuple[float, float] | None,
+}
+_PATH = {"steps": list[int], "weights": list[Tensor], "interval": int}
 
 
 def check_plotly() -> None:

@@ -101,6 +101,8 @@ class Monitor(Resumable):
 
     # Whether parameters may be spread over processes.
     measures_shards = False
+    # Of what class moments are, which a checkpoint may hold one of.
+    _moment = Moment
 
     def __init__(
         self,

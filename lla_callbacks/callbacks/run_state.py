@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,18 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lla_callbacks.callbacks.compat import Callback
+from lla_callbacks.callbacks.held_batches import HeldBatches
+from lla_callbacks.callbacks.saved_state import (
+    SCHEMA,
+    as_precise,
+    check_snapshot,
+    check_state,
+)
+from lla_callbacks.report.conform import check_type
 from lla_callbacks.report.cost import cost_scalars
 from lla_callbacks.report.plain import from_plain, pack, to_plain, unpack
 
 if TYPE_CHECKING:
-    from lla_callbacks.callbacks.held_batches import HeldBatches
     from lla_callbacks.callbacks.monitor import Moment
     from lla_callbacks.callbacks.processes import Processes
     from lla_callbacks.callbacks.schedule import Budget
@@ -49,11 +57,16 @@ class Resumable(Callback):
         _last_epoch: int
         _guarded: Callable[..., None]
         _scalars: Callable[[Any], dict[str, float]]
+        # Of what class moments and full results are.
+        _moment: type
+        _result: type
 
     # What a checkpoint brought, until training starts.
     _loaded: dict[str, Any] | None = None
     # What the last fit ended with, for checkpoints that are written after it.
     _ended: dict[str, Any] | None = None
+    # Dtype of the weights, in which the loader's batches are too.
+    _precision_of_weights = ""
     _running = False
     # Whether the present fit goes on with the state of another.
     _resumed = False
@@ -92,14 +105,20 @@ class Resumable(Callback):
         """Return further plain state."""
         return {}
 
-    def _load_more(self, state: Mapping[str, Any]) -> None:
-        """Take further state back."""
+    def _read_more(self, state: Mapping[str, Any], module: Any) -> Any:
+        """Return further state, read and checked; raise if it cannot be gone on from."""
+        return None
+
+    def _take_more(self, read: Any) -> None:
+        """Go on from what :meth:`_read_more` returned; this does not fail."""
 
     # -- when ---------------------------------------------------------------------------
 
     def _resume(self, trainer: Any, module: Any) -> None:
         """Go on where a checkpoint ended, if there is one; to be called when training starts."""
         state, self._loaded, self._ended = self._loaded, None, None
+        dtypes = {str(p.dtype) for p in module.parameters()}
+        self._precision_of_weights = ", ".join(sorted(dtypes))
         self._plain, self._mark, self._running, self._resumed = (), None, True, False
         if state:
             self._guarded("resuming", self._load, state, trainer, module)
@@ -126,6 +145,7 @@ class Resumable(Callback):
             "mark": self._mark,
             "modes": None if self._training is None else list(self._training.values()),
             "start": to_plain(self._start),
+            "precision": self._precision_of_weights,
             "start_pending": self._start_pending,
             "due": self._due,
             "last_step": self._last_step,
@@ -135,16 +155,21 @@ class Resumable(Callback):
         }
 
     def _load(self, state: Mapping[str, Any], trainer: Any, module: Any) -> None:
-        if state.get("version") != VERSION:
-            raise ValueError("the checkpoint is of another version of lla_callbacks.")
-        lacking = {"history", *self._state()} - state.keys()
-        if lacking:
-            raise ValueError(f"the checkpoint lacks {', '.join(sorted(lacking))}.")
         # Read before anything is taken over: all of it, or nothing.
-        history = [(step, unpack(report)) for step, report in state["history"]]
+        now = self._state()
+        check_state(state, now, SCHEMA, VERSION)
+        history = self._read_history(state["history"])
         start = from_plain(state["start"])
+        if start is not None:
+            check_type(start, type(self)._moment, "the state's start")
+            if start.snapshot is not None:
+                check_snapshot(start.snapshot, module, "the state's start")
+        more = self._read_more(state, module)
+        held = self._read_held(state, module, now)
+        budget = copy(self.budget)
+        budget.resume(state["budget"])
+        values = self._scalars(history[-1][1]) if history else {}
         changed = self._changed(state["settings"])
-        held = state["held"]
         if any(name in changed for name in _BATCHES):
             held = None
         if changed:
@@ -160,7 +185,7 @@ class Resumable(Callback):
         # Batches of one process are not those of several.
         if held and held["batches"] and (held["complete"] or self._processes.size == 1):
             self._held.load(held)
-        self._load_more(state)
+        self._take_more(more)
         self.history[:] = history
         self._plain = tuple((step, report) for step, report in state["history"])
         self._mark = None if "dataloader" in changed else state["mark"]
@@ -175,10 +200,31 @@ class Resumable(Callback):
         self.budget.resume(state["budget"])
         if history:
             # EarlyStopping and ModelCheckpoint ask for them before the next measurement.
-            values = self._scalars(history[-1][1])
             values |= cost_scalars(self.name, self.budget.last_cost, self.budget.overhead)
             for tag, value in values.items():
                 trainer.callback_metrics[tag] = torch.tensor(value)
+
+    def _read_history(self, history: Any) -> list[tuple[int, Any]]:
+        check_type(history, list[tuple[int, Mapping[str, Any]]], "the state's history")
+        found = [(step, unpack(report)) for step, report in history]
+        for step, report in found:
+            check_type(report, self._result, f"the report of step {step}")
+        return found
+
+    def _read_held(
+        self, state: Mapping[str, Any], module: Any, now: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Return the held batches in the precision of now; None if no checkpoint holds them."""
+        held = state["held"]
+        if not held:
+            return held and dict(held)
+        trial = HeldBatches(self.num_samples)
+        trial.load(held)
+        if trial.mark() != held["mark"]:
+            raise ValueError("the held batches are not those that were stored.")
+        changed = state["precision"] != now["precision"]
+        batches = [as_precise(b, module) for b in held["batches"]] if changed else held["batches"]
+        return {**held, "batches": batches}
 
     def _missed_epoch(self, trainer: Any) -> bool:
         """Return whether an epoch ended without its hook, just before this run went on.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from lla_callbacks.callbacks.compat import (
 )
 from lla_callbacks.callbacks.refusals import refuse_surroundings, refuse_training
 from lla_callbacks.callbacks.replay import trainer_loss
+from lla_callbacks.callbacks.saved_state import check_entries
 from lla_callbacks.callbacks.strength import (
     TARGET_RATIO,
     TRIAL_STRENGTH,
@@ -44,8 +45,19 @@ from lla_callbacks.penalty.penalty import (
     penalty_gradient,
 )
 from lla_callbacks.penalty.scalars import regularizer_scalars
+from lla_callbacks.report.conform import check_finite, check_type
 from lla_callbacks.report.loggers import write_scalars
 from lla_callbacks.report.plain import from_plain, to_plain
+
+# Of what type the entries of a stored state are.
+_SAVED: dict[str, Any] = {
+    "skipped": int,
+    "comparison": Mapping[str, Any] | None,
+    "last_logged": int | None,
+    "ratios": list[float],
+    "ratio_step": int,
+    "strength": float | None,
+}
 
 
 class HessianTraceRegularizer(Callback):
@@ -257,9 +269,21 @@ class HessianTraceRegularizer(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        try:
+            check_type(state_dict, Mapping[str, Any], "the state")
+            check_entries(state_dict, _SAVED, "the state")
+            comparison = from_plain(state_dict["comparison"])
+            check_type(comparison, Comparison | None, "the state's comparison")
+            check_finite(state_dict["skipped"], "the state's skipped", least=0)
+        except Exception as error:  # noqa: BLE001 - whatever is there, training goes on
+            rank_zero_warn(
+                f"{type(self).__name__}: what the checkpoint holds of it is left, and counts, "
+                f"comparison and search for a strength begin anew. {type(error).__name__}: {error}"
+            )
+            return
         self.skipped = state_dict["skipped"]
-        self.comparison = from_plain(state_dict.get("comparison"))
-        self._last_logged = state_dict.get("last_logged")
+        self.comparison = comparison
+        self._last_logged = state_dict["last_logged"]
         if self.strength == "auto":
             self._found.load(state_dict)
             if self._found.strength is not None:

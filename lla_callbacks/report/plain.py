@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lla_callbacks.linalg import errors
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
+from lla_callbacks.report.conform import check_fields, check_type
 
 # Keys that no layer, criterion or metric is called.
 _CLASS = "__class__"
@@ -94,7 +95,12 @@ def from_plain(plain: Any) -> Any:
         if _ERROR in plain:
             return _error(*plain[_ERROR])
         items = {key: from_plain(item) for key, item in plain.items() if key != _CLASS}
-        return _class(plain[_CLASS])(**items) if _CLASS in plain else items
+        if _CLASS not in plain:
+            return items
+        found = _class(plain[_CLASS])(**items)
+        if is_dataclass(found):
+            check_fields(found, type(found).__name__)
+        return found
     if isinstance(plain, (list, tuple)):
         return type(plain)(from_plain(item) for item in plain)
     return plain
@@ -128,6 +134,7 @@ def pack(result: Any) -> dict[str, Any]:
 def unpack(packed: Mapping[str, Any]) -> Any:
     """Return what :func:`pack` was given."""
     tensors = packed["tensors"]
+    check_type(tensors, Mapping[str, Tensor], "the tensors")
 
     def take(plain: Any) -> Any:
         if isinstance(plain, Mapping) and _TENSOR in plain:

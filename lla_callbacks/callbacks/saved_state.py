@@ -1,0 +1,125 @@
+"""Whether what a checkpoint brings is a state to go on from: checked whole, before any is taken.
+
+A checkpoint may be of another version, cut short, written by something else, or edited. What does
+not fit is said once and left, and curves begin anew; nothing is taken over by half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lla_callbacks.report.conform import check_finite, check_type
+
+# What every monitor's state holds, and of which type.
+SCHEMA: dict[str, Any] = {
+    "version": int,
+    "settings": Mapping[str, str],
+    "held": Mapping[str, Any] | None,
+    "mark": str | None,
+    "modes": list[bool] | None,
+    "start_pending": bool,
+    "due": bool,
+    "last_step": int,
+    "last_epoch": int,
+    "budget": Mapping[str, Any],
+}
+# What is held, where something is.
+HELD: dict[str, Any] = {
+    "batches": list[Any],
+    "complete": bool,
+    "count": int,
+    "enough": bool,
+    "mark": str,
+}
+
+
+def check_state(
+    state: Any, expected: Mapping[str, Any], schema: Mapping[str, Any], version: int
+) -> None:
+    """Raise if a state lacks an entry, or has one of another type.
+
+    Args:
+        state: What a checkpoint brought.
+        expected: A state that is written now: its keys are those that are needed.
+        schema: Types by key; those that are left out are checked by whoever reads them.
+        version: Which is understood.
+
+    Raises:
+        TypeError: If an entry is of another type.
+        ValueError: If one is missing, or the version another.
+    """
+    check_type(state, Mapping[str, Any], "the state")
+    if state.get("version") != version or isinstance(state.get("version"), bool):
+        raise ValueError("the checkpoint is of another version of lla_callbacks.")
+    lacking = {"history", *expected} - state.keys()
+    if lacking:
+        raise ValueError(f"the checkpoint lacks {', '.join(sorted(lacking))}.")
+    check_entries(state, schema, "the state")
+    for name in ("last_step", "last_epoch"):
+        check_finite(state[name], f"the state's {name}", least=-1)
+    if state["held"]:
+        check_entries(state["held"], HELD, "the state's held")
+    for name, value in state["budget"].items():
+        check_type(value, float, f"the state's budget[{name!r}]")
+        check_finite(value, f"the state's budget[{name!r}]", least=0)
+
+
+def check_entries(state: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> None:
+    """Raise a TypeError or a ValueError if an entry is missing or of another type."""
+    for name, hint in schema.items():
+        if name not in state:
+            raise ValueError(f"{where} lacks {name}.")
+        check_type(state[name], hint, f"{where}'s {name}")
+
+
+def check_flat(vector: Any, dim: int, where: str) -> None:
+    """Raise if this is no flat vector of the trainable weights."""
+    check_type(vector, Tensor, where)
+    if vector.shape != (dim,) or not vector.dtype.is_floating_point:
+        raise ValueError(
+            f"{where} is of shape {tuple(vector.shape)} and {vector.dtype}, and the module has "
+            f"{dim} trainable parameters."
+        )
+
+
+def check_snapshot(snapshot: Any, module: nn.Module, where: str) -> None:
+    """Raise a ValueError if weights do not fit a module."""
+    for kind, present in (
+        ("parameters", dict(module.named_parameters())),
+        ("buffers", dict(module.named_buffers())),
+    ):
+        for name, tensor in getattr(snapshot, kind).items():
+            if name in present and present[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{where} has {name!r} of shape {tuple(tensor.shape)}, and the module of "
+                    f"shape {tuple(present[name].shape)}."
+                )
+
+
+def as_precise(batch: Any, module: nn.Module) -> Any:
+    """Return a held batch in the precision that a module's weights are in now.
+
+    A run may go on as 64-true what began as 32-true, or the other way: its loader then gives
+    batches in the new precision, and so do those that are held. Half precision is left to the
+    measurement, which widens it.
+    """
+    full = (torch.float32, torch.float64)
+    dtypes = {p.dtype for p in module.parameters() if p.dtype in full}
+    if len(dtypes) != 1:
+        return batch
+    (wanted,) = dtypes
+
+    def convert(thing: Any) -> Any:
+        if isinstance(thing, Tensor):
+            return thing.to(wanted) if thing.dtype in full else thing
+        if isinstance(thing, Mapping):
+            return type(thing)((key, convert(item)) for key, item in thing.items())  # type: ignore[call-arg]
+        if type(thing) in (list, tuple):
+            return type(thing)(convert(item) for item in thing)
+        return thing
+
+    return convert(batch)

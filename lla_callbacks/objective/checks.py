@@ -199,7 +199,7 @@ def function_of(name: str, value: Any, form: str, num_arguments: int) -> Any:
         )
     if not callable(value):
         raise ValueError(f"{name} is {shown(value)}; give {form}, or None.")
-    if isinstance(value, nn.modules.loss._Loss):
+    if isinstance(value, nn.Module) and type(value).__module__ == "torch.nn.modules.loss":
         raise ValueError(
             f"{name} is {shown(value)}, which compares outputs with targets; give {form}, for "
             f"instance lambda module, batch: criterion(module(batch[0]), batch[1])."

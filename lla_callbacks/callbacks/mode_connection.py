@@ -37,7 +37,7 @@ class ModeConnection(Callback):
     clipping, mixed precision and DDP; a resumed run goes on to the bit.
 
     *Weight decay* of SGD, Adam and their like, and of AdamW, acts on the weights on the curve.
-    *Learning rate*: give one that trained the networks; see ``scale_steps``.
+    *Learning rate* of SGD: about a third of one that trained the networks; see ``scale_steps``.
 
     *Validation* (test and prediction too) sees the middle of the curve, ``phi(1/2)``, since a bend
     is not on a Bezier curve, with batch norm's statistics estimated for it on held training

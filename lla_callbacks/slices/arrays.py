@@ -15,6 +15,7 @@ from lla_callbacks.report.files import write_arrays
 from lla_callbacks.slices.basin import Basin
 from lla_callbacks.slices.convexity import Convexity
 from lla_callbacks.slices.directions import Direction
+from lla_callbacks.slices.networks import Marks
 from lla_callbacks.slices.slices import Line, Plane, SliceFacts
 from lla_callbacks.slices.trajectory import Path as TrainingPath
 
@@ -48,6 +49,10 @@ def save_slice(result: Line | Plane | Convexity | Basin, path: Path) -> Path:
     if route is not None:
         for name, value in vars(route).items():
             arrays[f"path/{name}"] = value.numpy()
+    marks = getattr(result, "networks", None)
+    if marks is not None:
+        for name, value in vars(marks).items():
+            arrays[f"networks/{name}"] = value.numpy() if isinstance(value, Tensor) else value
     return write_arrays(path, arrays)
 
 
@@ -76,7 +81,16 @@ def load_slice(path: Path) -> tuple[str, dict[str, Any]]:
             for name in _under(found, "path/")
         }
         fields["path"] = TrainingPath(**parts) if parts else None
+        fields["networks"] = _marks(found)
     return kind, fields
+
+
+def _marks(found: Mapping[str, np.ndarray]) -> Marks | None:
+    parts = {name.removeprefix("networks/"): found[name] for name in _under(found, "networks/")}
+    if not parts:
+        return None
+    names = tuple(str(name) for name in parts.pop("names"))
+    return Marks(names, **{name: torch.from_numpy(value) for name, value in parts.items()})
 
 
 def save_progress(path: Path, fingerprint: str, table: Tensor, evaluated: Tensor) -> None:

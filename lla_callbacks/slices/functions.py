@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from lla_callbacks.slices.directions import (
     check_normalization,
     flat_weights,
 )
+from lla_callbacks.slices.networks import NetworkPlane, names_networks, network_plane
 from lla_callbacks.slices.results import BasinRadii, ConvexityMap, LossLine, LossPlane
 from lla_callbacks.slices.slices import (
     measure_line,
@@ -185,8 +187,13 @@ def loss_plane(
         directions: ``"random"`` (two), ``"hessian"`` (the top two eigenvectors),
             ``"hessian_ends"`` (top and bottom), ``"adam"``, ``"trajectory"`` (principal
             components of ``checkpoints``, whose path is drawn), or a pair of what
-            :func:`loss_line` takes.
-        alphas: Coordinates along the first direction, ascending. ``None``: 17 points.
+            :func:`loss_line` takes. Or networks that the plane goes through: a
+            :class:`~lla_callbacks.Curve`, which is drawn with its ends and bends (Garipov et al.
+            2018, figure 1), or a list of three (modules, state dicts, checkpoint paths). The
+            first of them is then the origin in the place of the present weights; with batch norm
+            take ``mode="recalibrate"``.
+        alphas: Coordinates along the first direction, ascending. ``None``: 17 points, 21 for
+            networks.
         betas: Along the second; any number of them.
         loss: See :func:`loss_line`.
         metrics: See :func:`loss_line`.
@@ -222,43 +229,57 @@ def loss_plane(
         >>> tuple(plane.loss.shape), bool(plane.loss[1, 0] == loss(net, batch))
         ((3, 2), True)
     """
-    names = plane_names(directions)
     settings = _settings(metrics, predict, evaluation, time_budget)
     check_normalization(normalization, vectors)
     given = _given(alphas, betas)
     if file is not None and not (isinstance(file, (str, os.PathLike)) and str(file)):
         raise ValueError(f"file is {shown(file)}; give the path of an .npz file, or None.")
-    objective = objective_of(
-        module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        microbatch_size=microbatch_size,
-    )  # fmt: skip
-    source = _source(objective, normalization, vectors, seed, optimizer, checkpoints)
-    first, second = source.get(names)
-    grid = plane_coordinates((first, second), source.path_on(names), PLANE_POINTS)
-    axes = tuple(d if own is None else own for own, d in zip(given, grid, strict=True))
-    path = source.path_on(names)
-    if path is not None:
-        path = measure_path(objective, path, source.weights)
-    known, keep = None, None
-    if file is not None:
-        mark = _fingerprint(objective, (first, second), axes, settings)
-        known = load_progress(Path(file), mark)
+    with ExitStack() as stack:
+        through: NetworkPlane | None = None
+        names: tuple[Any, ...] = ()
+        if names_networks(directions):
+            through = network_plane(module, directions, mode)
+            stack.enter_context(through.placed(module))
+        else:
+            names = plane_names(directions)
+        objective = objective_of(
+            module, batches, loss, mode=mode, dropout=dropout, seed=seed,
+            num_samples=num_samples, microbatch_size=microbatch_size,
+        )  # fmt: skip
+        source = _source(objective, normalization, vectors, seed, optimizer, checkpoints)
+        path, networks = None, None
+        if through is not None:
+            first, second = through.directions
+            grid = through.coordinates()
+            networks = through.measured(objective)
+        else:
+            first, second = source.get(names)
+            path = source.path_on(names)
+            grid = plane_coordinates((first, second), path, PLANE_POINTS)
+        axes = tuple(d if own is None else own for own, d in zip(given, grid, strict=True))
+        if path is not None:
+            path = measure_path(objective, path, source.weights)
+        known, keep = None, None
+        if file is not None:
+            mark = _fingerprint(objective, (first, second), axes, settings)
+            known = load_progress(Path(file), mark)
 
-        def keep(table: Tensor, evaluated: Tensor) -> None:
-            save_progress(Path(file), mark, table, evaluated)
+            def keep(table: Tensor, evaluated: Tensor) -> None:
+                save_progress(Path(file), mark, table, evaluated)
 
-    found = measure_plane(
-        objective,
-        (first, second),
-        axes[0],
-        axes[1],
-        settings,
-        normalization=normalization if source.is_normalized(names) else "",
-        seed=seed,
-        path=path,
-        known=known,
-        keep=keep,
-    )
+        found = measure_plane(
+            objective,
+            (first, second),
+            axes[0],
+            axes[1],
+            settings,
+            normalization=normalization if source.is_normalized(names) else "",
+            seed=seed,
+            path=path,
+            networks=networks,
+            known=known,
+            keep=keep,
+        )
     return LossPlane.of(found)
 
 

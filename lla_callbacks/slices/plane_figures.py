@@ -17,6 +17,7 @@ from matplotlib.transforms import blended_transform_factory
 
 from lla_callbacks.report.style import INK, PALE, edges, finish, frame, hatched, ratio, subplots
 from lla_callbacks.slices.fields import Field, counted, facts_of, field_of
+from lla_callbacks.slices.network_figures import draw_networks
 from lla_callbacks.slices.slices import Plane
 from lla_callbacks.slices.trajectory import Path
 
@@ -81,7 +82,10 @@ def plane_figure(
         axes.plot([], [], "o", ms=3.2, mfc="white", mec=INK, mew=0.5, label="computed points")
     if plane.path is not None:
         notes.extend(_draw_path(axes, plane.path, field, metric is None))
-    _mark_points(axes, plane, field)
+    if plane.networks is not None:
+        notes.extend(draw_networks(axes, plane.networks))
+    else:
+        _mark_points(axes, plane, field)
     frame(axes, field.x, field.y)
     axes.set_xlabel(plane.directions[0].label)
     axes.set_ylabel(plane.directions[1].label)

@@ -25,6 +25,7 @@ from lla_callbacks.objective.points import (
     space_of,
 )
 from lla_callbacks.slices.directions import Direction, cosine
+from lla_callbacks.slices.networks import Marks
 from lla_callbacks.slices.trajectory import Path
 
 
@@ -131,6 +132,7 @@ class Plane:
         cosine: Of the angle between the directions.
         path: The path of training, projected onto the plane, if there is one.
         facts: Conditions.
+        networks: Networks on the plane, if it goes through some; the first is its origin.
     """
 
     alphas: Tensor
@@ -143,6 +145,7 @@ class Plane:
     cosine: float
     path: Path | None
     facts: SliceFacts
+    networks: Marks | None = None
 
     @property
     def complete(self) -> bool:
@@ -225,6 +228,7 @@ def measure_plane(
     normalization: str = "",
     seed: int = 0,
     path: Path | None = None,
+    networks: Marks | None = None,
     known: tuple[Tensor, Tensor] | None = None,
     share: Share | None = None,
     keep: Keep | None = None,
@@ -244,6 +248,7 @@ def measure_plane(
         normalization: Of the directions, for the record.
         seed: Of the directions, for the record.
         path: Drawn on the plane.
+        networks: Likewise.
         known: Table and mask of an earlier call that did not finish, flat over points.
         share: Processes that divide the points.
         keep: Called with table and mask from time to time, for a later ``known``.
@@ -279,6 +284,7 @@ def measure_plane(
         facts_of(
             objective, normalization, seed, began, num_points=values.num_new, method=values.method
         ),
+        networks,
     )
 
 

@@ -29,8 +29,10 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
     arrays = dict(
         lambda_max=float(m.lambda_max),
         lambda_max_residual=m.lambda_max.residual,
+        lambda_max_beyond=m.lambda_max.beyond,
         lambda_min=float(m.lambda_min),
         lambda_min_residual=m.lambda_min.residual,
+        lambda_min_beyond=m.lambda_min.beyond,
         trace=m.trace,
         trace_sem=m.trace_sem,
         nodes=m.nodes.numpy(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lla_callbacks.linalg.accumulation import inner, norm
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.linalg.lanczos import LanczosRun
 from lla_callbacks.linalg.loss_operator import LossOperator
@@ -77,9 +78,9 @@ def random_error(hessian: LossOperator, seed: int, *known: tuple[Tensor, Tensor]
     relative, forms = [], []
     for probe, product in pairs:
         error = hessian.engine_error(probe, product)
-        size = float(product.norm())
-        relative.append(float(error.norm()) / size if size else 0.0)
-        forms.append(float(probe.double() @ error.double()))
+        size = norm(product)
+        relative.append(norm(error) / size if size else 0.0)
+        forms.append(inner(probe, error))
     return EngineError(max(relative), math.sqrt(sum(f * f for f in forms) / len(forms)))
 
 
@@ -125,11 +126,11 @@ def verified_end(
     if hessian.engine == "exact":
         return end
     vector = run.vectors([position % run.num_steps])[:, 0].to(hessian.device)
-    vector = vector / vector.norm()
+    vector = vector / norm(vector)
     product = hessian @ vector
-    error = float(hessian.engine_error(vector, product).norm())
-    value = float(vector.double() @ product.double())
+    error = norm(hessian.engine_error(vector, product))
+    value = inner(vector, product)
     if not error <= BOUND * max(abs(value), LEAST_SCALE * largest):
         return Eigenvalue(math.nan, math.nan)
-    left = float((product - value * vector).norm())
-    return Eigenvalue(value, max(left, end.residual) + error)
+    left = norm(product - value * vector)
+    return Eigenvalue(value, max(left, end.residual) + error, end.beyond + error)

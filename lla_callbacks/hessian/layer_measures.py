@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.distance import Quadrature, published_distance, shape_distance
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, extremes
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import HessianBlockOperator, LossOperator
 from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.student import widened_sem
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 
 # A layer gets this many block probes before it is judged whether more of them pay. Choice:
@@ -173,7 +175,7 @@ def measure_layers(
             trace_sem=sem,
             num_block_probes=num_block_probes,
             num_params=len(positions),
-            norm=float(weights[positions.to(weights.device)].norm()),
+            norm=norm(weights[positions.to(weights.device)]),
             num_matvecs=num_matvecs,
             spectrum=spectrum,
         )
@@ -233,8 +235,14 @@ def _block_trace(
     while estimator.num_probes < min(PILOT_PROBES, plan.num_probes):
         estimator.add_probe(source)
     pilot = estimator.estimate()
-    if pilot.sem * math.sqrt(pilot.num_probes / plan.num_probes) >= sem:
+    promised = pilot.sem * _per_probe(plan.num_probes) / _per_probe(pilot.num_probes)
+    if promised >= sem:
         return pilot
     while estimator.num_probes < plan.num_probes:
         estimator.add_probe(source)
     return estimator.estimate()
+
+
+def _per_probe(count: int) -> float:
+    """Return the standard error of so many probes of variance one."""
+    return widened_sem(1.0, count) / math.sqrt(count)

@@ -19,6 +19,7 @@ from lla_callbacks.hessian.layer_measures import (
     measure_layers,
 )
 from lla_callbacks.hessian.stability import StabilityLimit
+from lla_callbacks.linalg.accumulation import coordinates, inner, norm
 from lla_callbacks.linalg.density import sampling_error
 from lla_callbacks.linalg.distance import Quadrature
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, extremes
@@ -290,13 +291,13 @@ def _measured(
         layers = measure_layers(hessian, groups, whole, traces, settings.layer_plan)
     if anchor is not None and not off.gap:
         anchor(hessian, blocks, runs, traces)
-    norm = float(space.flatten(space.tensors).norm())
+    weight_norm = norm(space.flatten(space.tensors))
     found = HessianMeasurement(
         lambda_max=ends[1],
         lambda_min=ends[0],
         trace=traces.value,
         trace_sem=math.hypot(traces.sem, off.trace),
-        weight_norm=norm,
+        weight_norm=weight_norm,
         layers=layers,
         unlayered=tuple(outside(space, groups)),
         nodes=whole.nodes,
@@ -307,7 +308,7 @@ def _measured(
         criteria=values,
         criteria_errors=errors,
         loss=hessian.loss,
-        gradient_norm=float(hessian.gradient.norm()),
+        gradient_norm=norm(hessian.gradient),
         num_matvecs=hessian.num_matvecs + sum(m.num_matvecs for m in layers.values()),
         num_params=hessian.shape[0],
         num_samples=objective.num_samples,
@@ -419,11 +420,11 @@ def _criteria(
     # tr H^2 from the norms of all products: better than the quadrature, with a sem.
     values["frobenius_norm"] = math.sqrt(traces.square)
     errors["frobenius_norm"] = traces.square_sem / (2 * math.sqrt(max(traces.square, 1e-300)))
-    norm = max(ends, key=abs)
-    if float(norm) != 0:
-        values["stable_rank"] = traces.square / norm**2
+    widest = max(ends, key=abs)
+    if float(widest) != 0:
+        values["stable_rank"] = rank = traces.square / widest**2
         errors["stable_rank"] = math.hypot(
-            traces.square_sem / norm**2, 2 * values["stable_rank"] * norm.residual / abs(norm)
+            traces.square_sem / widest**2, 2 * rank * widest.residual / abs(widest)
         )
     else:
         values["stable_rank"] = errors["stable_rank"] = math.nan
@@ -457,12 +458,12 @@ def _gradient_share(hessian: LossOperator, run: LanczosRun) -> tuple[float, floa
     share, where ``gap`` separates the ``NUM_TOP`` largest eigenvalues from the rest, here
     from the next Ritz value and its residual. A Lanczos run sees a repeated eigenvalue once.
     """
-    square = float(hessian.gradient.square().sum(dtype=torch.float64))
+    square = inner(hessian.gradient, hessian.gradient)
     if run.num_steps <= NUM_TOP or square == 0:
         return math.nan, math.nan
     top = list(range(run.num_steps - NUM_TOP, run.num_steps))
     vectors = run.vectors(top)
-    inside = vectors.T @ hessian.gradient.to(vectors.device)
+    inside = coordinates(vectors.T, hessian.gradient.to(vectors.device))
     share = float(inside.square().sum(dtype=torch.float64)) / square
     next_one = run.values[-NUM_TOP - 1] + run.residuals[-NUM_TOP - 1]
     gap = float(run.values[-NUM_TOP] - next_one)
@@ -503,7 +504,7 @@ def _stability(
     # Along D^(1/2) u, where u is the top Ritz vector of D^(1/2) (H + shift) D^(1/2).
     root = limit.diagonal.to(hessian.device, hessian.dtype).sqrt()
     vector = root * run.vectors([run.num_steps - 1])[:, 0].to(hessian.device)
-    off = float((root * hessian.engine_error(vector, hessian @ vector)).norm())
+    off = norm(root * hessian.engine_error(vector, hessian @ vector))
     if not off <= BOUND * abs(found):
         return Eigenvalue(math.nan, math.nan)
     return Eigenvalue(float(found), found.residual + off)

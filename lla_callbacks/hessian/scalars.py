@@ -36,19 +36,22 @@ def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> d
         f"{name}/seconds": m.seconds,
         f"{name}_errors/lambda_max": m.lambda_max.residual,
         f"{name}_errors/lambda_min": m.lambda_min.residual,
+        f"{name}_errors/lambda_max_beyond": m.lambda_max.beyond,
+        f"{name}_errors/lambda_min_beyond": m.lambda_min.beyond,
     }
     bands = {
-        "lambda_max": (float(m.lambda_max), m.lambda_max.residual),
-        "lambda_min": (float(m.lambda_min), m.lambda_min.residual),
-        "trace": (m.trace, BAND * m.trace_sem),
-        "kh05": (m.criteria["kh05"], BAND * m.criteria_errors["kh05"]),
+        # Outwards as far as the extreme may still lie.
+        "lambda_max": (float(m.lambda_max), m.lambda_max.residual, m.lambda_max.beyond),
+        "lambda_min": (float(m.lambda_min), m.lambda_min.beyond, m.lambda_min.residual),
+        "trace": (m.trace, BAND * m.trace_sem, BAND * m.trace_sem),
+        "kh05": (m.criteria["kh05"], *(2 * [BAND * m.criteria_errors["kh05"]])),
     }
     for tag, value in m.criteria.items():
         values[f"{name}/{tag}"] = float(value)
         values[f"{name}_errors/{tag}"] = m.criteria_errors[tag]
-    for tag, (value, half_width) in bands.items():
-        values[f"{name}_bands/{tag}_lower"] = value - half_width
-        values[f"{name}_bands/{tag}_upper"] = value + half_width
+    for tag, (value, below, above) in bands.items():
+        values[f"{name}_bands/{tag}_lower"] = value - below
+        values[f"{name}_bands/{tag}_upper"] = value + above
     for layer, found in m.layers.items():
         for tag, value in layer_scalars(found).items():
             values[f"{name}_layers/{layer}/{tag}"] = value
@@ -71,8 +74,9 @@ def tracking_scalars(tracking: HessianTracking, name: str = "hessian") -> dict[s
         f"{name}/gradient_norm": t.gradient_norm,
         f"{name}/num_matvecs": float(t.num_matvecs),
         f"{name}_errors/lambda_max": t.lambda_max.residual,
+        f"{name}_errors/lambda_max_beyond": t.lambda_max.beyond,
         f"{name}_bands/lambda_max_lower": float(t.lambda_max) - t.lambda_max.residual,
-        f"{name}_bands/lambda_max_upper": float(t.lambda_max) + t.lambda_max.residual,
+        f"{name}_bands/lambda_max_upper": float(t.lambda_max) + t.lambda_max.beyond,
         f"{name}_bands/trace_lower": t.trace - BAND * t.trace_sem,
         f"{name}_bands/trace_upper": t.trace + BAND * t.trace_sem,
     }
@@ -129,8 +133,8 @@ def custom_scalars_layout(name: str = "hessian", *, layer_spectra: bool = False)
         name: {
             **lines,
             "KH05 (band: 2 standard errors)": band("kh05"),
-            "lambda_min (band: residual)": band("lambda_min"),
-            "lambda_max (band: residual)": band("lambda_max"),
+            "lambda_min (band: residual, and where the lowest may be)": band("lambda_min"),
+            "lambda_max (band: residual, and where the largest may be)": band("lambda_max"),
             "trace (band: 2 standard errors)": band("trace"),
         }
     }

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lla_callbacks.hessian.engine_error import END_GAP, random_error, verified_end
 from lla_callbacks.hessian.layer_measures import LayerTrace
-from lla_callbacks.linalg.eigenvalue import Eigenvalue
+from lla_callbacks.linalg.accumulation import norm
+from lla_callbacks.linalg.eigenvalue import Eigenvalue, end_of
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator, rademacher
@@ -146,10 +147,13 @@ class HessianTracking:
     """What a light measurement found.
 
     Attributes:
-        lambda_max: Largest (algebraic) eigenvalue, with its residual; NaN if left out.
+        lambda_max: Largest (algebraic) eigenvalue, with its residual; NaN if left out. In about
+            5 of 100 firings it is one that has been overtaken, up to a quarter too low, which no
+            residual shows (docs/benchmarks/coverage.md).
         trace: Trace of the Hessian; NaN if left out.
-        trace_sem: Its standard error, from variances that are pooled over the last firings;
-            the errors of neighbouring firings are correlated.
+        trace_sem: Its standard error, from variances that are pooled over the last firings and
+            widened for the few probes behind them, so that two cover 95 %; the errors of
+            neighbouring firings are correlated.
         layer_traces: Layer to trace and standard error.
         weight_norm: Euclidean norm of the trainable parameters.
         loss: The loss on the held batches.
@@ -274,9 +278,9 @@ def _tracked(
             name: LayerTrace(value, sem)
             for name, value, sem in zip(names, values[1:], sems[1:], strict=True)
         },
-        weight_norm=float(space.flatten(space.tensors).norm()),
+        weight_norm=norm(space.flatten(space.tensors)),
         loss=hessian.loss,
-        gradient_norm=float(hessian.gradient.norm()),
+        gradient_norm=norm(hessian.gradient),
         num_matvecs=hessian.num_matvecs,
         num_steps=0 if run is None else run.num_steps,
         num_probes=settings.num_probes,
@@ -379,8 +383,8 @@ def _start(hessian: LossOperator, vector: Tensor | None, seed: int) -> Tensor:
         dim, source = hessian.shape[0], generator(seed, STREAM)
         return rademacher(dim, source, dtype=hessian.dtype, device=hessian.device)
     start = vector.to(hessian.device, hessian.dtype)
-    norm = float(hessian.gradient.norm())
-    return start + (GRADIENT_SHARE / norm) * hessian.gradient if norm else start
+    length = norm(hessian.gradient)
+    return start + (GRADIENT_SHARE / length) * hessian.gradient if length else start
 
 
 def _top_vector(run: LanczosRun) -> Tensor:
@@ -390,7 +394,7 @@ def _top_vector(run: LanczosRun) -> Tensor:
 def _top_value(run: LanczosRun | None) -> Eigenvalue:
     if run is None:
         return Eigenvalue(math.nan, math.nan)
-    return Eigenvalue(float(run.values[-1]), float(run.residuals[-1]))
+    return end_of(run, -1)
 
 
 def _top_alone(run: LanczosRun) -> LanczosRun:

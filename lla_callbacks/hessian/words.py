@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lla_callbacks.hessian.measures import HessianMeasurement
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.report.words import with_error
 
 
@@ -17,9 +18,9 @@ def describe(measurement: HessianMeasurement) -> str:
         f"Hessian of {m.num_params:,} parameters on {m.num_samples:,} samples, mode "
         f"'{m.mode}': {m.num_matvecs} products in {m.seconds:.2g} s.",
         f"  largest eigenvalue  {with_error(float(m.lambda_max), m.lambda_max.residual)}"
-        "  (the sharpest direction; the +- is its residual)",
+        f"  (the sharpest direction; the +- is its residual{_further(m.lambda_max, 1)})",
         f"  smallest eigenvalue {with_error(float(m.lambda_min), m.lambda_min.residual)}"
-        "  (below zero: a direction that curves down)",
+        f"  (below zero: a direction that curves down{_further(m.lambda_min, -1)})",
     ]
     if math.isfinite(m.trace):
         lines.append(
@@ -50,6 +51,14 @@ def describe(measurement: HessianMeasurement) -> str:
         )
     lines += _layer_lines(m)
     return "\n".join(lines)
+
+
+def _further(end: Eigenvalue, sign: int) -> str:
+    """Return where the extreme may still lie, if that is further than its residual says."""
+    if not end.beyond > 1.5 * end.residual:
+        return ""
+    which = "largest" if sign > 0 else "lowest"
+    return f"; the {which} may still lie at {end + sign * end.beyond:.3g}"
 
 
 def _layer_lines(m: HessianMeasurement) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.errors import MeasurementError, NonFiniteError, is_out_of_memory
 from lla_callbacks.linalg.lanczos import ROUNDING
 from lla_callbacks.linalg.loss_operator import Differentiated, LossOperator, LossTerm, loss_value
@@ -141,15 +142,15 @@ class DifferenceOperator(LossOperator):
     def _local_difference(self, vector: Tensor, step: float) -> Tensor:
         if self._constant is not None:
             vector = vector.index_fill(0, self._constant, 0.0)
-        norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
-        if norm == 0:
+        size = norm(vector)
+        if size == 0:
             return torch.zeros_like(vector)
         with self._moving() as move:
-            move(vector, step / norm)
+            move(vector, step / size)
             ahead = self._gradient()[1]
-            move(vector, -step / norm)
+            move(vector, -step / size)
             behind = self._gradient()[1]
-        return (ahead - behind) * (norm / (2 * step))
+        return (ahead - behind) * (size / (2 * step))
 
     @contextmanager
     def _moving(self) -> Iterator[Callable[[Tensor, float], None]]:
@@ -204,12 +205,7 @@ class DifferenceOperator(LossOperator):
 
     def _calibrate(self) -> None:
         """Choose the step by what it costs in either direction, and note what is left."""
-        scale = math.sqrt(
-            math.fsum(
-                float(w.square().sum(dtype=torch.float64))
-                for w in self.space.split(self.space.flatten(self.space.tensors))
-            )
-        )
+        scale = norm(self.space.flatten(self.space.tensors))
         coarse = torch.finfo(self.space.precision).eps / torch.finfo(torch.float32).eps
         step = FIRST_STEP * coarse ** (1 / 3) * (scale or 1.0)
         flat = rademacher(self.space.dim, generator(0, 4), dtype=self.dtype, device=self.device)
@@ -254,9 +250,9 @@ class DifferenceOperator(LossOperator):
             # So far away the loss does not exist, in no process: they go on together.
             self._parted = False
             return ErrorModel(math.inf, 0.0, step, wild=True)
-        size = float(torch.linalg.vector_norm(here, dtype=torch.float64))
-        first = float((near - here).square().sum(dtype=torch.float64))
-        second = float((here - far).square().sum(dtype=torch.float64))
+        size = norm(here)
+        first = norm(near - here) ** 2
+        second = norm(here - far) ** 2
         if size == 0:
             return ErrorModel(0.0, 0.0, step, wild=False)
         if not math.isfinite(first + second):

@@ -12,18 +12,22 @@ class Eigenvalue(float):
 
     Attributes:
         residual: ``||H u - lambda u||``: a true eigenvalue lies within it.
+        beyond: How much further out the extreme one may still lie, where that was judged; never
+            less than the residual. See :attr:`~lla_callbacks.linalg.lanczos.LanczosRun.beyond`.
     """
 
     residual: float
+    beyond: float
 
-    def __new__(cls, value: float, residual: float) -> Eigenvalue:
+    def __new__(cls, value: float, residual: float, beyond: float = 0.0) -> Eigenvalue:
         """Return the eigenvalue with its residual."""
         made = super().__new__(cls, value)
         made.residual = residual
+        made.beyond = max(beyond, residual)
         return made
 
-    def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
-        return float(self), self.residual
+    def __getnewargs__(self) -> tuple[float, float, float]:  # type: ignore[override]
+        return float(self), self.residual, self.beyond
 
     def __repr__(self) -> str:
         return f"{float(self):.6g} (residual {self.residual:.1g})"
@@ -34,9 +38,14 @@ def extremes(runs: Sequence[LanczosRun]) -> tuple[Eigenvalue, Eigenvalue]:
 
     A Ritz value never lies outside of the spectrum, so the outermost one is the best.
     """
-    lowest = min(runs, key=lambda run: float(run.values[0]))
-    highest = max(runs, key=lambda run: float(run.values[-1]))
     return (
-        Eigenvalue(float(lowest.values[0]), float(lowest.residuals[0])),
-        Eigenvalue(float(highest.values[-1]), float(highest.residuals[-1])),
+        end_of(min(runs, key=lambda run: float(run.values[0])), 0),
+        end_of(max(runs, key=lambda run: float(run.values[-1])), -1),
+    )
+
+
+def end_of(run: LanczosRun, position: int) -> Eigenvalue:
+    """Return the outermost Ritz value of a run: position 0 or -1."""
+    return Eigenvalue(
+        float(run.values[position]), float(run.residuals[position]), run.beyond[position]
     )

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.lanczos import LanczosRun
+from lla_callbacks.linalg.accumulation import coordinates, inner, total
+from lla_callbacks.linalg.lanczos import ROUNDING, LanczosRun
 from lla_callbacks.linalg.operators import SymmetricOperator
 from lla_callbacks.linalg.probes import rademacher
+from lla_callbacks.linalg.student import widened_sem
 
 # Coordinates that are multiplied at once: 6 MiB for a basis of 24, small beside any that is larger.
 PIECE = 2**16
@@ -23,7 +25,9 @@ class TraceEstimate:
 
     Attributes:
         value: Estimate of ``tr A``.
-        sem: Its standard error (one standard deviation), never below the rounding error.
+        sem: Its standard error, widened by Student's law for the few probes behind it so that two
+            of them cover 95 %: by 7.0 for two probes, 1.43 for five, 1.06 for 24. Never below the
+            rounding error.
         num_probes: Independent random vectors behind it.
         blocks: Block name to ``(value, sem)`` of the trace over that block's coordinates.
             The blocks' values add up to ``value`` if the blocks cover every coordinate.
@@ -85,9 +89,9 @@ class TraceEstimator:
             self._exact_square = float(
                 (known.diagonal**2).sum() + 2 * (known.off_diagonal**2).sum() + known.next_norm**2
             )
-            self._rounding = (
-                known.eps * float(known.values.abs().max()) * math.sqrt(known.num_steps)
-            )
+            # As each eigenvalue's, and at worst all err in one direction: long sums inside of a
+            # model were seen to be off by 3 eps in 16 eigenvalues alike.
+            self._rounding = ROUNDING * known.eps * float(known.values.norm())
 
     @property
     def num_probes(self) -> int:
@@ -124,7 +128,7 @@ class TraceEstimator:
         """
         product = run.first_product
         if self._known is not None:
-            inside = self._known.basis @ start.to(self._home)
+            inside = coordinates(self._known.basis, start.to(self._home)).to(product)
             product = (
                 product
                 - self._known.basis.T @ self._known.project(inside)
@@ -136,17 +140,16 @@ class TraceEstimator:
         if self._known is None:
             return vector.to(self._home)
         basis, inside = self._known.basis, vector.to(self._home)
-        return inside - basis.T @ (basis @ inside)
+        return inside - basis.T @ coordinates(basis, inside).to(inside)
 
     def _add(self, probe: Tensor, product: Tensor) -> None:
         self._samples.append(self._sums(probe.to(self._home) * self._project(product)))
-        self._squares.append(float(product.square().sum(dtype=torch.float64)))
+        self._squares.append(inner(product, product))
 
     def _sums(self, diagonal: Tensor) -> Tensor:
         """Return the sum over everything and over each block, float64, on the CPU."""
-        parts = [diagonal.sum(dtype=torch.float64)]
-        parts += [diagonal[index].sum(dtype=torch.float64) for index in self._blocks.values()]
-        return torch.stack(parts).cpu()
+        parts = [diagonal, *(diagonal[index] for index in self._blocks.values())]
+        return torch.tensor([total(part) for part in parts], dtype=torch.float64)
 
     def estimate(self) -> TraceEstimate:
         """Return the estimate from the probes so far; a sem is NaN below two probes."""
@@ -156,7 +159,9 @@ class TraceEstimator:
         samples = torch.stack(self._samples)
         squares = torch.tensor(self._squares, dtype=torch.float64)
         mean = self._exact + samples.mean(dim=0)
-        sem = (_variance(samples) / count + self._rounding**2).sqrt()
+        # Few probes say little of their own variance: two errors cover 95 % all the same.
+        share = widened_sem(1.0, count) / math.sqrt(count)
+        sem = (_variance(samples) * share**2 + self._rounding**2).sqrt()
         pairs = list(zip(mean.tolist(), sem.tolist(), strict=True))
         square = self._exact_square + float(squares.mean())
         square_rounding = 2 * self._rounding * math.sqrt(square)
@@ -165,7 +170,7 @@ class TraceEstimator:
             sem=pairs[0][1],
             num_probes=count,
             square=square,
-            square_sem=math.sqrt(float(_variance(squares)) / count + square_rounding**2),
+            square_sem=math.sqrt(float(_variance(squares)) * share**2 + square_rounding**2),
             blocks=dict(zip(self._blocks, pairs[1:], strict=True)),
         )
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from lla_callbacks.linalg.student import student_widening
 
 # Share of the past that the variances of probes keep from time to time. Choice: what a run of
 # five to ten firings says, since the variance of a probe was seen to change threefold within
@@ -16,49 +19,69 @@ MEMORY = 0.8
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums of squares and products of a probe's deviations, the past fading out.
+    """Sums of squares of what probes give, and of how that changes, the past fading out.
+
+    The change of a probe's value from time to time is kept for itself and not as a covariance: a
+    variance of the change that were a difference of two noisy numbers could come out as nothing.
 
     Attributes:
         square: Sum of squared deviations of one probe at one time, shape ``(r,)``.
         square_count: Degrees of freedom behind it.
-        product: Sum of products of one probe's deviations at this time and the last.
-        product_count: Degrees of freedom behind it.
+        square_weight: The same with squared weights, from which follows how many there are.
+        change: Sum of squared changes of one probe from one time to the next. About zero and not
+            about their mean, so that the trace's own change is in: too large, never too small.
+        change_count: Degrees of freedom behind it.
+        change_weight: The same with squared weights.
     """
 
     square: Tensor
     square_count: float
-    product: Tensor
-    product_count: float
+    square_weight: float
+    change: Tensor
+    change_count: float
+    change_weight: float
 
     @classmethod
     def none(cls, rows: int) -> Moments:
         """Return the moments before anything is known."""
         zero = torch.zeros(rows, dtype=torch.float64)
-        return cls(zero, 0.0, zero.clone(), 0.0)
+        return cls(zero, 0.0, 0.0, zero.clone(), 0.0, 0.0)
 
-    def faded(self, share: float) -> Moments:
-        """Return moments that count this much less beside new ones."""
+    def with_new(
+        self, square: Tensor, square_count: int, change: Tensor | None = None, change_count: int = 0
+    ) -> Moments:
+        """Return moments with one more time's, beside which the past counts less."""
         return Moments(
-            share * self.square,
-            share * self.square_count,
-            share * self.product,
-            share * self.product_count,
+            MEMORY * self.square + square,
+            MEMORY * self.square_count + square_count,
+            MEMORY**2 * self.square_weight + square_count,
+            MEMORY * self.change + (0.0 if change is None else change),
+            MEMORY * self.change_count + change_count,
+            MEMORY**2 * self.change_weight + change_count,
         )
 
     @property
     def variance(self) -> Tensor:
-        """Variance of one probe, NaN where nothing is known."""
+        """Variance ``s^2`` of one probe, NaN where nothing is known."""
         return self.square / (self.square_count or math.nan)
 
     @property
-    def covariance(self) -> Tensor:
-        """Covariance of one probe's values at two times in a row, 0 where unknown.
+    def change_variance(self) -> Tensor:
+        """Mean square ``d`` of a probe's change; that of unrelated values where unknown."""
+        return self.change / self.change_count if self.change_count else 2 * self.variance
 
-        Between zero and the variance: a negative one is noise, and would not be used.
+    @property
+    def freedom(self) -> tuple[Tensor, Tensor]:
+        """Effective degrees of freedom of the two variances, shape ``(r,)`` each.
+
+        A probe is measured at two times; what the second adds is less the more both agree.
         """
-        if not self.product_count:
-            return torch.zeros_like(self.product)
-        return (self.product / self.product_count).clamp(min=0).minimum(self.variance)
+        correlation = torch.nan_to_num(1 - self.change_variance / (2 * self.variance)).clamp(0, 1)
+        square = self.square_count**2 / (self.square_weight or 1.0) / (1 + correlation**2)
+        if not self.change_count:
+            return square, square
+        count = self.change_count**2 / self.change_weight
+        return square, torch.full_like(square, count)
 
 
 @dataclass(frozen=True)
@@ -71,8 +94,8 @@ class TraceState:
         time: How many times were measured: the key of this time's new probes.
         level: The chained estimate, shape ``(r,)``, float64, that knows nothing of ``values``.
         level_variance: Its variance.
+        level_freedom: Degrees of freedom behind that variance, shape ``(r,)``.
         values: What this time's new probes gave, ``(half, r)``: they come back next time.
-        difference: Mean of the old probes less that of the new ones, NaN without old ones.
         moments: Of probes so far.
         earlier: The same before this time, which decides how the next one is weighted:
             weights that depend on the values they weigh would bias the mean.
@@ -81,8 +104,8 @@ class TraceState:
     time: int
     level: Tensor
     level_variance: Tensor
+    level_freedom: Tensor
     values: Tensor
-    difference: Tensor
     moments: Moments
     earlier: Moments
 
@@ -108,7 +131,11 @@ class TraceState:
 
 @dataclass(frozen=True)
 class TrackedTrace:
-    """Estimates of one time, with their standard errors, shape ``(r,)`` each, float64."""
+    """Estimates of one time, with their standard errors, shape ``(r,)`` each, float64.
+
+    A standard error is widened by Student's law for the few degrees of freedom behind it, so that
+    two of them cover 95 % (docs/benchmarks/tracking.md).
+    """
 
     value: Tensor
     sem: Tensor
@@ -132,8 +159,8 @@ def begin(
         time=past.time + 1 if past is not None else 1,
         level=level,
         level_variance=level_sem**2,
+        level_freedom=torch.full((rows,), math.inf, dtype=torch.float64),
         values=values,
-        difference=torch.full((rows,), math.nan, dtype=torch.float64),
         moments=moments,
         earlier=moments,
     )
@@ -154,18 +181,19 @@ def advance(
     DeltaShift, with ``1 - gamma = c``) and ``T`` adds what the new probes say of the level,
     which ``D`` does not know and the next ``D`` subtracts. ``c`` minimizes
 
-        ``Var D = c^2 Var D' + (s^2 - 2 c r + c^2 s^2) / half``
+        ``Var D = c^2 Var D' + ((1 - c)^2 s^2 + c d) / half``
 
-    for the variance ``s^2`` of a probe and the covariance ``r`` of its values at two times
-    in a row; ``w`` weighs by inverse variances. With correlation ``q = r / s^2`` between
+    for the variance ``s^2`` of a probe and the mean square ``d`` of its change between two times
+    in a row; ``w`` weighs by inverse variances. With correlation ``q = 1 - d / (2 s^2)`` between
     neighbours in time ``Var T`` settles at ``2 f / (1 + f)`` of the plain mean's over all
     probes, ``f = (1 - q^2)^(1/2)``: never above it. Without a correlation, ``c = 0`` and
     ``w = 1/2``: the plain mean.
 
-    ``s^2`` and ``r`` are pooled over the times, the past fading (:data:`MEMORY`), since two
-    or four probes say little of a variance. Unbiased, as ``c`` and ``w`` rest on earlier
-    times. The errors of neighbouring times are correlated, the more so the larger ``c``: the
-    mean over many times is not surer by the root of their number.
+    ``s^2`` and ``d`` are pooled over the times, the past fading (:data:`MEMORY`), since two
+    or four probes say little of a variance; for what they do not say the standard error is
+    widened. Unbiased, as ``c`` and ``w`` rest on earlier times. The errors of neighbouring times
+    are correlated, the more so the larger ``c``: the mean over many times is not surer by the
+    root of their number.
 
     Args:
         past: State of the last time, None at the first.
@@ -192,22 +220,32 @@ def advance(
             f"{len(past.values)} probes of {past.values.shape[1]} values come back, but "
             f"{half} of {rows} were given: keep their number, or begin anew."
         )
-    difference = old.mean(dim=0) - new.mean(dim=0)
-    moments = _pooled(known, past, old, new, difference)
+    both = torch.cat([old, new])
+    moments = known.with_new(
+        # At one time all probes are independent with one mean.
+        (both - both.mean(dim=0)).square().sum(dim=0),
+        2 * half - 1,
+        (old - past.values).square().sum(dim=0),
+        half,
+    )
     # Weights from the times before the last one, whose values they multiply.
     before = past.earlier
-    share = before.covariance / half / (past.level_variance + before.variance / half)
-    c = torch.nan_to_num(share).clamp(0, 1)
+    related = (before.variance - before.change_variance / 2).clamp(min=0)
+    c = torch.nan_to_num(related / (half * past.level_variance + before.variance)).clamp(0, 1)
     level = c * past.level + old.mean(dim=0) - c * past.values.mean(dim=0)
-    guess = _chained(c, past.level_variance, before, half)
-    w = torch.nan_to_num(guess / (guess + before.variance / half), nan=0.5)
-    variance = _chained(c, past.level_variance, moments, half)
-    fresh = moments.variance / half
-    found = TrackedTrace(
-        value=(1 - w) * level + w * new.mean(dim=0),
-        sem=((1 - w) ** 2 * variance + w**2 * fresh).sqrt(),
-    )
-    return found, TraceState(past.time + 1, level, variance, new, difference, moments, known)
+    chained = _chained(c, past.level_variance, before, half)
+    w = torch.nan_to_num(chained / (chained + before.variance / half), nan=0.5)
+    square, change = moments.freedom
+    parts = [
+        (c**2 * past.level_variance, past.level_freedom),
+        ((1 - c) ** 2 * moments.variance / half, square),
+        (c * moments.change_variance / half, change),
+    ]
+    variance, freedom = _added(parts)
+    parts = [((1 - w) ** 2 * part, count) for part, count in parts]
+    spread = _added([*parts, (w**2 * moments.variance / half, square)])
+    found = TrackedTrace((1 - w) * level + w * new.mean(dim=0), _sem(*spread))
+    return found, TraceState(past.time + 1, level, variance, freedom, new, moments, known)
 
 
 def _restart(
@@ -219,52 +257,36 @@ def _restart(
         raise ValueError(f"{len(new)} probes start a trace; give an even number of at least 2.")
     old, new = new[:half], new[half:]
     both = torch.cat([old, new])
-    deviations = (both - both.mean(dim=0)).square().sum(dim=0)
-    faded = known.faded(MEMORY)
-    moments = replace(
-        faded, square=faded.square + deviations, square_count=faded.square_count + 2 * half - 1
-    )
+    moments = known.with_new((both - both.mean(dim=0)).square().sum(dim=0), 2 * half - 1)
+    freedom = moments.freedom[0]
     state = TraceState(
         time=past.time + 1 if past is not None else 1,
         level=old.mean(dim=0),
         level_variance=moments.variance / half,
+        level_freedom=freedom,
         values=new,
-        difference=old.mean(dim=0) - new.mean(dim=0),
         moments=moments,
         earlier=known,
     )
-    return TrackedTrace(both.mean(dim=0), (moments.variance / (2 * half)).sqrt()), state
+    return TrackedTrace(both.mean(dim=0), _sem(moments.variance / (2 * half), freedom)), state
 
 
 def _chained(c: Tensor, level_variance: Tensor, moments: Moments, half: int) -> Tensor:
     """Return ``Var D``."""
-    change = (1 + c**2) * moments.variance - 2 * c * moments.covariance
+    change = (1 - c) ** 2 * moments.variance + c * moments.change_variance
     return c**2 * level_variance + change / half
 
 
-def _pooled(
-    known: Moments, past: TraceState, old: Tensor, new: Tensor, difference: Tensor
-) -> Moments:
-    """Return the moments with this time's added.
+def _added(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the sum of variances, and how many degrees of freedom stand behind it.
 
-    At one time all probes are independent with one mean, so they give ``2 half - 1`` degrees
-    of freedom for ``s^2``. For ``r`` the probes that came back give ``half - 1``, and one more
-    comes from ``E[d d'] = -r / half`` for the differences ``d`` of old and new at this time and
-    the last, since the new ones of the last time are the old ones of this.
+    As if the variances erred together, since they come from the same probes: their relative
+    errors, each ``(2 / count)^(1/2)``, add up, weighted by their shares.
     """
-    half = len(new)
-    both = torch.cat([old, new])
-    squares = (both - both.mean(dim=0)).square().sum(dim=0)
-    then = past.values - past.values.mean(dim=0)
-    products = ((old - old.mean(dim=0)) * then).sum(dim=0)
-    count = half - 1
-    if not bool(past.difference.isnan().any()):
-        products = products - half * difference * past.difference
-        count += 1
-    faded = known.faded(MEMORY)
-    return Moments(
-        square=faded.square + squares,
-        square_count=faded.square_count + 2 * half - 1,
-        product=faded.product + products,
-        product_count=faded.product_count + count,
-    )
+    whole = torch.stack([variance for variance, _ in parts]).sum(dim=0)
+    shares = [torch.nan_to_num(variance / whole) * count.rsqrt() for variance, count in parts]
+    return whole, torch.stack(shares).sum(dim=0).clamp(min=1e-6) ** -2
+
+
+def _sem(variance: Tensor, freedom: Tensor) -> Tensor:
+    return variance.sqrt() * student_widening(freedom)

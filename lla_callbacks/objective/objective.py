@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.difference import DifferenceOperator, first_derivative
 from lla_callbacks.linalg.errors import (
     MeasurementError,
@@ -408,8 +409,7 @@ class Objective:
             if not is_out_of_memory(error):
                 raise
             return False
-        off = torch.linalg.vector_norm(found - expected)
-        return bool(off > 1e-3 * torch.linalg.vector_norm(expected))
+        return norm(found - expected) > 1e-3 * norm(expected)
 
 
 def with_hessian(

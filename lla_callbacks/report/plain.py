@@ -57,7 +57,7 @@ def to_plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Eigenvalue):
-        return {_EIGENVALUE: (float(value), float(value.residual))}
+        return {_EIGENVALUE: (float(value), float(value.residual), float(value.beyond))}
     if isinstance(value, np.generic):
         return to_plain(value.item())
     # A subclass of a number would be stored as what it is.

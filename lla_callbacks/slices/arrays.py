@@ -19,7 +19,7 @@ from lla_callbacks.slices.networks import Marks
 from lla_callbacks.slices.slices import Line, Plane, SliceFacts
 from lla_callbacks.slices.trajectory import Path as TrainingPath
 
-_DIRECTION = ("name", "unit", "reach", "eigenvalue", "residual", "slope")
+_DIRECTION = ("name", "unit", "reach", "eigenvalue", "residual", "slope", "settled")
 
 
 def save_slice(result: Line | Plane | Convexity | Basin, path: Path) -> Path:
@@ -122,7 +122,9 @@ def _directions(found: Mapping[str, np.ndarray]) -> list[Direction]:
     count = len({name.split("/")[1] for name in _under(found, "directions/")})
     made = []
     for k in range(count):
-        values = {name: found[f"directions/{k}/{name}"].item() for name in _DIRECTION}
+        stored = {name: found.get(f"directions/{k}/{name}") for name in _DIRECTION}
+        # Files of earlier versions lack the last ones.
+        values = {name: value.item() for name, value in stored.items() if value is not None}
         for name in ("eigenvalue", "residual", "slope"):
             values[name] = None if np.isnan(values[name]) else values[name]
         made.append(Direction(torch.empty(0), **values))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lla_callbacks.linalg.accumulation import norm as length_of
 from lla_callbacks.linalg.errors import NotYetError
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.space import ParameterSpace
@@ -34,6 +35,7 @@ class Direction:
         eigenvalue: Curvature along it, where it is an eigenvector of the Hessian.
         residual: That eigenvalue's residual.
         slope: Gradient of the loss along it, where it is known.
+        settled: Whether an eigenvector is the one it was asked for as; True for all others.
     """
 
     vector: Tensor
@@ -43,6 +45,7 @@ class Direction:
     eigenvalue: float | None = None
     residual: float | None = None
     slope: float | None = None
+    settled: bool = True
 
     @property
     def label(self) -> str:
@@ -184,7 +187,7 @@ def gradient_direction(gradient: Tensor, loss: float, norm: float) -> Direction:
         loss: The loss there; the range is where the slope alone would remove all of it.
         norm: Norm of the weights, which bounds the range.
     """
-    length = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    length = length_of(gradient)
     if length == 0:
         raise ValueError("the gradient is zero here, so it has no direction: choose another.")
     reach = min((abs(loss) or 1.0) / length, norm or 1.0)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
-
+from lla_callbacks.linalg.accumulation import inner, norm
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator, rademacher
@@ -15,10 +14,14 @@ from lla_callbacks.slices.directions import Direction, gradient_direction
 
 NAMES = ("top1", "top2", "bottom1")
 _LABELS = {"top1": "top eigenvector", "top2": "2nd eigenvector", "bottom1": "bottom eigenvector"}
-# Relative residual at which the run stops, and its largest depth: a top eigenvector of a trained
-# ResNet-20 takes about 20 products to 1 %.
+_PLACES = {"top1": -1, "top2": -2, "bottom1": 0}
+# Residual at which the run stops, as a share of the eigenvalue itself, and its largest depth. A top
+# eigenvector of a trained ResNet-20 takes about 20 products to 1 %. A small negative eigenvalue
+# takes more: on an MLP on digits, late in training, 36 to 48 where it is 1/190 of the largest, and
+# a half more until it has stood there for a while.
 RTOL = 0.01
-MOST_STEPS = 48
+MOST_STEPS = 96
+MOST_STEPS_OF_TOP = 48
 
 
 def curved_directions(
@@ -33,7 +36,11 @@ def curved_directions(
 
     One Lanczos run serves all of them. Each is a unit vector, uphill, and reaches to where the
     parabola of its eigenvalue has risen (or fallen) by the loss itself,
-    ``sqrt(2 L / |lambda|)``, but never further than the norm of the weights.
+    ``sqrt(2 L / |lambda|)``, but never further than the norm of the weights. The run ends once
+    each of them has a residual of 1 % of its own eigenvalue, however small that is, and has stayed
+    in its place (:meth:`~lla_callbacks.linalg.lanczos.LanczosRun.settled`). What has not by then is
+    called an unsettled Ritz vector and not an eigenvector: there, something else may be the
+    second or the lowest.
 
     Args:
         objective: The loss.
@@ -58,48 +65,58 @@ def _directions(
     hessian: LossOperator, wanted: set[str], seed: int, num_steps: int
 ) -> dict[str, Direction]:
     found: dict[str, Direction] = {}
-    norm = math.sqrt(sum(float(t.detach().square().sum()) for t in hessian.space.tensors))
+    length = norm(hessian.space.flatten(hessian.space.tensors))
     if "gradient" in wanted:
-        found["gradient"] = gradient_direction(hessian.gradient, hessian.loss, norm)
+        found["gradient"] = gradient_direction(hessian.gradient, hessian.loss, length)
     names = [name for name in NAMES if name in wanted]
     if not names:
         return found
     start = rademacher(
         hessian.shape[0], generator(seed, 3), dtype=hessian.dtype, device=hessian.device
     )
-    ends = "max" if names == ["top1"] else "both"
+    alone = names == ["top1"]
+    places = [_PLACES[name] for name in names]
+    num_steps = min(num_steps, MOST_STEPS_OF_TOP) if alone else num_steps
     run = lanczos(
         hessian,
         start,
         num_steps,
         rtol=RTOL,
-        which=ends,
+        which="max" if alone else places,
         basis_device=hessian.basis_device(num_steps),
     )
     if "top2" in names and run.num_steps < 2:
         raise ValueError("the Hessian has one eigenvalue only: choose 'top1' without 'top2'.")
     for name in names:
-        index = {"top1": -1, "top2": run.num_steps - 2, "bottom1": 0}[name] % run.num_steps
-        value = float(run.values[index])
+        place = _PLACES[name]
+        index = place % run.num_steps
+        value, residual = float(run.values[index]), float(run.residuals[index])
+        largest = float(run.values.abs().max())
+        if alone:
+            settled = run.broke_down or residual <= RTOL * largest
+        else:
+            settled = run.settled(place, RTOL)
+        label = _LABELS[name] if settled else f"unsettled Ritz vector for the {_LABELS[name]}"
         vector = run.vectors([index])[:, 0].to(hessian.device)
-        vector = vector / torch.linalg.vector_norm(vector)
-        slope = float(hessian.gradient @ vector)
+        vector = vector / norm(vector)
+        slope = inner(hessian.gradient, vector)
         if slope < 0:
             vector, slope = -vector, -slope
         found[name] = Direction(
             vector,
-            f"{_LABELS[name]}, λ = {value:.3g}",
+            f"{label}, λ = {value:.3g}" + ("" if settled else f" ± {residual:.1g}"),
             "‖v‖",
-            _reach(hessian.loss, value, norm),
+            _reach(hessian.loss, value, length),
             value,
-            float(run.residuals[index]),
+            residual,
             slope,
+            settled=settled,
         )
     return found
 
 
-def _reach(loss: float, eigenvalue: float, norm: float) -> float:
+def _reach(loss: float, eigenvalue: float, length: float) -> float:
     """Return where the parabola has changed by the loss, at most the norm of the weights."""
     rise = abs(loss) or 1.0
     reach = math.sqrt(2 * rise / abs(eigenvalue)) if eigenvalue else math.inf
-    return min(reach, norm or 1.0)
+    return min(reach, length or 1.0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lla_callbacks.report.words import with_error
+from lla_callbacks.slices.directions import Direction
 from lla_callbacks.slices.landscape import Landscape
 from lla_callbacks.slices.line_figures import line_figure
 from lla_callbacks.slices.results import (
@@ -97,6 +98,7 @@ class LandscapeReport:
                 f"  plane {name:<12} loss {finite_range(plane.loss)} on "
                 f"{int(plane.evaluated.sum())} points"
             )
+            lines += [f"  {'':18} {_unsettled(d)}" for d in plane.directions if not d.settled]
             if plane.path is not None:
                 lines.append(
                     f"  path of training   {float(plane.path.explained.sum()):.1%} of its variance "
@@ -110,6 +112,7 @@ class LandscapeReport:
                 known = with_error(direction.eigenvalue, direction.residual or math.nan)
                 text += f", where the Hessian's eigenvalue is {known}"
             lines.append(text)
+            lines += [f"  {'':18} {_unsettled(d)}" for d in line.directions if not d.settled]
         if self.basin is not None:
             b = self.basin
             lines.append(
@@ -118,6 +121,13 @@ class LandscapeReport:
                 f"loss passes {b.cutoff:.4g} ({len(b.radii)} rays, {int(b.open.sum())} never did)"
             )
         return "\n".join(lines)
+
+
+def _unsettled(direction: Direction) -> str:
+    return (
+        f"{direction.name}: the Lanczos run ended before it had settled, so another direction may "
+        "be the one asked for"
+    )
 
 
 def _light(found: Any) -> Any:

@@ -17,7 +17,8 @@ def landscape_scalars(report: LandscapeReport, name: str = "landscape") -> dict[
     ``loss_median``, ``loss_max``, ``evaluated``, and of a path ``explained``,
     ``largest_residual``; for each line ``<name>/line_<line>/curvature`` with its error, beside the
     ``eigenvalue`` with its residual; ``<name>/convexity/centre``, ``median``;
-    ``<name>/basin/effective_radius`` with its standard error, quantiles, ``log10_volume``.
+    ``<name>/basin/effective_radius`` with its standard error, quantiles, ``log10_volume`` and
+    what bisection leaves open in it.
     """
     values = {f"{name}/loss": report.loss, f"{name}/seconds": report.seconds}
     for part, result in report.slices.items():
@@ -52,6 +53,7 @@ def _scalars(result: Line | Plane | Convexity | Basin) -> dict[str, float]:
         "open": float(result.open.double().mean()),
         "cutoff": result.cutoff,
         "log10_volume": result.log10_volume,
+        "log10_volume_error": result.log10_volume_error,
     }
 
 

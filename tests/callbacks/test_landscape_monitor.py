@@ -140,7 +140,7 @@ def test_the_event_file_holds_every_tag_step_and_picture(tmp_path):
         "loss", "seconds", "overhead", "plane_random/loss_min", "plane_random/loss_max",
         "line_top1/curvature", "line_top1/curvature_error", "line_top1/eigenvalue",
         "line_top1/residual", "convexity/centre", "basin/effective_radius",
-        "basin/effective_radius_sem", "basin/log10_volume",
+        "basin/effective_radius_sem", "basin/log10_volume", "basin/log10_volume_error",
     ):  # fmt: skip
         assert [step for step, _ in logged[f"landscape/{tag}"]] == [0, 2, 4, 6, 8], tag
     assert "landscape/plane_trajectory/explained" in logged

@@ -27,6 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 EVERY = ["lambda_max", "lambda_min", "trace", "trace_sem", "loss", "gradient_norm"]
 SCALES = ["trace_times_norm2", "weight_norm"]
 COUNTS = ["num_matvecs", "num_steps", "seconds", "overhead"]
+ENDS = ["lambda_max", "lambda_min", "lambda_max_beyond", "lambda_min_beyond"]
 BANDS = ["lambda_max", "lambda_min", "trace", "kh05"]
 CRITERIA = [
     "kh05",
@@ -71,7 +72,7 @@ def expected_tags(report):
     banded = [tag for tag in BANDS if tag != "kh05" or {"kh05"} <= {*finite} & {*known}]
     return {
         *(f"hessian/{tag}" for tag in EVERY + SCALES + COUNTS + finite),
-        *(f"hessian_errors/{tag}" for tag in ["lambda_max", "lambda_min", *known]),
+        *(f"hessian_errors/{tag}" for tag in ENDS + known),
         *(f"hessian_bands/{tag}_{end}" for tag in banded for end in ("lower", "upper")),
         *(
             f"hessian_layers/net.{i}/{tag}"

@@ -151,3 +151,27 @@ def test_the_basis_may_live_on_the_cpu() -> None:
     there = lanczos(DenseOperator(matrix), start, 5, basis_device="cpu")
     assert there.basis.device.type == "cpu"
     assert torch.equal(here.values, there.values)
+
+
+def test_where_the_extreme_may_still_lie() -> None:
+    """A shallow run says how much further out eigenvalues may be; a deep one that none are."""
+    values = torch.cat([torch.linspace(0, 1, 60), torch.tensor([-0.3, 4.0])]).double()
+    basis = torch.linalg.qr(torch.randn(62, 62, dtype=torch.float64))[0]
+    operator = DenseOperator((basis * values) @ basis.T)
+    start = torch.randn(62, dtype=torch.float64)
+    covered = 0
+    for depth in (4, 5, 6, 8, 10):
+        run = lanczos(operator, start, depth)
+        low, high = run.beyond
+        assert low >= float(run.residuals[0])
+        assert high >= float(run.residuals[-1])
+        covered += float(run.values[0]) - low <= -0.3 + 1e-9
+        earlier = run.at_depth(depth - 1)
+        again = lanczos(operator, start, depth - 1)
+        assert torch.allclose(earlier.values, again.values, atol=1e-12)
+        assert torch.allclose(earlier.residuals, again.residuals, atol=1e-12)
+    assert covered == 5
+    deep = lanczos(operator, start, 50)
+    assert max(deep.beyond) < 1e-3
+    assert deep.settled(0, 0.01)
+    assert not lanczos(operator, start, 5).settled(0, 0.01)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.operators import DenseOperator
 from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.student import student_widening
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator, _known_diagonal
 from tests.linalg.test_lanczos import spectrum
 
@@ -49,8 +50,21 @@ def test_unbiased_with_the_error_it_reports(depth: int, num_runs: int) -> None:
     sems = torch.tensor([e.sem for e in found], dtype=torch.float64)
     for sample, exact in ((values, matrix.trace()), (squares, matrix.square().sum())):
         assert abs(float(sample.mean() - exact)) < 5 * float(sample.std()) / math.sqrt(repeats)
-    # The mean square of the reported errors is the variance of the estimates.
-    assert float(sems.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.15)
+    # The mean square of the reported errors is the variance of the estimates, widened for six
+    # probes, so that two of them cover 95 %.
+    widened = float(student_widening(torch.tensor(5.0)))
+    assert float(sems.square().mean().sqrt() / values.std()) == pytest.approx(widened, rel=0.15)
+    off = (values - matrix.trace()).abs()
+    assert float((off <= 2 * sems).double().mean()) >= 0.95 - 4 * math.sqrt(0.05 * 0.95 / repeats)
+
+
+@pytest.mark.parametrize("num_probes", [2, 3, 5])
+def test_two_errors_of_few_probes_cover_ninety_five_percent(num_probes: int) -> None:
+    matrix = outlier_matrix()
+    found = [estimate(matrix, 0, num_probes, seed)[0] for seed in range(400)]
+    within = [abs(e.value - float(matrix.trace())) <= 2 * e.sem for e in found]
+    # Without Student's law 72 % for two probes.
+    assert sum(within) / 400 >= 0.95 - 4 * math.sqrt(0.05 * 0.95 / 400)
 
 
 def test_plain_probes_have_the_known_variance() -> None:
@@ -100,7 +114,8 @@ def test_blocks_are_unbiased_and_add_up(depth: int) -> None:
         exact = matrix.diagonal()[index].sum()
         assert abs(float(values.mean() - exact)) < 5 * float(values.std()) / math.sqrt(300)
         sems = torch.tensor([e.blocks[name][1] for e in found])
-        assert float(sems.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.2)
+        widened = float(student_widening(torch.tensor(3.0)))
+        assert float(sems.square().mean().sqrt() / values.std()) == pytest.approx(widened, rel=0.2)
     for e in found:
         assert sum(value for value, _ in e.blocks.values()) == pytest.approx(e.value, abs=1e-9)
 

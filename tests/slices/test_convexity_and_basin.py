@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +133,10 @@ def test_the_volume_of_a_ball_is_the_balls() -> None:
     assert found.dim == 6
     ball = math.log10(math.pi**3 / 6)  # of six dimensions
     assert found.log10_volume == pytest.approx(ball + 6 * math.log10(0.5), abs=1e-5)
+    # A relative error of the radius counts as often as there are dimensions.
+    wider = replace(found, radii=found.radii * (1 + found.rtol / 2))
+    apart = wider.log10_volume - found.log10_volume
+    assert apart == pytest.approx(found.log10_volume_error, rel=found.rtol)
 
 
 def test_rays_that_never_pass_the_rim_are_open() -> None:

@@ -152,6 +152,41 @@ def test_eigenvectors_are_those_of_a_known_hessian() -> None:
     torch.testing.assert_close(found["gradient"].vector, gradient / gradient.norm())
 
 
+def crowded() -> Tensor:
+    """A Hessian as late in training: outliers, a bulk near zero, a little below it."""
+    parts = [torch.linspace(0, 0.3, 52), torch.tensor([-0.02, -0.011, 2.9, 3.0, 10.0])]
+    values = torch.cat(parts).double()
+    basis = torch.linalg.qr(symmetric(len(values)))[0]
+    return (basis * values) @ basis.T
+
+
+def test_the_second_and_the_lowest_are_those_eigenvectors() -> None:
+    matrix = crowded()
+    values = torch.linalg.eigvalsh(matrix)
+    module = Weights((3, 19))
+    for seed in range(20):
+        found = curved_directions(
+            of(module, quadratic(matrix)), {"top1", "top2", "bottom1"}, seed=seed
+        )
+        for name, truth in (("top1", values[-1]), ("top2", values[-2]), ("bottom1", values[0])):
+            direction = found[name]
+            assert direction.settled
+            # On its own scale, however small that is beside the largest.
+            assert abs(direction.eigenvalue / float(truth) - 1) < 0.01
+            assert direction.residual <= 0.01 * abs(float(truth)) * 1.01
+
+
+def test_what_has_not_settled_is_not_called_by_that_name() -> None:
+    matrix = crowded()
+    found = curved_directions(
+        of(Weights((3, 19)), quadratic(matrix)), {"top1", "bottom1"}, seed=0, num_steps=12
+    )
+    assert found["top1"].settled
+    assert found["top1"].name.startswith("top eigenvector")
+    assert not found["bottom1"].settled
+    assert found["bottom1"].name.startswith("unsettled Ritz vector for the bottom eigenvector")
+
+
 def test_one_lanczos_run_serves_all_eigenvectors() -> None:
     module = tanh_net()
     objective = Objective(module, two_batches(), cross_entropy)

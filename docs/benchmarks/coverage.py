@@ -1,0 +1,179 @@
+"""How often do reported errors cover the truth?
+
+    OMP_NUM_THREADS=1 python docs/benchmarks/coverage.py [--part simulation|tracking|criteria]
+
+Prints the tables of docs/benchmarks/coverage.md. The networks are small enough for dense Hessians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lla_callbacks.hessian.measures import HessianSettings, measure
+from lla_callbacks.hessian.tracking import TrackerState, TrackingSettings, anchored, track
+from lla_callbacks.linalg.tracking import advance, begin
+from lla_callbacks.objective.build import objective_of
+from lla_callbacks.objective.objective import Objective
+
+CHAINS = 10_000
+INTERVALS = (1, 2, 4, 8, 16)
+# One full measurement, then 19 light ones, as in ../shared/cases/number_tracking.py.
+EVERY = 20
+
+
+def off(correlation: float, half: int, times: int = 2 * EVERY) -> Iterator[tuple[int, Tensor]]:
+    """Yield the light firings since a full one, and by how many errors each chain is off."""
+    source = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> Tensor:
+        return torch.randn(count, CHAINS, generator=source, dtype=torch.float64)
+
+    sure = torch.full((CHAINS,), 0.05, dtype=torch.float64)
+    past = None
+    for time in range(times):
+        if past is None or time % EVERY == 0:
+            past = begin(draw(half), draw(1)[0] * sure, sure, past)
+            continue
+        again = correlation * past.values + math.sqrt(1 - correlation**2) * draw(half)
+        found, past = advance(past, again, draw(half))
+        yield time % EVERY, (found.value / found.sem).abs()
+
+
+def simulation() -> None:
+    print("| probes | correlation a step | interval | all | first 3 after a full one | beyond 5 |")
+    print("|---|---|---|---|---|---|")
+    for half in (1, 2, 4):
+        for step in (0.98, 0.9):
+            for interval in INTERVALS:
+                pairs = list(off(step**interval, half))
+                every = torch.cat([z for _, z in pairs])
+                first = torch.cat([z for time, z in pairs if time <= 3])
+                cells = [f"{100 * float((z <= 2).double().mean()):.1f} %" for z in (every, first)]
+                tail = f"{100 * float((every > 5).double().mean()):.2f} %"
+                print(f"| {2 * half} | {step} | {interval} | {' | '.join(cells)} | {tail} |")
+
+
+def network(kind: type[nn.Module] = nn.Tanh, width: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, width), kind(), nn.Linear(width, 10))
+
+
+def samples() -> tuple[Tensor, Tensor]:
+    digits = load_digits()
+    return torch.tensor(digits.data / 16).float(), torch.tensor(digits.target)
+
+
+def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def dense(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the Hessian as a matrix in float64."""
+    parameters = {n: p.detach().double() for n, p in module.named_parameters()}
+    wide = (batch[0].double(), batch[1])
+
+    def of(flat: Tensor) -> Tensor:
+        parts = torch.split(flat, [p.numel() for p in parameters.values()])
+        named = {n: v.view_as(p) for (n, p), v in zip(parameters.items(), parts, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(module, named, wide[0]), wide[1])
+
+    flat = torch.cat([p.reshape(-1) for p in parameters.values()])
+    return torch.func.hessian(of)(flat)
+
+
+def trained(module: nn.Module, steps: int, seed: int = 0) -> Iterator[int]:
+    """Train by SGD, and yield after each step."""
+    x, y = samples()
+    source = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    for step in range(steps):
+        chosen = torch.randint(len(x), (64,), generator=source)
+        optimizer.zero_grad()
+        loss(module, (x[chosen], y[chosen])).backward()
+        optimizer.step()
+        yield step
+
+
+def tracking(seeds: int = 8, firings: int = 20) -> None:
+    """Light firings on a network in training, against its dense Hessian."""
+    x, y = samples()
+    held = (x[:256], y[:256])
+    print(
+        "| from step | interval | trace within 2 | beyond 5 | lambda_max off by more than 2 % "
+        "| above value + residual | above value + beyond |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for start in (0, 200):
+        for interval in (1, 4, 16):
+            module = network()
+            states: list[TrackerState | None] = [None] * seeds
+            z, far, above, further, count = [], 0, 0, 0, 0
+            for step in trained(module, start + interval * firings):
+                if step < start or (step - start) % interval:
+                    continue
+                objective = objective_of(
+                    module,
+                    [held],
+                    loss,
+                    mode="batch",
+                    dropout=False,
+                    seed=0,
+                    num_samples=None,
+                    microbatch_size=None,
+                )
+                full = (step - start) % (interval * 10) == 0
+                if not full:
+                    matrix = dense(module, held)
+                    trace, top = float(matrix.trace()), float(torch.linalg.eigvalsh(matrix)[-1])
+                for seed in range(seeds):
+                    settings = TrackingSettings(seed=seed)
+                    if full:
+                        states[seed] = full_state(objective, settings, states[seed])
+                        continue
+                    found, states[seed] = track(objective, settings, states[seed])
+                    z.append(abs(found.trace - trace) / found.trace_sem)
+                    far += abs(found.lambda_max / top - 1) > 0.02
+                    above += top > found.lambda_max + found.lambda_max.residual
+                    further += top > found.lambda_max + found.lambda_max.beyond
+                    count += 1
+            within = sum(v <= 2 for v in z) / count
+            beyond = sum(v > 5 for v in z) / count
+            print(
+                f"| {start} | {interval} | {within:.1%} | {beyond:.1%} | {far / count:.1%} "
+                f"| {above / count:.1%} | {further / count:.1%} |"
+            )
+
+
+def full_state(
+    objective: Objective, settings: TrackingSettings, past: TrackerState | None
+) -> TrackerState:
+    """Return the state after a full measurement."""
+    found: list[TrackerState] = []
+    measure(
+        objective,
+        HessianSettings(seed=settings.seed),
+        anchor=lambda h, blocks, runs, traces: found.append(
+            anchored(h, blocks, runs, traces, settings, past)
+        ),
+    )
+    return found[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = {"simulation": simulation, "tracking": tracking}
+    parser.add_argument("--part", choices=parts, action="append")
+    torch.set_num_threads(1)
+    for part in parser.parse_args().part or parts:
+        parts[part]()
+
+
+if __name__ == "__main__":
+    main()

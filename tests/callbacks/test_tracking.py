@@ -58,7 +58,8 @@ def test_light_measurements_write_to_the_same_tags_and_nothing_else(tmp_path):
     values = scalars(found)
     every = [0, 1, 2, 3, 4]
     for tag in ("hessian/lambda_max", "hessian/trace", "hessian/trace_sem", "hessian/loss",
-                "hessian_errors/lambda_max", "hessian_errors/lambda_max_beyond", "hessian_layers/net.0/trace",
+                "hessian_errors/lambda_max", "hessian_errors/lambda_max_beyond",
+                "hessian_layers/net.0/trace",
                 "hessian_layers/net.0/trace_sem", "hessian_bands/trace_lower"):  # fmt: skip
         assert [step for step, _ in sorted(values[tag])] == every, tag
     for tag in ("hessian/kh05", "hessian/lambda_min", "hessian/num_steps"):

@@ -13,6 +13,13 @@ from lla_callbacks.curves.report import Barriers, LossCurve
 from lla_callbacks.hessian.functions import measure_hessian
 from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.minima.functions import (
+    compare_basins,
+    map_of_minima,
+    measure_shift,
+    relax,
+)
+from lla_callbacks.minima.results import BasinComparison, MinimaMap, Relaxation, ShiftReport
 from lla_callbacks.penalty.reversed import reversed_binary_cross_entropy, reversed_cross_entropy
 from lla_callbacks.slices.functions import (
     basin_radii,
@@ -27,6 +34,7 @@ from lla_callbacks.version import __version__
 
 __all__ = [
     "Barriers",
+    "BasinComparison",
     "BasinRadii",
     "ConvexityMap",
     "Curve",
@@ -40,11 +48,15 @@ __all__ = [
     "LossLine",
     "LossPlane",
     "MeasurementError",
+    "MinimaMap",
     "ModeConnection",
     "PoisonedLoss",
+    "Relaxation",
+    "ShiftReport",
     "__version__",
     "barrier",
     "basin_radii",
+    "compare_basins",
     "connect",
     "convexity_map",
     "economy",
@@ -52,8 +64,11 @@ __all__ = [
     "loss_curve",
     "loss_line",
     "loss_plane",
+    "map_of_minima",
     "measure_hessian",
+    "measure_shift",
     "paper",
+    "relax",
     "reversed_binary_cross_entropy",
     "reversed_cross_entropy",
     "standard",

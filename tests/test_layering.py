@@ -15,14 +15,14 @@ LEVELS = [
     ["objective"],
     ["report"],
     ["hessian", "slices", "penalty"],
-    ["curves"],
+    ["curves", "minima"],
     ["callbacks"],
 ]
 LAYERS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Files of a room that draw or write; its numerics know none of them.
 SHOWING = ("figures.py", "arrays.py", "scalars.py", "words.py", "report.py", "results.py",
            "fields.py", "interpolation.py", "surface_html.py", "functions.py")  # fmt: skip
-QUANTITIES = ("hessian", "slices", "penalty", "curves")
+QUANTITIES = ("hessian", "slices", "penalty", "curves", "minima")
 # Where a library may be imported, beside the layers above it.
 ONLY_IN = {
     "pytorch_lightning": ("callbacks/",),

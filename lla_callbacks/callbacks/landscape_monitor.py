@@ -73,6 +73,8 @@ class LossLandscapeMonitor(Monitor):
             0 (default) for none: each costs a Lanczos run.
         num_rays: Rays for the basin's radii, about 12 passes each; 0 (default) for none.
         rise: Rim of the basin, above the loss at the weights.
+        cutoff: The loss at the rim itself, instead of ``rise``: the same for all firings, so that
+            radii of one run compare. Where the loss is not below it yet, there is a gap.
         interpolate: Whether planes are drawn through a spline of the log loss.
         cap: Draw losses above this as this, and say so.
         surface: Whether planes are drawn as surfaces too.
@@ -133,6 +135,7 @@ class LossLandscapeMonitor(Monitor):
         convexity_points: int = 0,
         num_rays: int = 0,
         rise: float = LandscapeSettings.rise,
+        cutoff: float | None = None,
         interpolate: bool = False,
         cap: float | None = None,
         surface: bool = False,
@@ -163,6 +166,7 @@ class LossLandscapeMonitor(Monitor):
             convexity_points=convexity_points,
             num_rays=num_rays,
             rise=rise,
+            cutoff=cutoff,
             reach=reach,
             normalization=normalization,
             vectors=vectors,

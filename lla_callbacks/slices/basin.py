@@ -60,14 +60,19 @@ class Basin:
         return {q: float(filled[min(count - 1, round(q * (count - 1)))]) for q in (0.1, 0.5, 0.9)}
 
     @property
+    def at_least(self) -> bool:
+        """Whether some ray is open, so that what is said of the radii is a lower bound."""
+        return bool(self.open.any())
+
+    @property
     def effective_radius(self) -> float:
-        """``exp(mean log r)``: the radius of a typical ray. A lower bound if rays are open."""
+        """``exp(mean log r)``: the radius of a typical ray; a lower bound if :attr:`at_least`."""
         return float(self.radii.log().mean().exp())
 
     @property
     def effective_radius_sem(self) -> float:
-        """Standard error of :attr:`effective_radius` over rays."""
-        if len(self.radii) < 2:
+        """Standard error of :attr:`effective_radius` over rays; NaN if all rays are open."""
+        if len(self.radii) < 2 or bool(self.open.all()):
             return math.nan
         spread = float(self.radii.log().std()) / math.sqrt(len(self.radii))
         return self.effective_radius * spread
@@ -79,8 +84,11 @@ class Basin:
         ``log omega_n + logsumexp(n log r) - log K`` for ``K`` rays in ``n`` dimensions, with
         ``omega_n`` the unit ball's volume: the mean of ``r^n`` is in truth the largest of ``K``
         radii and keeps rising with ``K``. Compare it at equal ``K`` and ``n`` only, and look at
-        the radii first (Huang et al. 2020, section 4, use it to compare minima).
+        the radii first (Huang et al. 2020, section 4, use it to compare minima). NaN if all rays
+        are open.
         """
+        if bool(self.open.all()):
+            return math.nan
         n, count = self.dim, len(self.radii)
         log_ball = 0.5 * n * math.log(math.pi) - math.lgamma(0.5 * n + 1)
         total = float(torch.logsumexp(n * self.radii.log(), dim=0)) - math.log(count)

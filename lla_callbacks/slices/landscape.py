@@ -12,6 +12,7 @@ from lla_callbacks.linalg.errors import forgetful
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.objective.checks import (
     MOST_WORK,
+    number,
     odd_points,
     positive,
     seed_of,
@@ -57,6 +58,7 @@ class LandscapeSettings:
             directions, odd; 0 for none.
         num_rays: Rays for the basin's radii; 0 for none.
         rise: Rim of the basin, above the loss at the weights.
+        cutoff: The loss at the rim itself, instead of ``rise``.
         reach: Multiple of each direction's own range.
         normalization: Of random directions.
         vectors: One-dimensional parameters in random directions.
@@ -77,6 +79,7 @@ class LandscapeSettings:
     convexity_points: int = 0
     num_rays: int = 0
     rise: float = 0.1
+    cutoff: float | None = None
     reach: float = 1.0
     normalization: Normalization = "filter"
     vectors: Vectors = "zero"
@@ -104,6 +107,8 @@ class LandscapeSettings:
         settle(self, num_rays=rays, seed=seed_of("seed", self.seed))
         for name in ("rise", "reach"):
             settle(self, **{name: positive(name, getattr(self, name))})
+        allowed = "a loss, or None for the one that rise gives"
+        settle(self, cutoff=number("cutoff", self.cutoff, allowed, none=True))
         check_normalization(self.normalization, self.vectors)
         check_metrics(self.metrics, self.predict)
         if not (self.planes or self.lines or self.num_rays):
@@ -291,7 +296,7 @@ class _Work:
                 self.objective,
                 num_rays=s.num_rays,
                 rise=s.rise,
-                cutoff=None,
+                cutoff=s.cutoff,
                 max_radius=4.0,
                 normalization=s.normalization,
                 vectors=s.vectors,

@@ -214,8 +214,7 @@ def basin_figure(basins: Mapping[str, Basin], *, title: str = "") -> Figure:
         label = (
             f"{name}: cutoff {basin.cutoff:.4g} (loss {basin.centre_loss:.3g}), "
             f"{len(basin.radii)} rays\n"
-            f"effective radius {'at least ' if bool(basin.open.any()) else ''}"
-            f"{with_error(basin.effective_radius, basin.effective_radius_sem).replace('+-', '±')}"
+            f"effective radius {radius_in_words(basin).replace('+-', '±')}"
             f", median {basin.quantiles[0.5]:.3g}".replace("inf", "not reached")
         )
         axes.stairs(counts, bins, fill=True, color=color, alpha=0.35, zorder=2)
@@ -258,6 +257,13 @@ def basin_figure(basins: Mapping[str, Basin], *, title: str = "") -> Figure:
         ["Dashed: the median ray. Band: effective radius (geometric mean) ± its standard error."],
     )  # fmt: skip
     return figure
+
+
+def radius_in_words(basin: Basin) -> str:
+    """Return the effective radius with its error, or as what it is at least."""
+    if basin.at_least:
+        return f"at least {basin.effective_radius:.3g}"
+    return with_error(basin.effective_radius, basin.effective_radius_sem)
 
 
 def _quads(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 from lla_callbacks.report.words import with_error
 from lla_callbacks.slices.directions import Direction
 from lla_callbacks.slices.landscape import Landscape
+from lla_callbacks.slices.landscape_figures import radius_in_words
 from lla_callbacks.slices.line_figures import line_figure
 from lla_callbacks.slices.results import (
     BasinRadii,
@@ -117,7 +118,7 @@ class LandscapeReport:
             b = self.basin
             lines.append(
                 f"  basin              effective radius "
-                f"{with_error(b.effective_radius, b.effective_radius_sem)} filter norms until the "
+                f"{radius_in_words(b)} filter norms until the "
                 f"loss passes {b.cutoff:.4g} ({len(b.radii)} rays, {int(b.open.sum())} never did)"
             )
         return "\n".join(lines)

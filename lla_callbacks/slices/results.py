@@ -12,6 +12,7 @@ from lla_callbacks.slices.convexity import Convexity
 from lla_callbacks.slices.landscape_figures import (
     basin_figure,
     convexity_figure,
+    radius_in_words,
     surface_figure,
 )
 from lla_callbacks.slices.line_figures import line_figure
@@ -163,8 +164,8 @@ class BasinRadii(Basin, _Saved):
     def __repr__(self) -> str:
         return (
             f"<BasinRadii: {len(self.radii)} rays ({int(self.open.sum())} open), median "
-            f"{self.quantiles[0.5]:.3g}, effective {self.effective_radius:.3g} +- "
-            f"{self.effective_radius_sem:.1g} filter norms, cutoff {self.cutoff:.4g}>"
+            f"{self.quantiles[0.5]:.3g}, effective {radius_in_words(self)} filter norms, "
+            f"cutoff {self.cutoff:.4g}>"
         )
 
     def figure(self, *, title: str = "") -> Figure:

@@ -342,3 +342,21 @@ def test_a_step_that_takes_the_iterator_is_measured(tmp_path, loss):
     fit(tmp_path, hessian, TakesIterator)
     assert len(watcher.history) > 1
     assert len(hessian.history) > 1
+
+
+def test_a_fixed_cutoff_is_the_rim_of_every_firing(tmp_path):
+    """And where the loss is not below it yet there is one warning and a gap."""
+    settings = {"planes": [], "lines": ["random"], "line_points": 3, "num_rays": 2,
+                "every_n_train_steps": 2, "num_samples": 8, "figures": False,
+                "save_arrays": False}  # fmt: skip
+    watching = LossLandscapeMonitor(cutoff=5.0, **settings)
+    fit(tmp_path, watching)
+    assert len(watching.history) > 2
+    assert {report.basin.cutoff for _, report in watching.history} == {5.0}
+    low = LossLandscapeMonitor(cutoff=1e-3, **settings)
+    with pytest.warns(UserWarning, match="cutoff 0.001 is not above the loss") as caught:
+        fit(tmp_path, low)
+    assert len([w for w in caught if "cutoff" in str(w.message)]) == 1
+    assert {report.basin for _, report in low.history} == {None}
+    with pytest.raises(ValueError, match="cutoff is '5'"):
+        LossLandscapeMonitor(cutoff="5")

@@ -1,5 +1,6 @@
 """Watch the curvature of the loss while a network trains: callbacks for PyTorch Lightning."""
 
+from lla_callbacks.alignment.functions import Alignment, aligned
 from lla_callbacks.callbacks.bundles import economy, paper, standard
 from lla_callbacks.callbacks.fast_geometric_ensembling import FastGeometricEnsembling
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
@@ -33,6 +34,7 @@ from lla_callbacks.slices.results import BasinRadii, ConvexityMap, LossLine, Los
 from lla_callbacks.version import __version__
 
 __all__ = [
+    "Alignment",
     "Barriers",
     "BasinComparison",
     "BasinRadii",
@@ -54,6 +56,7 @@ __all__ = [
     "Relaxation",
     "ShiftReport",
     "__version__",
+    "aligned",
     "barrier",
     "basin_radii",
     "compare_basins",

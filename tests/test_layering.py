@@ -14,6 +14,7 @@ LEVELS = [
     ["linalg"],
     ["objective"],
     ["report"],
+    ["alignment"],
     ["hessian", "slices", "penalty"],
     ["curves", "minima"],
     ["callbacks"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lla_callbacks.alignment.functions import aligned
 from lla_callbacks.callbacks.compat import Callback, MisconfigurationException
 from lla_callbacks.callbacks.curve_steps import CurveSteps
 from lla_callbacks.callbacks.held_batches import HeldBatches
@@ -20,6 +22,7 @@ from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.curves.curve import Curve, Kind, check_bends, check_kind, straight_bends
 from lla_callbacks.curves.functions import curve_of
 from lla_callbacks.curves.training import MovingCurve
+from lla_callbacks.objective.checks import flag
 from lla_callbacks.objective.evaluation import Statistics, evaluating, load_statistics
 from lla_callbacks.objective.networks import Networks, networks_of
 from lla_callbacks.objective.objective import Objective, trainable
@@ -49,6 +52,9 @@ class ModeConnection(Callback):
         end: The network at ``t = 1``, of the same architecture.
         kind: ``"bezier"`` or ``"chain"`` (straight segments).
         bends: Control points between the ends. (The reference code counts the ends too.)
+        align: Whether the end's hidden units are brought into the start's order first, on the
+            first training batch, which leaves what it computes as it is; see
+            :func:`~lla_callbacks.aligned`.
         scale_steps: Whether SGD's gradients are divided by ``E c_j^2``, before clipping, which
             makes up for the share that a bend has in the curve, so that one learning rate
             serves both kinds. Optimizers that scale their own steps (Adam) do not need it.
@@ -76,6 +82,7 @@ class ModeConnection(Callback):
         end: Any,
         kind: Kind = "bezier",
         bends: int = 1,
+        align: bool = False,
         scale_steps: bool = True,
         num_samples: int = 256,
         loss: Callable[[Any, Any], Any] | None = None,
@@ -84,8 +91,8 @@ class ModeConnection(Callback):
         super().__init__()
         check_kind(kind)
         check_bends(bends)
-        if not isinstance(scale_steps, bool):
-            raise ValueError(f"scale_steps is {scale_steps!r}; give True or False.")
+        flag("align", align)
+        flag("scale_steps", scale_steps)
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"num_samples is {num_samples!r}; give a whole number of at least 1.")
         if loss is not None and not callable(loss):
@@ -94,6 +101,7 @@ class ModeConnection(Callback):
         self.end = end
         self.kind: Kind = kind
         self.bends = bends
+        self.align = align
         self.scale_steps = scale_steps
         self.num_samples = num_samples
         self.loss = loss
@@ -106,6 +114,7 @@ class ModeConnection(Callback):
         self._steps: CurveSteps | None = None
         self._further: list[list[nn.Parameter]] = []
         self._mark = ""
+        self._alignment: dict[str, Tensor] | None = None
         self._middle: ExitStack | None = None
         self._held = HeldBatches(self.num_samples)
 
@@ -133,9 +142,12 @@ class ModeConnection(Callback):
         refuse_moving_training(type(self).__name__, trainer, pl_module)
         try:
             networks = networks_of(pl_module, [self.start, self.end], ["start", "end"])
+            self._mark = _hash([*networks.weights[0], *networks.weights[1]])
+            if self._loaded is not None and self._loaded.get("aligned_end"):
+                self._alignment = self._loaded["aligned_end"]
+                networks = networks_of(pl_module, [self.start, self._alignment], ["start", "end"])
         except (ValueError, TypeError) as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        self._mark = _hash([*networks.weights[0], *networks.weights[1]])
         parameters = list(trainable(pl_module).values())
         a, b = networks.weights
         first, *others = straight_bends(a, b, self.bends)
@@ -161,9 +173,30 @@ class ModeConnection(Callback):
             name=type(self).__name__,
         )
 
+    def _align(self, module: nn.Module, batch: Any) -> None:
+        """Bring the end's units into the start's order, and the bends back onto the line."""
+        assert self._networks is not None
+        assert self._steps is not None
+        try:
+            found = aligned(module, self.start, self.end, batch, seed=self.seed).state
+            new = networks_of(module, [self.start, found], ["start", "end"])
+        except (ValueError, ImportError) as error:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(align=True): {error}"
+            ) from error
+        self._alignment = found
+        old = self._networks
+        torch._foreach_copy_(old.weights[1], new.weights[1])
+        self._networks = replace(old, statistics=new.statistics, rests=new.rests)
+        first, *others = straight_bends(old.weights[0], old.weights[1], self.bends)
+        for bend, fresh in zip((trainable(module).values(), *self._further), (first, *others),
+                               strict=True):  # fmt: skip
+            torch._foreach_copy_([w.data for w in bend], fresh)
+
     def _checked(self, state: dict[str, Any], like: list[list[Tensor]]) -> list[list[Tensor]]:
         """Return the further bends of a checkpoint, if it is one of this curve."""
-        now = {"kind": self.kind, "bends": self.bends, "seed": self.seed, "mark": self._mark}
+        now = {"kind": self.kind, "bends": self.bends, "seed": self.seed, "align": self.align,
+               "mark": self._mark}  # fmt: skip
         names = {"mark": "the ends"}
         changed = [names.get(k, f"{k} ({state.get(k)!r}, now {v!r})") for k, v in now.items()
                    if state.get(k) != v]  # fmt: skip
@@ -185,6 +218,8 @@ class ModeConnection(Callback):
         assert self._steps is not None
         if batch is not None and not self._held.complete and _norms(pl_module):
             self._held.add(batch)
+        if self.align and self._alignment is None:
+            self._align(pl_module, batch)
         # Micro-batches of one optimizer step share its t.
         self._steps.displace(trainer.global_step)
 
@@ -282,6 +317,8 @@ class ModeConnection(Callback):
             "kind": self.kind,
             "bends": self.bends,
             "seed": self.seed,
+            "align": self.align,
+            "aligned_end": self._alignment,
             "mark": self._mark,
             "further": [[w.detach().cpu().clone() for w in bend] for bend in self._further],
             "held": self._held.state(),

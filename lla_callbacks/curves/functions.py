@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lla_callbacks.alignment.functions import aligned
 from lla_callbacks.curves.curve import (
     Curve,
     Kind,
@@ -22,9 +23,10 @@ from lla_callbacks.curves.training import MovingCurve
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.objective.build import objective_of
+from lla_callbacks.objective.checks import flag
 from lla_callbacks.objective.evaluation import Loss, Predict, check_metrics
 from lla_callbacks.objective.grid import coordinates
-from lla_callbacks.objective.networks import Networks, networks_of
+from lla_callbacks.objective.networks import Networks, networks_of, state_of
 from lla_callbacks.objective.objective import Mode, Objective, trainable
 from lla_callbacks.objective.points import Evaluation, PointSettings, space_of
 from lla_callbacks.objective.state import preserved, set_mode, weights_at
@@ -199,6 +201,7 @@ def barrier(
     batches: Iterable[Any],
     checkpoints: Sequence[Any] | Mapping[str, Any],
     *,
+    align: bool = False,
     points: int = 25,
     loss: Loss | None = None,
     metrics: Mapping[str, Any] | None = None,
@@ -215,6 +218,9 @@ def barrier(
         module: Any module of their architecture; it is left as it was.
         batches: Any iterable of batches.
         checkpoints: At least two networks (modules, state dicts, paths), or name to network.
+        align: Whether of each pair the second one's hidden units are brought into the first
+            one's order, which leaves what it computes as it is; see
+            :func:`~lla_callbacks.aligned`.
         points: On each line, both ends among them; 25 as in git re-basin.
         loss: See :func:`loss_curve` for this and the rest.
         metrics: See :func:`loss_curve`; errors, since what should be low has barriers.
@@ -238,6 +244,7 @@ def barrier(
         raise ValueError(f"there are {len(named)} checkpoints; give two at least.")
     if isinstance(points, bool) or not isinstance(points, int) or points < 3:
         raise ValueError(f"points is {points!r}; give a whole number of at least 3.")
+    flag("align", align)
     check_metrics(metrics, predict)
     settings = PointSettings(metrics, predict, evaluation)
     networks = networks_of(module, list(named.values()), [f"checkpoint {n}" for n in named])
@@ -250,6 +257,12 @@ def barrier(
         for i in range(len(named)):
             for j in range(i + 1, len(named)):
                 pair = _subset(networks, (i, j))
+                if align:
+                    states = [state_of(list(named.values())[k], "checkpoint") for k in (i, j)]
+                    moved = aligned(
+                        module, states[0], states[1], objective.fresh(0), seed=seed
+                    ).state
+                    pair = networks_of(module, [states[0], moved], ["first", "second"])
                 family = family_of(objective, pair, "chain", pair.weights)
                 lines[i, j] = measure_along(objective, family, even(points), settings, seed=seed)
     return Barriers.of(tuple(named), lines)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lla_callbacks.alignment.functions import aligned
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batches import tensors_of
 from lla_callbacks.objective.build import objective_of
 from lla_callbacks.objective.checks import (
     MOST_WORK,
+    flag,
     fraction,
     number,
     optimizer_of,
@@ -290,6 +292,7 @@ def interpolate(
     start: Any = None,
     end: Any = None,
     *,
+    align: bool = False,
     alphas: Any = None,
     loss: Loss | None = None,
     metrics: Mapping[str, Any] | None = None,
@@ -312,6 +315,8 @@ def interpolate(
         batches: Any iterable of batches; see :func:`~lla_callbacks.measure_hessian`.
         start: A module or a state dict; ``None``: the present weights.
         end: Likewise.
+        align: Whether the end's hidden units are brought into the start's order first, which
+            leaves what it computes as it is; see :func:`~lla_callbacks.aligned`.
         alphas: Coordinates, ascending. ``None``: 41 points from -0.5 to 1.5.
         loss: See :func:`loss_line` for this and the rest.
         metrics: See :func:`loss_line`.
@@ -340,6 +345,8 @@ def interpolate(
     )  # fmt: skip
     space = space_of(objective)
     ends = [module if end is None else end for end in (start, end)]
+    if flag("align", align):
+        ends[1] = aligned(module, ends[0], ends[1], objective.fresh(0), seed=seed).state
     weights = [
         checkpoint_weights(end, space, name)
         for name, end in zip(("start", "end"), ends, strict=True)

@@ -10,7 +10,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lla_callbacks import Curve, HessianTraceRegularizer, ModeConnection, loss_curve
+from lla_callbacks import Curve, HessianTraceRegularizer, ModeConnection, aligned, loss_curve
 from lla_callbacks.callbacks.compat import MisconfigurationException
 from tests.curves.curve_cases import train_by_hand
 
@@ -198,6 +198,25 @@ def test_a_resumed_run_is_an_uninterrupted_one(tmp_path):
         connected(tmp_path, make(), {**settings, "bends": 3}, val=val, max_epochs=3, ckpt_path=path)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_the_end_is_aligned_on_the_first_batch_and_stays_so(tmp_path):
+    start, end = Net(1, norm=True), Net(2, norm=True)
+    x = next(iter(double_loader()))[0]
+    expected = aligned(Net(norm=True), start, end, x).state
+    assert not torch.equal(expected["net.0.weight"], end.net[0].weight)
+    settings = {"bends": 2, "align": True}
+    net = Net(norm=True)
+    whole = connected(tmp_path, net, settings, max_epochs=2)
+    for name, value in whole.curve.weights(1).items():
+        assert torch.equal(value, expected[name])
+    saving = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=6, save_top_k=-1)
+    connected(tmp_path, Net(norm=True), settings, callbacks=[saving], enable_checkpointing=True)
+    (path,) = (tmp_path / "kept").glob("*.ckpt")
+    again = connected(tmp_path, Net(norm=True), settings, max_epochs=2, ckpt_path=path)
+    for a, b in zip(whole.curve.points, again.curve.points, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_batch_without_a_loss_leaves_the_bend_in_place(tmp_path):
     class Skipping(Net):
         def training_step(self, batch, batch_idx):
@@ -259,6 +278,7 @@ def test_what_cannot_work_is_refused(tmp_path, make, settings, says):
         ({"kind": "spline"}, "kind is 'spline'"),
         ({"bends": 0}, "bends is 0"),
         ({"scale_steps": 1}, "scale_steps is 1; give True or False"),
+        ({"align": 1}, "align is 1; give True or False"),
         ({"num_samples": 0}, "num_samples is 0"),
         ({"loss": 3}, "loss is 3"),
     ],

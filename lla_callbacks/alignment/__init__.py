@@ -1,0 +1,1 @@
+"""Permutations of hidden units that bring one network close to another, verified."""

@@ -133,8 +133,8 @@ class LanczosRun:
         """
         values, residuals = self.values, self.residuals
         return (
-            float(values[0] - (values - residuals).min()),
-            float((values + residuals).max() - values[-1]),
+            max(float(residuals[0]), float(values[0] - (values - residuals).min())),
+            max(float(residuals[-1]), float((values + residuals).max() - values[-1])),
         )
 
     def project(self, rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +25,13 @@ class Findings:
 
     Attributes:
         saved: Bytes that the forward pass of the first batch saves.
-        splittable: Whether parts of a batch add up to it.
+        unsplittable: Why parts of some batch do not add up to it, once that was found.
+        split: Places of the batches whose parts' gradients were found to add up.
     """
 
     saved: int | None = None
-    splittable: bool | None = None
+    unsplittable: str | None = None
+    split: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.difference import DifferenceOperator, first_derivative
 from lla_callbacks.linalg.errors import (
     MeasurementError,
@@ -32,6 +31,7 @@ from lla_callbacks.objective.memory import Findings, MemoryPlan, allowed_memory,
 from lla_callbacks.objective.precision import HALF, Precision, autocast_inside, check_precision
 from lla_callbacks.objective.repetition import keep_processes_apart
 from lla_callbacks.objective.sharded import is_sharded, reshard, sharded_gradients
+from lla_callbacks.objective.splitting import check_split
 from lla_callbacks.objective.state import preserved, set_mode
 from lla_callbacks.objective.twice_differentiable import once_differentiable, twice_differentiable
 
@@ -60,7 +60,7 @@ class Objective:
         training: Train or eval mode of each submodule during training, where known.
         microbatch_size: Split batches into parts of at most this many samples, to save
             memory. Allowed where the loss is a mean over samples that do not see each
-            other; this is verified once, on the first batch.
+            other; this is verified, batch by batch.
         max_memory: Bytes that a measurement may take; see
             :class:`~lla_callbacks.objective.memory.MemoryPlan`. ``None``: half of what a training
             step takes, and 256 MiB at least.
@@ -113,6 +113,7 @@ class Objective:
         # That of autocast regions which the loss opens itself, once one was seen.
         self._inner_arithmetic: torch.dtype | None = None
         self._max_memory = max_memory
+        self._findings = findings or Findings()
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("there is no batch to measure on: give at least one.")
@@ -124,10 +125,17 @@ class Objective:
         self.device = next(iter(parameters.values())).device
         if microbatch_size is not None:
             whole = self.batches
-            self.batches = [part for batch in whole for part in split(batch, microbatch_size)]
-            self._check_splittable(whole[0], list(split(whole[0], microbatch_size)))
+            in_parts = [list(split(batch, microbatch_size)) for batch in whole]
+            self.batches = [part for parts in in_parts for part in parts]
+            for i, (batch, parts) in enumerate(zip(whole, in_parts, strict=True)):
+                # A gradient once a batch; its loss at every measurement, and the first one's
+                # gradient too, since samples may not see each other at first.
+                known = i > 0 and i in self._findings.split
+                name = f"batch {i + 1} of {len(whole)}"
+                context = None if known else self._plain_context
+                check_split(self._evaluate, module, batch, parts, context, name=name)
+                self._findings.split.add(i)
         self.counts = [sample_count(batch) for batch in self.batches]
-        self._findings = findings or Findings()
         self.num_samples = sum(self.counts)
 
     def __call__(self) -> float:
@@ -205,14 +213,8 @@ class Objective:
         plan, kept = self._memory_plan(self.counts), 0
         if mine:
             kept = self._memory_plan([n for _, n in mine]).num_kept if plan.parts == 1 else 0
-            if plan.parts > 1 and self._is_splittable(plan.part_size):
-                mine = [(p, sample_count(p)) for b, _ in mine for p in split(b, plan.part_size)]
-            elif plan.parts > 1 and self._max_memory is not None:
-                raise OutOfMemoryError(
-                    f"the graph of one batch takes about {plan.graph / 2**20:,.0f} MiB, and "
-                    f"max_memory={self._max_memory} allows {self._max_memory / 2**20:,.0f} MiB.",
-                    "Raise max_memory, lower the batch size, or take engine='difference'.",
-                )
+            if plan.parts > 1:
+                mine = self._in_parts(mine, plan)
         return [
             self._term(b, n, statistics, context, keep=i < kept) for i, (b, n) in enumerate(mine)
         ]
@@ -262,7 +264,7 @@ class Objective:
 
         def halves() -> list[LossTerm]:
             size = -(-sample_count(batch) // 2)
-            if not self._is_splittable(size, batch):
+            if self._split_trouble(size, batch) is not None:
                 raise OutOfMemoryError(
                     "there is not enough memory for one batch, and its samples see each other.",
                     "Lower num_samples, give a dataloader of smaller batches, or take mode='eval' "
@@ -344,72 +346,50 @@ class Objective:
     def _weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in trainable(self.module).values())
 
-    def _is_splittable(self, size: int, batch: Any = None) -> bool:
-        """Return whether parts of a batch add up to it, judged by its loss and gradient.
+    def _in_parts(self, mine: Sequence[tuple[Any, int]], plan: MemoryPlan) -> list[tuple[Any, int]]:
+        """Return batches with those split that do not fit, each verified to be its parts' mean.
 
-        Asked anew for each measurement, since samples may not see each other yet (a head of
-        zeros hides batch statistics); once they do, no more.
+        Raises:
+            OutOfMemoryError: If one is not, and ``max_memory`` was set.
+        """
+        found: list[tuple[Any, int]] = []
+        for batch, count in mine:
+            if count <= plan.part_size:
+                found.append((batch, count))
+                continue
+            trouble = self._split_trouble(plan.part_size, batch)
+            if trouble is None:
+                found += [(part, sample_count(part)) for part in split(batch, plan.part_size)]
+            elif self._max_memory is not None:
+                raise OutOfMemoryError(
+                    f"the graph of one batch takes about {plan.graph / 2**20:,.0f} MiB, "
+                    f"max_memory={self._max_memory} allows {self._max_memory / 2**20:,.0f} MiB, "
+                    f"and a batch of {count} samples cannot be split: {trouble}",
+                    "Raise max_memory, lower the batch size, or take engine='difference'.",
+                )
+            else:
+                found.append((batch, count))
+        return found
+
+    def _split_trouble(self, size: int, batch: Any) -> str | None:
+        """Return why parts of a batch do not add up to it, judged by its loss and gradient.
+
+        Asked anew for each batch and measurement, since samples may not see each other yet (a head
+        of zeros hides batch statistics); once they do, no more.
 
         Args:
             size: Samples in a part.
-            batch: ``None``: the largest one, in every process the same.
+            batch: The batch.
         """
-        if self._findings.splittable is False:
-            return False
-        if batch is None:
-            batch = max(self.batches, key=sample_count)
-        try:
-            parts = list(split(batch, size))
-            if len(parts) < 2:
-                return False
-            self._check_splittable(batch, parts)
-        except (MeasurementError, TypeError):
-            self._findings.splittable = False
-            return False
-        return True
-
-    def _check_splittable(self, whole: Any, parts: list[Any]) -> None:
-        counts = [sample_count(part) for part in parts]
-        with torch.inference_mode(False), torch.no_grad():
-            expected = float(self._evaluate(whole))
-            total = sum(float(self._evaluate(p)) * n for p, n in zip(parts, counts, strict=True))
-        found = total / sum(counts)
-        # Rounding differs between the two sums; a coupling of samples differs by far more.
-        apart = abs(found - expected) > 1e-4 * max(abs(expected), 1e-6)
-        if apart or self._gradients_differ(whole, parts, counts):
-            raise MeasurementError(
-                f"microbatches change the loss (from {expected:.6g} to {found:.6g}) or its "
-                "gradient: the samples of a batch see each other (batch statistics, a contrastive "
-                "loss) or the loss is not a mean over samples.",
-                "Leave out microbatch_size, or use mode='eval'.",
-            )
-
-    def _gradients_differ(self, whole: Any, parts: list[Any], counts: Sequence[int]) -> bool:
-        """Return whether the parts' gradients add up to another one than the whole's.
-
-        No, where memory does not suffice for the whole's.
-        """
-        space = ParameterSpace(trainable(self.module))
-
-        def gradient(batch: Any) -> Tensor:
-            with torch.inference_mode(False), torch.enable_grad():
-                return self._evaluate(  # type: ignore[no-any-return]
-                    batch,
-                    context=self._plain_context,
-                    use=lambda loss: space.flatten(first_derivative(loss, space.tensors)),
-                )
-
-        try:
-            expected = gradient(whole)
-            found = sum(
-                (gradient(p) * (n / sum(counts)) for p, n in zip(parts, counts, strict=True)),
-                torch.zeros_like(expected),
-            )
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return False
-        return norm(found - expected) > 1e-3 * norm(expected)
+        if self._findings.unsplittable is None:
+            try:
+                parts = list(split(batch, size))
+                if len(parts) < 2:
+                    return "it has no parts."
+                check_split(self._evaluate, self.module, batch, parts, self._plain_context)
+            except (MeasurementError, TypeError) as error:
+                self._findings.unsplittable = str(error).partition(" Leave out")[0]
+        return self._findings.unsplittable
 
 
 def with_hessian(

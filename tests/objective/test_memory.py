@@ -1,13 +1,15 @@
 """What is kept in memory, and that the numbers do not depend on it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lla_callbacks import measure_hessian
-from lla_callbacks.linalg.errors import OutOfMemoryError
-from lla_callbacks.objective.memory import LEAST_MEMORY, MemoryPlan
+from lla_callbacks.linalg.errors import MeasurementError, OutOfMemoryError
+from lla_callbacks.objective.memory import LEAST_MEMORY, Findings, MemoryPlan
 from lla_callbacks.objective.objective import Objective
 
 MIB = 2**20
@@ -80,6 +82,60 @@ def test_what_cannot_be_split_goes_by_difference_and_says_why():
     assert found.trace == pytest.approx(wanted.trace, rel=1e-5)
     with pytest.raises(OutOfMemoryError, match=r"max_memory=20000.*engine='difference'"):
         measure_hessian(net, batches, loss=loss, max_memory=20_000, engine="exact")
+
+
+def token_loss(module, batch):
+    """A mean over tokens, which is one over samples only while none is padded."""
+    return cross_entropy(module(batch[0]).transpose(1, 2), batch[1], ignore_index=-100)
+
+
+def padded_problem(pad):
+    """Two batches of sequences, the second one padded to unequal lengths."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    batches = [(torch.randn(24, 6, 4).double(), torch.randint(3, (24, 6))) for _ in range(2)]
+    if pad:
+        batches[1][1][:12, 1:] = -100
+    return net, batches
+
+
+def test_each_batch_that_is_split_is_verified_and_refused_by_name():
+    net, batches = padded_problem(pad=True)
+    settings = {"loss": token_loss, "num_steps": 6, "num_probes": 4}
+    wanted = measure_hessian(net, batches, **settings)
+    with pytest.raises(MeasurementError, match=r"the loss of batch 2 of 2 .*mean over tokens"):
+        measure_hessian(net, batches, microbatch_size=6, **settings)
+    # The first batch is its parts' mean, and decided for all.
+    with pytest.raises(OutOfMemoryError, match="a batch of 24 samples cannot be split"):
+        measure_hessian(net, batches, max_memory=9_000, engine="exact", **settings)
+    found = measure_hessian(net, batches, max_memory=9_000, **settings)
+    assert "cannot be split" in found.engine_reason
+    assert found.trace == pytest.approx(wanted.trace, rel=1e-5)
+
+
+def test_whole_sequences_are_split_and_give_the_same_numbers():
+    net, batches = padded_problem(pad=False)
+    settings = {"loss": token_loss, "num_steps": 6, "num_probes": 4}
+    wanted = measure_hessian(net, batches, **settings)
+    for change in ({"microbatch_size": 6}, {"max_memory": 9_000}):
+        found = measure_hessian(net, batches, **change, **settings)
+        assert found.engine == "exact"
+        assert found.trace == pytest.approx(wanted.trace, rel=1e-10)
+
+
+def test_a_gradient_is_compared_once_a_batch_and_its_loss_at_every_measurement():
+    net, batches = padded_problem(pad=True)
+    with torch.no_grad():
+        # All tokens are equally likely at first, so that the mean is the same however it is taken.
+        net[2].weight.zero_()
+        net[2].bias.zero_()
+    objective = Objective(net, batches, token_loss)
+    assert objective() == pytest.approx(math.log(3))
+    with pytest.raises(MeasurementError, match="batch 2 of 2"):
+        Objective(net, batches, token_loss, microbatch_size=6)
+    findings = Findings()
+    Objective(net, batches[:1], token_loss, microbatch_size=6, findings=findings)
+    assert findings.split == {0}
 
 
 def test_a_batch_that_runs_out_of_memory_is_halved():

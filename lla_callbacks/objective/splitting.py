@@ -1,0 +1,100 @@
+"""Whether a batch is the mean of its parts, which is verified before it goes through in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lla_callbacks.linalg.accumulation import norm
+from lla_callbacks.linalg.difference import first_derivative
+from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
+from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.batches import sample_count
+
+# Rounding differs between the two sums; a coupling of samples differs by far more.
+LOSS_RTOL, GRADIENT_RTOL = 1e-4, 1e-3
+
+Context = Callable[[], AbstractContextManager[None]]
+
+
+def check_split(
+    evaluate: Callable[..., Any],
+    module: nn.Module,
+    whole: Any,
+    parts: Sequence[Any],
+    context: Context | None,
+    *,
+    name: str = "a batch",
+) -> None:
+    """Raise unless the parts of a batch add up to it, in the loss and its gradient.
+
+    Each batch is asked: a mean over tokens, say, is one over samples as long as no sample is
+    padded.
+
+    Args:
+        evaluate: The loss of a batch; with ``use=``, what that makes of it.
+        module: Its trainable parameters are the variables.
+        whole: The batch.
+        parts: What it would be split into.
+        context: Entered around the gradients; ``None`` compares the loss alone.
+        name: What the batch is called.
+
+    Raises:
+        MeasurementError: Naming the batch.
+    """
+    if len(parts) < 2:
+        return
+    counts = [sample_count(part) for part in parts]
+    shares = [count / sum(counts) for count in counts]
+    with torch.inference_mode(False), torch.no_grad():
+        expected = float(evaluate(whole))
+        found = sum(float(evaluate(p)) * share for p, share in zip(parts, shares, strict=True))
+    apart = abs(found - expected) > LOSS_RTOL * max(abs(expected), 1e-6)
+    if not apart and context is not None:
+        apart = _gradients_differ(evaluate, module, whole, parts, shares, context)
+    if apart:
+        raise MeasurementError(
+            f"microbatches change the loss of {name} (from {expected:.6g} to {found:.6g}) or its "
+            "gradient: the samples of a batch see each other (batch statistics, a contrastive "
+            "loss) or the loss is not a mean over samples (a mean over tokens, with padding).",
+            "Leave out microbatch_size, or use mode='eval' where batch statistics are the cause.",
+        )
+
+
+def _gradients_differ(
+    evaluate: Callable[..., Any],
+    module: nn.Module,
+    whole: Any,
+    parts: Sequence[Any],
+    shares: Sequence[float],
+    context: Context,
+) -> bool:
+    """Return whether the parts' gradients add up to another one than the whole's.
+
+    No, where memory does not suffice for the whole's.
+    """
+    space = ParameterSpace({n: p for n, p in module.named_parameters() if p.requires_grad})
+
+    def gradient(batch: Any) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            found: Tensor = evaluate(
+                batch,
+                context=context,
+                use=lambda loss: space.flatten(first_derivative(loss, space.tensors)),
+            )
+            return found
+
+    try:
+        expected = gradient(whole)
+        found = torch.zeros_like(expected)
+        for part, share in zip(parts, shares, strict=True):
+            found += share * gradient(part)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return norm(found - expected) > GRADIENT_RTOL * norm(expected)

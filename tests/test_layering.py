@@ -105,6 +105,7 @@ STANDARD = (
     "math",
     "types",
     "typing",
+    "zlib",
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.callbacks.compat import data_parallel_group
-from lla_callbacks.linalg.sharing import all_or_none
+from lla_callbacks.linalg.sharing import all_or_none, meet
 
 
 class Processes:
@@ -23,11 +23,13 @@ class Processes:
     Attributes:
         rank: Number of this process.
         size: How many there are.
+        depth: How many parts of the work, one in another, are being done.
     """
 
     def __init__(self, trainer: Any = None) -> None:
         self._strategy: Any = getattr(trainer, "strategy", None)
         self._group, self.rank, self.size = data_parallel_group(trainer)
+        self.depth = 0
         # All processes there are must come to the same decisions.
         self._everyone = int(getattr(trainer, "world_size", 1))
 
@@ -35,12 +37,18 @@ class Processes:
         """Return the sum over processes of a tensor, on its own device; one exchange."""
         if self.size == 1:
             return values
-        return self._sum(values, self._group)
+        meet(self, f"sum of {values.numel()} {values.dtype}")
+        return self.exchange(values)
+
+    def exchange(self, values: Tensor) -> Tensor:
+        """Return the sum over processes of a tensor, for meetings."""
+        return values if self.size == 1 else self._sum(values, self._group)
 
     def same(self, tensor: Tensor) -> Tensor:
         """Return the first process's tensor."""
         if self.size == 1:
             return tensor
+        meet(self, f"copy of {tensor.numel()} {tensor.dtype}")
         shared: Tensor = self._strategy.broadcast(tensor.cpu(), src=0)
         return shared.to(tensor.device)
 
@@ -65,6 +73,7 @@ class Processes:
             return things
         # Packed first: what cannot be packed must fail in all before any waits for it.
         packed = all_or_none(self, lambda: pickle.dumps(things))
+        meet(self, "union")
         every: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(every, packed, group=self._group)
         return [thing for part in every[: 1 if alike else None] for thing in pickle.loads(part)]

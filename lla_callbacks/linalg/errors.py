@@ -11,6 +11,15 @@ def forgetful(error: Exception) -> Exception:
     return error.with_traceback(None)
 
 
+def described(error: BaseException | None) -> str:
+    """Return the kind and the text of an error, also of one whose text cannot be made."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - the error matters, not that of its text
+        text = "(its text cannot be made)"
+    return f"{type(error).__name__}: {text}"
+
+
 class MeasurementError(RuntimeError):
     """A measurement that could not be completed.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.errors import NotYetError, forgetful
-from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
+from lla_callbacks.linalg.sharing import Alone, OutOfStepError, Share, all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.checks import shown
 from lla_callbacks.objective.grid import centred, spanning
@@ -168,6 +168,8 @@ class DirectionSource:
                         listener=self.listener,
                     ),
                 )
+            except OutOfStepError:
+                raise
             except Exception as error:
                 # Another slice would fail in the same way, at the same cost.
                 self._failed = forgetful(error)
@@ -186,6 +188,12 @@ class DirectionSource:
             self._named(n) if isinstance(n, str) else direction_of(n, self._space(), f"own {k}")
             for k, n in enumerate(names, start=1)
         )
+
+    def forget(self) -> None:
+        """Drop directions that this process may know and another does not, after trouble."""
+        if self.share is not None and self.share.size > 1:
+            self._known.clear()
+            self.path = None
 
     def path_on(self, names: Sequence[Any]) -> Path | None:
         """Return the path of training, if these are the axes that it is projected on."""

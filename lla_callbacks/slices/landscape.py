@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lla_callbacks.linalg.errors import forgetful
-from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
+from lla_callbacks.linalg.sharing import Alone, OutOfStepError, Share, all_or_none
 from lla_callbacks.objective.checks import (
     MOST_WORK,
     number,
@@ -215,10 +215,14 @@ class _Work:
     missing: dict[str, Exception] = field(default_factory=dict)
 
     def tried(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
-        """Return a slice, or None with its reason noted."""
+        """Return a slice, or None with its reason noted, the same in all processes."""
         try:
-            return action(*arguments)
+            return all_or_none(self.share or Alone(), lambda: action(*arguments), what)
+        except OutOfStepError:
+            # There is no common point to go on from.
+            raise
         except Exception as error:  # noqa: BLE001 - one slice must not cost the others
+            self.source.forget()
             # Without its traceback, whose frames hold graphs and weights.
             self.missing[what] = forgetful(error)
             return None

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,7 @@ class Two:
     """Two processes, played in turns: what the other one contributes is given."""
 
     size = 2
+    depth = 0
 
     def __init__(self, rank, others):
         self.rank = rank
@@ -140,6 +142,14 @@ class Two:
 
     def total(self, values):
         return values + self.others.pop(0)
+
+    exchange = total
+
+
+def here(failed):
+    """Return what the second process says when they meet: whether it failed, and where it is."""
+    place = float(zlib.crc32(b"a check"))
+    return torch.tensor([0.0, float(failed), 0.0, place, 0.0, 0.0], dtype=torch.float64)
 
 
 def test_values_that_are_not_finite_survive_the_exchange():
@@ -160,16 +170,15 @@ def test_the_others_are_told_who_failed_and_why():
     text = b"ValueError: too bad"
     words = torch.zeros(401, dtype=torch.float64)
     words[1 : 1 + len(text)] = torch.tensor(list(text), dtype=torch.float64)
-    failed = torch.tensor([0.0, 1.0], dtype=torch.float64)
     with pytest.raises(MeasurementError, match=r"process 1 failed.*ValueError: too bad"):
-        fail_together(Two(0, [failed, words]), None)
+        fail_together(Two(0, [here(True), words]), None)
     # The one that failed raises the same, so that both take the same way on.
     with pytest.raises(MeasurementError, match="too bad") as caught:
         fail_together(
-            Two(1, [torch.zeros(2, dtype=torch.float64), 0 * words]), ValueError("too bad")
+            Two(1, [torch.zeros(6, dtype=torch.float64), 0 * words]), ValueError("too bad")
         )
     assert isinstance(caught.value.__cause__, ValueError)
-    fail_together(Two(0, [torch.zeros(2, dtype=torch.float64)]), None)
+    fail_together(Two(0, [here(False)]), None)
 
 
 def test_settings_of_the_processes_fit_the_monitor():

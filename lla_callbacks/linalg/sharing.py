@@ -108,11 +108,16 @@ def meet(share: Share, what: str, trouble: Exception | None = None) -> None:
         if trouble is not None:
             raise trouble
         return
-    mine = torch.zeros(3, share.size, dtype=torch.float64)
+    mine = torch.zeros(4, share.size, dtype=torch.float64)
     mine[0, share.rank] = float(trouble is not None)
     mine[1, share.rank] = float(zlib.crc32(what.encode()))
     mine[2, share.rank] = float(share.depth)
-    failed, places, depths = share.exchange(mine.reshape(-1)).reshape(3, share.size)
+    mine[3, share.rank] = float(zlib.crc32(type(trouble).__name__.encode()))
+    failed, places, depths, kinds = share.exchange(mine.reshape(-1)).reshape(4, share.size)
+    alike = all(len(set(row.tolist())) == 1 for row in (places, depths, kinds))
+    if trouble is not None and failed.all() and alike and _mark(trouble):
+        # The same in all, so that each may say it in its own words.
+        raise trouble
     if failed.any():
         first = int(torch.nonzero(failed)[0])
         depth = int(depths[failed > 0].min())
@@ -169,6 +174,15 @@ def all_or_none(share: Share, compute: Callable[[], Result], what: str = "") -> 
         return found
     finally:
         share.depth -= 1
+
+
+def _mark(error: Exception) -> bool:
+    """Mark an error as one that every process raises; return whether it can be marked."""
+    try:
+        setattr(error, _TOLD, True)
+    except Exception:  # noqa: BLE001 - a class of the user's own may allow no attributes
+        return False
+    return True
 
 
 def told(error: MeasurementError) -> MeasurementError:

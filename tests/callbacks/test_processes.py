@@ -149,7 +149,9 @@ class Two:
 def here(failed):
     """Return what the second process says when they meet: whether it failed, and where it is."""
     place = float(zlib.crc32(b"a check"))
-    return torch.tensor([0.0, float(failed), 0.0, place, 0.0, 0.0], dtype=torch.float64)
+    kind = float(zlib.crc32((b"NoneType", b"ValueError")[failed]))
+    found = [[0.0, float(failed)], [0.0, place], [0.0, 0.0], [0.0, kind]]
+    return torch.tensor(found, dtype=torch.float64).reshape(-1)
 
 
 def test_values_that_are_not_finite_survive_the_exchange():
@@ -175,7 +177,7 @@ def test_the_others_are_told_who_failed_and_why():
     # The one that failed raises the same, so that both take the same way on.
     with pytest.raises(MeasurementError, match="too bad") as caught:
         fail_together(
-            Two(1, [torch.zeros(6, dtype=torch.float64), 0 * words]), ValueError("too bad")
+            Two(1, [torch.zeros(8, dtype=torch.float64), 0 * words]), ValueError("too bad")
         )
     assert isinstance(caught.value.__cause__, ValueError)
     fail_together(Two(0, [here(False)]), None)

@@ -176,6 +176,14 @@ def test_an_error_whose_text_cannot_be_made_is_told_all_the_same() -> None:
         assert "MuteError: (its text cannot be made)" in str(error)
 
 
+def test_what_fails_alike_in_all_keeps_its_own_words() -> None:
+    def measure(member: Member) -> None:
+        all_or_none(member, lambda: all_or_none(member, lambda: [][3]))
+
+    for error in together(2, measure):
+        assert isinstance(error, IndexError)
+
+
 def test_one_process_alone_keeps_its_own_error_and_exchanges_nothing() -> None:
     with pytest.raises(ZeroDivisionError):
         all_or_none(Alone(), lambda: 1 / 0)

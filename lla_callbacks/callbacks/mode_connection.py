@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lla_callbacks.alignment.functions import aligned
-from lla_callbacks.callbacks.compat import Callback, MisconfigurationException
+from lla_callbacks.callbacks.compat import Callback, MisconfigurationException, is_barebones
+from lla_callbacks.callbacks.curve_middle import CurveMiddle, norms_of
 from lla_callbacks.callbacks.curve_steps import CurveSteps
-from lla_callbacks.callbacks.held_batches import HeldBatches
+from lla_callbacks.callbacks.curve_view import CurveView
 from lla_callbacks.callbacks.refusals import refuse_moving, refuse_moving_training
-from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.curves.curve import Curve, Kind, check_bends, check_kind, straight_bends
 from lla_callbacks.curves.functions import curve_of
+from lla_callbacks.curves.report import LossCurve
 from lla_callbacks.curves.training import MovingCurve
-from lla_callbacks.objective.checks import flag
-from lla_callbacks.objective.evaluation import Statistics, evaluating, load_statistics
+from lla_callbacks.objective.checks import (
+    batches_of,
+    check_loss,
+    flag,
+    number,
+    seed_of,
+    tag_of,
+    whole,
+)
+from lla_callbacks.objective.evaluation import (
+    Predict,
+    check_metrics,
+)
 from lla_callbacks.objective.networks import Networks, networks_of
-from lla_callbacks.objective.objective import Objective, trainable
+from lla_callbacks.objective.objective import trainable
 
 
 class ModeConnection(Callback):
@@ -47,6 +57,12 @@ class ModeConnection(Callback):
     batches; before the first of these is there, statistics are those between the ends'. After the
     fit, and in checkpoints, the module has the first bend: :attr:`curve` is the result.
 
+    **Logged** at the ends of epochs, within ``max_overhead``, and at the end: the figure
+    ``curve/loss`` (loss and one metric along the curve, beside the straight line that it started
+    from), scalars ``curve/maximum``, ``mean``, ``integral`` (over arc length), ``length`` and the
+    three barriers of the literature (``barrier_above_ends``, ``barrier_above_line``,
+    ``barrier_above_mean``), the same of the line under ``curve_straight/``.
+
     Args:
         start: The network at ``t = 0``: a module, a state dict, or a checkpoint's path.
         end: The network at ``t = 1``, of the same architecture.
@@ -58,9 +74,22 @@ class ModeConnection(Callback):
         scale_steps: Whether SGD's gradients are divided by ``E c_j^2``, before clipping, which
             makes up for the share that a bend has in the curve, so that one learning rate
             serves both kinds. Optimizers that scale their own steps (Adam) do not need it.
-        num_samples: Training samples held for batch norm's statistics.
+        num_samples: Training samples held for pictures and for batch norm's statistics.
         loss: ``loss(module, batch)`` for passes of its own; ``None`` replays ``training_step``.
         seed: Fixes ``t``, together with the optimizer step.
+        live: Whether the loss along the curve is drawn while it is trained.
+        metrics: Name to torchmetrics metric, or function ``(module, batch) -> scalar``, along the
+            curve; errors, since what should be low has barriers.
+        predict: ``predict(module, batch)`` returns predictions and targets for torchmetrics.
+        dataloader: Batches to measure on instead of the first training batches.
+        max_overhead: Share of training time that pictures may take; the first and the last
+            one are always there, with fewer points (61, 31, 21, 11) where the run is short.
+        figures: Whether figures are drawn.
+        save_arrays: Whether numbers are written to ``<log_dir>/curve/step_00000100.npz``.
+        name: First part of every tag.
+
+    Attributes:
+        history: Pairs of step and :class:`~lla_callbacks.LossCurve`, all of the last fit.
 
     Raises:
         ValueError: If a setting is not allowed; the message says what is.
@@ -87,16 +116,29 @@ class ModeConnection(Callback):
         num_samples: int = 256,
         loss: Callable[[Any, Any], Any] | None = None,
         seed: int = 0,
+        live: bool = True,
+        metrics: dict[str, Any] | None = None,
+        predict: Predict | None = None,
+        dataloader: Any = None,
+        max_overhead: float = 0.05,
+        figures: bool = True,
+        save_arrays: bool = True,
+        name: str = "curve",
     ) -> None:
         super().__init__()
         check_kind(kind)
         check_bends(bends)
         flag("align", align)
         flag("scale_steps", scale_steps)
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples!r}; give a whole number of at least 1.")
-        if loss is not None and not callable(loss):
-            raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
+        for switch, value in {"live": live, "figures": figures, "save_arrays": save_arrays}.items():
+            flag(switch, value)
+        whole("num_samples", num_samples, 1)
+        seed_of("seed", seed)
+        check_loss(loss)
+        check_metrics(metrics, predict)
+        batches_of("dataloader", dataloader, none=True)
+        number("max_overhead", max_overhead, "a positive share, at most 1", above=0, most=1)
+        tag_of("name", name)
         self.start = start
         self.end = end
         self.kind: Kind = kind
@@ -106,6 +148,14 @@ class ModeConnection(Callback):
         self.num_samples = num_samples
         self.loss = loss
         self.seed = seed
+        self.live = live
+        self.metrics = metrics
+        self.predict = predict
+        self.dataloader = dataloader
+        self.max_overhead = max_overhead
+        self.figures = figures
+        self.save_arrays = save_arrays
+        self.name = name
         self._loaded: dict[str, Any] | None = None
         self._forget_curve()
 
@@ -115,8 +165,24 @@ class ModeConnection(Callback):
         self._further: list[list[nn.Parameter]] = []
         self._mark = ""
         self._alignment: dict[str, Tensor] | None = None
-        self._middle: ExitStack | None = None
-        self._held = HeldBatches(self.num_samples)
+        self._middle: CurveMiddle | None = None
+        self._view = CurveView(
+            max_overhead=self.max_overhead,
+            num_samples=self.num_samples,
+            metrics=self.metrics,
+            predict=self.predict,
+            loss=self.loss,
+            dataloader=self.dataloader,
+            figures=self.figures,
+            save_arrays=self.save_arrays,
+            name=self.name,
+            owner=type(self).__name__,
+        )
+
+    @property
+    def history(self) -> list[tuple[int, LossCurve]]:
+        """Pairs of step and the loss along the curve then."""
+        return self._view.history
 
     @property
     def curve(self) -> Curve | None:
@@ -212,12 +278,30 @@ class ModeConnection(Callback):
 
     # -- a step -------------------------------------------------------------------------
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._view.begin(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._look(trainer, pl_module, last=False)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._look(trainer, pl_module, last=True)
+
+    def _look(self, trainer: Any, module: nn.Module, *, last: bool) -> None:
+        """Measure the loss along the curve, if that is wanted and there is room."""
+        if self.live and not is_barebones(trainer):
+            assert self._networks is not None
+            assert self._steps is not None
+            # Copies: the first bend is the parameters, which are moved.
+            points = [[w.clone() for w in point] for point in self._steps.moving.points]
+            self._view.after_epoch(trainer, module, self._networks, self.kind, points, last=last)
+
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._steps is not None
-        if batch is not None and not self._held.complete and _norms(pl_module):
-            self._held.add(batch)
+        if self.live or norms_of(pl_module):
+            self._view.hold(batch)
         if self.align and self._alignment is None:
             self._align(pl_module, batch)
         # Micro-batches of one optimizer step share its t.
@@ -273,40 +357,15 @@ class ModeConnection(Callback):
                 "module is evaluated as it is."
             )
             return
-        moving = self._steps.moving
-        stack = ExitStack()
-        with torch.inference_mode(False), torch.no_grad():
-            moving.displace(0.5)
-            stack.callback(moving.restore)
-            saved = [(m, _copy(m.running_mean), _copy(m.running_var)) for m in _norms(module)]
-            stack.callback(load_statistics, saved)
-            self._middle = stack
-            if saved:
-                load_statistics(self._middle_statistics(trainer, module))
+        assert self._networks is not None
+        self._middle = CurveMiddle(self._steps.moving, module)
+        if self._middle.has_norms:
+            self._middle.load(self._view.statistics(trainer, module, self._networks))
 
     def _leave_middle(self) -> None:
         if self._middle is not None:
-            stack, self._middle = self._middle, None
-            with torch.inference_mode(False), torch.no_grad():
-                stack.close()
-
-    def _middle_statistics(self, trainer: Any, module: Any) -> Statistics:
-        """Return batch norm's statistics at the present weights."""
-        assert self._networks is not None
-        if not self._held.batches:
-            # Lightning's sanity check comes before the first training batch.
-            return [
-                (m, (a + b) / 2, (v + w) / 2)
-                for (m, a, v), (_, b, w) in zip(*self._networks.statistics, strict=True)
-            ]
-        loss = trainer_loss(trainer, self.loss)
-        objective = Objective(module, self._held.batches, loss, mode="recalibrate")
-        with evaluating(objective, check_weights=False) as evaluate:
-            found = evaluate.statistics()
-        return [
-            (m, *(trainer.strategy.reduce(s, reduce_op="mean") for s in (mean, var)))
-            for m, mean, var in found
-        ]
+            self._middle.leave()
+            self._middle = None
 
     # -- checkpoints --------------------------------------------------------------------
 
@@ -321,23 +380,13 @@ class ModeConnection(Callback):
             "aligned_end": self._alignment,
             "mark": self._mark,
             "further": [[w.detach().cpu().clone() for w in bend] for bend in self._further],
-            "held": self._held.state(),
+            "view": self._view.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
             self._loaded = state_dict
-            if state_dict.get("held"):
-                self._held.load(state_dict["held"])
-
-
-def _norms(module: nn.Module) -> list[_BatchNorm]:
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-
-
-def _copy(statistic: Tensor | None) -> Tensor:
-    assert statistic is not None
-    return statistic.detach().clone()
+            self._view.load(state_dict["view"])
 
 
 def _hash(tensors: list[Tensor]) -> str:

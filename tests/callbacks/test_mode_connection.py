@@ -1,21 +1,30 @@
 """A curve that a Trainer trains, against loops written out by hand in float64."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lla_callbacks import Curve, HessianTraceRegularizer, ModeConnection, aligned, loss_curve
+from lla_callbacks import (
+    Curve,
+    HessianTraceRegularizer,
+    LossCurve,
+    ModeConnection,
+    aligned,
+    loss_curve,
+)
 from lla_callbacks.callbacks.compat import MisconfigurationException
 from tests.curves.curve_cases import train_by_hand
 
 from .by_hand import double_loader
-from .modules import quiet_trainer
+from .modules import events, quiet_trainer, scalars
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.2, momentum=0.9),
@@ -189,6 +198,8 @@ def test_a_resumed_run_is_an_uninterrupted_one(tmp_path):
     again = connected(tmp_path, net, settings, val=val, max_epochs=3, ckpt_path=path)
     for a, b in zip(whole.curve.points, again.curve.points, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
+    # The start and the straight line are those of the first part.
+    assert again.history[-1][0] == whole.history[-1][0] == 18
     assert all(
         torch.equal(value, whole_net.state_dict()[name]) for name, value in net.state_dict().items()
     )
@@ -281,6 +292,9 @@ def test_what_cannot_work_is_refused(tmp_path, make, settings, says):
         ({"align": 1}, "align is 1; give True or False"),
         ({"num_samples": 0}, "num_samples is 0"),
         ({"loss": 3}, "loss is 3"),
+        ({"max_overhead": 2}, "max_overhead is 2; give a positive share, at most 1"),
+        ({"metrics": 3}, "metrics is of type int"),
+        ({"name": ""}, "name is ''"),
     ],
 )
 def test_settings_are_checked(settings, says):
@@ -297,3 +311,67 @@ def test_decay_of_an_unknown_optimizer_is_said(tmp_path):
 
     with pytest.warns(UserWarning, match="it is not known how Mine decays weights"):
         connected(tmp_path, Net(make=make), limit_train_batches=1)
+
+
+# -- the loss along the curve, live ---------------------------------------------------------
+
+
+def right(module, batch):
+    return (module(batch[0]).argmax(1) != batch[1]).double().mean()
+
+
+LIVE = {"max_overhead": 1.0, "metrics": {"error": right}, "num_samples": 8}
+
+
+def test_the_curve_is_measured_beside_its_line(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    net = Net(norm=True)
+    found = connected(tmp_path, net, LIVE, max_epochs=2, logger=logger)
+    assert found.history[-1][0] == 12
+    logger.finalize("success")
+    written = events(logger.log_dir)
+    assert "curve/loss" in written.Tags()["images"]
+    tags = scalars(written)
+    step, report = found.history[-1]
+    assert tags["curve/barrier_above_line"][-1] == (
+        step, pytest.approx(report.statistics().barrier_above_line, rel=1e-6)
+    )  # fmt: skip
+    assert "curve_straight/error/maximum" in tags
+    file = LossCurve.load(Path(logger.log_dir) / "curve" / f"step_{step:08d}.npz")
+    assert torch.equal(file.loss, report.loss)
+    # The same as without a Trainer, on the first two training batches.
+    same = loss_curve(net, list(double_loader())[:2], found.curve, t=report.t,
+                      metrics={"error": right})  # fmt: skip
+    torch.testing.assert_close(report.loss, same.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(report.straight.loss, same.straight.loss, rtol=1e-12, atol=1e-12)
+    assert float(report.loss[0]) == float(same.loss[0])
+
+
+def test_looking_changes_nothing(tmp_path):
+    ends = []
+    for live in (False, True):
+        net = Watched(norm=True)
+        torch.manual_seed(6)
+        connected(tmp_path, net, {**LIVE, "live": live}, val=double_loader(8, 8), max_epochs=2)
+        ends.append((net.state_dict(), torch.get_rng_state()))
+    assert all(torch.equal(t, ends[1][0][n]) for n, t in ends[0][0].items())
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_pictures_keep_to_their_share(tmp_path):
+    found = connected(tmp_path, Net(), {"max_overhead": 1e-6}, max_epochs=4)
+    # The first and the last, with the fewest points.
+    assert [(step, len(report.t)) for step, report in found.history] == [(6, 11), (24, 11)]
+    found = connected(tmp_path, Net(), {"live": False})
+    assert found.history == []
+
+
+def test_a_picture_that_fails_is_one_warning(tmp_path):
+    def broken(module, batch):
+        raise RuntimeError("not today")
+
+    with pytest.warns(UserWarning, match="a picture of the curve failed .* not today") as caught:
+        found = connected(tmp_path, Net(), {"metrics": {"error": broken}}, max_epochs=3)
+    assert sum("a picture of the curve" in str(w.message) for w in caught) == 1
+    assert found.history == []
+    assert found.curve is not None

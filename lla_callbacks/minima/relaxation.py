@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ class RelaxationPath:
         num_params: Trainable parameters.
         optimizer: What took the steps.
         mode: Mode of the network in which losses and accuracies are.
+        state_dict: Where the network ended: its parameters and buffers, by name.
     """
 
     steps: Tensor
@@ -50,6 +51,7 @@ class RelaxationPath:
     num_params: int
     optimizer: str
     mode: str
+    state_dict: Mapping[str, Tensor]
 
 
 def follow(
@@ -95,6 +97,7 @@ def follow(
                     rows.append([step, *row, _norm(moved) / _norm(saved), _norm(gradients)])
                 if step < num_steps:
                     optimizer.step()
+            ended = {k: v.detach().clone() for k, v in module.state_dict().items()}
             name = f"{type(optimizer).__name__}, lr {optimizer.param_groups[0]['lr']:g}"
     finally:
         for p, value in zip(parameters, saved, strict=True):
@@ -113,6 +116,7 @@ def follow(
         num_params=sum(p.numel() for p in parameters),
         optimizer=name,
         mode=objective.mode,
+        state_dict=ended,
     )
 
 

@@ -44,6 +44,10 @@ def test_it_is_the_loop_by_hand():
     torch.testing.assert_close(table, torch.tensor(rows).double(), rtol=1e-6, atol=1e-12)
     assert (found.num_samples, found.num_held, found.num_params) == (40, 10, 32)
     assert "7 steps" in repr(found)
+    # It took a step more by hand.
+    ended = net()
+    ended.load_state_dict(found.state_dict)
+    assert whole(ended, BATCHES) == pytest.approx((rows[-1][0], rows[-1][1]))
     assert found.displacement[-1] > 0.05
 
 

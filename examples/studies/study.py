@@ -61,7 +61,10 @@ class Study:
         self.claims: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self._began = time.process_time()
-        # The same sums in the same order on every machine with one thread.
+        self._quiet()
+
+    def _quiet(self) -> None:
+        # The same sums in the same order, whatever the machine.
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore")
         for logger in ("pytorch_lightning", "lightning.pytorch"):

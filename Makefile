@@ -34,6 +34,7 @@ test-oldest: $(OLDEST)/.test
 studies: $(VENV)/.demo
 	for study in $(STUDIES); do $(BIN)/python examples/studies/$$study.py --out docs/studies || exit 1; done
 	if [ -n "$(DATA)" ]; then $(BIN)/python examples/studies/shift.py --data $(DATA) --out docs/studies/mnist; fi
+	$(BIN)/python examples/studies/claims.py docs/studies docs/claims.md
 
 quick-studies: $(VENV)/.demo
 	for study in $(STUDIES); do $(BIN)/python examples/studies/$$study.py --quick --out studies || exit 1; done

@@ -29,19 +29,23 @@ ONLY_IN = {
     "pytorch_lightning": ("callbacks/",),
     "lightning": ("callbacks/",),
     "matplotlib": ("report/",),
-    "numpy": ("objective/state.py", "objective/batches.py", "report/"),
+    "numpy": ("objective/state.py", "objective/copies.py", "objective/rules.py", "report/"),
 }
 # Private members of Lightning that compat.py touches; tests/callbacks/test_compat.py hides each.
 OF_LIGHTNING = {"_generate_state_key", "_on_before_batch_transfer"}
 # Private members of other libraries, which no rule forbids.
 OF_TORCH = {
     "_backward_hooks",
+    "_C",
     "_backward_pre_hooks",
     "_buffers",
+    "_cdata",
     "_checkpoint_without_reentrant_generator",
+    "_data_address",
     "_foreach_add_",
     "_foreach_copy_",
     "_foreach_lerp_",
+    "_lazy_clone",
     "_foreach_mul_",
     "_parameters",
     "_post_accumulate_grad_hooks",

@@ -356,10 +356,10 @@ class HessianTraceRegularizer(Callback):
             # From where random streams stand: the dropout mask of the step that follows.
             # The weights are put back by who moves them.
             with (
-                preserved(module, seed=None, check_weights=False),
+                preserved(module, seed=None, check_weights=False) as copier,
                 torch.set_grad_enabled(gradients),
             ):
-                return inner(module, fresh(batch, module.device))
+                return inner(module, fresh(batch, module.device, copier=copier))
 
         space = ParameterSpace(trainable(module))
         return DisplacedLoss(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from copy import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 
+from lla_callbacks.objective.copies import Copier
+from lla_callbacks.objective.interrupts import shielded
 from lla_callbacks.objective.precision import widened_half
+from lla_callbacks.objective.tensor_copies import separate
 
 
 def sample_count(batch: Any) -> int:
@@ -49,31 +51,41 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 
 def hold(batch: Any) -> Any:
-    """Return a copy of a batch on the CPU that shares nothing with it."""
-    return _map(batch, lambda t: t.detach().to("cpu", copy=True))
+    """Return a copy of a batch on the CPU that shares nothing with it.
+
+    Objects of whatever class are copied, each once; modules and what belongs to a Trainer stay
+    what they are, and what cannot be copied becomes a stand-in that refuses to be used.
+    """
+
+    def held(tensor: Tensor) -> Tensor:
+        return _like(tensor, tensor.detach().to("cpu", copy=True))
+
+    return Copier(keeps_machinery=True).mapped(batch, (None, "batch"), held)
 
 
-def fresh(batch: Any, device: torch.device, *, widen: bool = False) -> Any:
+@shielded
+def fresh(
+    batch: Any, device: torch.device, *, widen: bool = False, copier: Copier | None = None
+) -> Any:
     """Return a copy of a held batch on a device, free to be changed by a training step.
 
     Args:
         batch: The batch.
         device: Where to.
         widen: Whether half-precision tensors become float32.
+        copier: What copies the module's attributes meanwhile, so that objects which the batch
+            shares with them stay shared.
     """
 
     def move(tensor: Tensor) -> Tensor:
         # Also makes an ordinary tensor out of one that was made under inference mode.
         with torch.inference_mode(False):
-            moved = tensor.detach().to(device, copy=True)
-            return widened_half(moved) if widen else moved
+            here = tensor.device == device
+            moved = separate(tensor) if here else tensor.detach().to(device, copy=True)
+            return _like(tensor, widened_half(moved) if widen else moved)
 
-    return _map(batch, move)
-
-
-def rewrapped(batch: Any) -> Any:
-    """Return new containers around the same tensors."""
-    return _map(batch, lambda tensor: tensor)
+    copier = copier or Copier(keeps_machinery=True)
+    return copier.mapped(batch, (None, "batch"), move)
 
 
 def split(batch: Any, size: int) -> Iterator[Any]:
@@ -93,12 +105,11 @@ def split(batch: Any, size: int) -> Iterator[Any]:
         def cut(tensor: Tensor, part: slice = part) -> Tensor:
             return tensor[part] if tensor.ndim and tensor.shape[0] == count else tensor
 
-        yield _map(batch, cut)
+        yield Copier(keeps_machinery=True).mapped(batch, (None, "batch"), cut)
 
 
-def _map(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor of a batch, building new containers."""
-    # A graph batch and its like are no containers, but know how to map their own tensors.
-    if not isinstance(batch, (Tensor, nn.Module)) and callable(getattr(batch, "apply", None)):
-        return copy(batch).apply(function)
-    return apply_to_collection(batch, Tensor, function, allow_frozen=True)
+def _like(tensor: Tensor, copied: Tensor) -> Tensor:
+    """Return a copy that asks for gradients where the original is a leaf that does."""
+    if tensor.requires_grad and tensor.is_leaf and not copied.is_inference():
+        copied.requires_grad_()
+    return copied

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lla_callbacks.objective.batches import rewrapped, tensors_of
+from lla_callbacks.objective.batches import fresh
 from lla_callbacks.objective.checkpoints import no_checkpoints
 from lla_callbacks.objective.checks import function_of, shown, tag_of
+from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.repetition import keep_processes_apart, repeatable
 from lla_callbacks.objective.twice_differentiable import NoDropout, eager
 
@@ -45,11 +46,10 @@ class Evaluator:
         objective: Objective,
         metrics: Mapping[str, Any],
         predict: Predict | None,
-        reset: Callable[[], None],
+        reset: Callable[[], Copier],
     ) -> None:
         self.objective = objective
         self.batches = [objective.fresh(i) for i in range(len(objective.batches))]
-        self._versions = [_versions(batch) for batch in self.batches]
         self._reset = reset
         self._predict = predict
         self.functions = {k: f for k, f in metrics.items() if not is_metric(f)}
@@ -129,18 +129,18 @@ class Evaluator:
 
     def _guarded(self, i: int, function: Callable[[Any, Any], Any], statistics: Statistics) -> Any:
         """Call a function of (module, batch) from the starting state."""
-        self._reset()
+        copier = self._reset()
         load_statistics(statistics)
-        if not self._versions[i] or _versions(self.batches[i]) != self._versions[i]:
-            # The last evaluation wrote into its batch, or might have, unseen.
-            self.batches[i] = self.objective.fresh(i)
-            self._versions[i] = _versions(self.batches[i])
         module = self.objective.module
         with torch.set_grad_enabled(self._needs_grad):
             try:
                 with self._no_dropout or nullcontext():
-                    # New containers around the same tensors: a step may put others into them.
-                    return function(module, rewrapped(self.batches[i]))
+                    # A step may write into its batch, seen or unseen.
+                    batch = fresh(self.batches[i], self.objective.device, copier=copier)
+                    found = function(module, batch)
+                    if copier.refusals:
+                        raise copier.refusals[0]
+                    return found
             except RuntimeError as error:
                 if self._needs_grad or "does not require grad" not in str(error):
                     raise
@@ -196,6 +196,7 @@ def evaluating(
                 dropout=objective.dropout,
                 training=objective.training,
                 check_weights=check_weights,
+                widen=objective.widens,
             )
         )
         # Compiled modules run eagerly, so that they have the values that their curvature is of.
@@ -249,10 +250,6 @@ def check_metrics(metrics: Mapping[str, Any] | None, predict: Predict | None) ->
 def _known(statistic: Tensor | None) -> Tensor:
     assert statistic is not None
     return statistic.detach().clone()
-
-
-def _versions(batch: Any) -> list[int]:
-    return [tensor._version for tensor in tensors_of(batch)]
 
 
 def _target(batch: Any) -> Tensor:

@@ -25,6 +25,7 @@ from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batches import fresh, sample_count, split
 from lla_callbacks.objective.checks import flag, one_of, scalar_loss
+from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.evaluation import Loss, Statistics, evaluating, load_statistics
 from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
 from lla_callbacks.objective.memory import Findings, MemoryPlan, allowed_memory, saved_bytes
@@ -295,9 +296,14 @@ class Objective:
         ):
             yield
 
-    def _fresh(self, batch: Any) -> Any:
+    @property
+    def widens(self) -> bool:
+        """Whether half-precision batches and attributes become float32, as the weights are."""
         halves = any(p.dtype in HALF for p in trainable(self.module).values())
-        return fresh(batch, self.device, widen=self.precision == "float32" and not halves)
+        return self.precision == "float32" and not halves
+
+    def _fresh(self, batch: Any, copier: Copier | None = None) -> Any:
+        return fresh(batch, self.device, widen=self.widens, copier=copier)
 
     def _evaluate(
         self,
@@ -312,7 +318,10 @@ class Objective:
         """
         gradients = torch.is_grad_enabled()
         reshard(self.module)
-        with preserved(self.module, seed=self.seed), torch.set_grad_enabled(gradients):
+        with (
+            preserved(self.module, seed=self.seed, widen=self.widens) as copier,
+            torch.set_grad_enabled(gradients),
+        ):
             set_mode(self.module, self.mode, dropout=self.dropout, training=self.training)
             keep_processes_apart(self.module)
             load_statistics(statistics)
@@ -323,7 +332,7 @@ class Objective:
                 full if self.arithmetic is None else nullcontext(),
                 self.autocast_inside(),
             ):
-                loss = self.loss(self.module, self._fresh(batch))
+                loss = self.loss(self.module, self._fresh(batch, copier))
                 return loss if use is None else use(loss)
 
     def _memory_plan(self, counts: Sequence[int]) -> MemoryPlan:

@@ -18,7 +18,7 @@ Precision = Literal["float32", "training"]
 # Formats whose digits do not suffice for second derivatives.
 HALF = (torch.float16, torch.bfloat16)
 # Names the parameter that a float32 copy stands for.
-_ORIGINAL = "_lla_callbacks_original"
+ORIGINAL = "_lla_callbacks_original"
 
 
 def check_precision(precision: str) -> None:
@@ -97,7 +97,7 @@ def autocast_inside(*, off: bool, note: Callable[[torch.dtype], object]) -> Iter
 
 def original_of(tensor: Tensor) -> Tensor:
     """Return the parameter that a copy stands for, or the tensor itself."""
-    found: Tensor = getattr(tensor, _ORIGINAL, tensor)
+    found: Tensor = getattr(tensor, ORIGINAL, tensor)
     return found
 
 
@@ -110,5 +110,5 @@ def _widened(tensor: Tensor) -> Tensor:
     copy = tensor.detach().float()
     if isinstance(tensor, nn.Parameter):
         copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
-    setattr(copy, _ORIGINAL, tensor)
+    setattr(copy, ORIGINAL, tensor)
     return copy

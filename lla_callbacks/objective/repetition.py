@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lla_callbacks.objective.state import (
-    copy_of,
-    is_state,
-    known_modules,
-    preserved,
-    seed_everything,
-    set_mode,
-)
+from lla_callbacks.objective.copies import Copier
+from lla_callbacks.objective.namespaces import Namespaces
+from lla_callbacks.objective.state import copier_for, preserved, seed_everything, set_mode
+from lla_callbacks.objective.tensor_copies import differ, separate
+
+# Evaluations after which all tensors are compared, one more than the first.
+LOOKS = 3
 
 
 @contextmanager
@@ -29,11 +28,13 @@ def repeatable(
     dropout: bool,
     training: Mapping[nn.Module, bool] | None,
     check_weights: bool = True,
-) -> Iterator[Callable[[], None]]:
+    widen: bool = False,
+) -> Iterator[Callable[[], Copier]]:
     """Within this context a module can be evaluated many times; yields ``reset()``.
 
     ``reset()`` puts the random streams, buffers, frozen parameters, attributes and modes
-    back to where they were at the start, so that every evaluation is of the same function.
+    back to where they were at the start, so that every evaluation is of the same function, and
+    returns the copier by which batches are to be copied.
     It touches only what an evaluation changed, where that can be seen: the guard of
     :func:`~lla_callbacks.objective.state.preserved` is entered once for all evaluations.
 
@@ -44,75 +45,26 @@ def repeatable(
         dropout: Whether dropout stays on.
         training: How each submodule stands during training, where that is known.
         check_weights: See :func:`~lla_callbacks.objective.state.preserved`.
+        widen: Likewise.
     """
-    with preserved(module, seed=seed, check_weights=check_weights):
+    with preserved(module, seed=seed, check_weights=check_weights, widen=widen) as outer:
         set_mode(module, mode, dropout=dropout, training=training)
         keep_processes_apart(module)
-        attributes = _Attributes(module)
+        attributes = Namespaces(module)
         tensors = _Tensors(module)
         # A scripted module keeps its mode elsewhere, where no forward pass changes it.
         modes = [(m.__dict__, m.training) for m in module.modules() if "training" in m.__dict__]
 
-        def reset() -> None:
+        def reset() -> Copier:
             seed_everything(seed)
-            attributes.reset()
+            copier = copier_for(module, refusals=outer.refusals)
+            attributes.put_copies(copier)
             tensors.reset()
             for namespace, flag in modes:
                 namespace["training"] = flag
+            return copier
 
         yield reset
-
-
-class _Attributes:
-    """Plain attributes of every submodule, put back by value."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._known = known_modules(module)
-        memo = dict(self._known)
-        # Containers that hold nothing that could change: long ones are compared, not copied.
-        self._flat: set[int] = set()
-        self._modules: list[tuple[dict[str, Any], set[str], dict[str, Any], dict[str, Any]]] = []
-        for m in module.modules():
-            fixed: dict[str, Any] = {}
-            changing: dict[str, Any] = {}
-            for key, value in m.__dict__.items():
-                if is_state(key):
-                    kept = copy_of(value, memo)
-                    (fixed if kept is value else changing)[key] = kept
-                    if kept is not value and _is_flat(kept):
-                        self._flat.add(id(kept))
-            self._modules.append((m.__dict__, set(m.__dict__), fixed, changing))
-
-    def reset(self) -> None:
-        memo = dict(self._known)
-        for namespace, _, _, changing in self._modules:
-            for key, kept in changing.items():
-                if id(kept) in self._flat and _same_items(namespace.get(key), kept):
-                    memo[id(kept)] = namespace[key]
-        for namespace, keys, fixed, changing in self._modules:
-            if namespace.keys() != keys:
-                for key in namespace.keys() - keys:
-                    del namespace[key]
-            namespace.update(fixed)
-            for key, kept in changing.items():
-                namespace[key] = copy_of(kept, memo)
-
-
-def _is_flat(value: Any) -> bool:
-    """Return whether a list or dict holds only what :func:`copy_of` leaves as it is."""
-    if type(value) not in (list, dict):
-        return False
-    items = value.values() if isinstance(value, dict) else value
-    return all(copy_of(item, {}) is item for item in items)
-
-
-def _same_items(a: Any, b: Any) -> bool:
-    """Return whether two lists or dicts hold the same objects in the same order."""
-    if type(a) is not type(b) or len(a) != len(b):
-        return False
-    if isinstance(a, dict):
-        return all(k is m and v is w for (k, v), (m, w) in zip(a.items(), b.items(), strict=True))
-    return all(v is w for v, w in zip(a, b, strict=True))
 
 
 class _Tensors:
@@ -121,6 +73,10 @@ class _Tensors:
     def __init__(self, module: nn.Module) -> None:
         self._places: list[tuple[dict[str, Any], str, Tensor]] = []
         self._values: dict[int, tuple[Tensor, Tensor, int]] = {}
+        # Looked at in whole for a few evaluations: what is written below autograd's sight, as
+        # by .data, has no new version, and is put back each time from then on.
+        self._looks = LOOKS
+        self._unseen: set[int] = set()
         for m in module.modules():
             frozen = {k: p for k, p in m._parameters.items() if p is not None}
             for store, entries in ((m._buffers, m._buffers), (m._parameters, frozen)):
@@ -128,17 +84,23 @@ class _Tensors:
                     if tensor is None or tensor.requires_grad:
                         continue
                     self._places.append((store, name, tensor))
-                    saved = (tensor, tensor.detach().clone(), tensor._version)
-                    self._values.setdefault(id(tensor), saved)
+                    if id(tensor) not in self._values and type(tensor) in (Tensor, nn.Parameter):
+                        self._values[id(tensor)] = (tensor, separate(tensor), tensor._version)
 
     def reset(self) -> None:
         for store, name, tensor in self._places:
             store[name] = tensor
+        looks, self._looks = self._looks > 0, self._looks - 1
         with torch.no_grad():
             for key, (tensor, value, version) in self._values.items():
                 if tensor._version != version:
                     tensor.copy_(value)
                     self._values[key] = (tensor, value, tensor._version)
+                elif key in self._unseen:
+                    tensor.data.copy_(value)
+                elif looks and differ(tensor, value):
+                    self._unseen.add(key)
+                    tensor.data.copy_(value)
 
 
 def keep_processes_apart(module: nn.Module) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from copy import copy, deepcopy
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,15 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.space import local_part
+from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
+from lla_callbacks.objective.interrupts import deliver, held_back, shielded
+from lla_callbacks.objective.muting import no_logging
+from lla_callbacks.objective.namespaces import Namespaces
+from lla_callbacks.objective.precision import ORIGINAL
+from lla_callbacks.objective.sharded import is_sharded
+from lla_callbacks.objective.stand_ins import RefusedError
+from lla_callbacks.objective.tensor_copies import restored_values, same_bits, separate
 
 _DROPPING = frozenset(
     kind.__name__
@@ -27,49 +32,100 @@ _DROPPING = frozenset(
         nn.FeatureAlphaDropout, nn.RNN, nn.GRU, nn.LSTM,
     )
 )  # fmt: skip
-_TORCH_KEYS = frozenset(nn.Module().__dict__)
 
 
 @contextmanager
-def preserved(module: nn.Module, *, seed: int | None, check_weights: bool = True) -> Iterator[None]:
+def preserved(
+    module: nn.Module, *, seed: int | None, check_weights: bool = True, widen: bool = False
+) -> Iterator[Copier]:
     """Restore the module and every random stream on leaving, whatever happened inside.
 
     Kept: random streams of python, numpy, torch's CPU and every initialised CUDA device
     (inside, all start from ``seed``, or with ``None`` from where they stand, so that two
-    passes agree); buffers (clones are swapped
-    in, so that the originals keep value, identity and version) and frozen parameters
-    likewise; plain attributes of every submodule, where torchmetrics keep their state and
-    users their counters and lists; gradients (parked) and hooks on them (not called);
-    ``requires_grad``; train and eval modes; the gradient mode.
+    passes agree); buffers and frozen parameters (copies are swapped in, which take memory only
+    once they are written, so that the originals keep value, identity and version); attributes
+    of every submodule and of its class, whatever they hold, each object copied once, so that
+    references stay references; gradients (parked) and hooks on them (not called);
+    ``requires_grad``; train and eval modes; the gradient mode. The Trainer is a shadow, whose
+    loggers and ``self.log``, by whatever name, take everything and do nothing.
 
-    Not kept, since they cannot be seen: objects of the user's own classes, files, globals.
+    What cannot be copied (open files, generators, queues, loaders with workers) is replaced by
+    a stand-in that refuses to be used. Not kept, since they cannot be seen: globals, what files
+    hold, what closures hold that no attribute leads to.
+
+    SIGINT and SIGTERM wait while any of this is changed or put back.
 
     Args:
         module: The module.
         seed: Where random streams start inside.
         check_weights: Whether trainable weights are kept and checked too; without it, a
             caller that moves them puts them back, and saves a copy.
+        widen: Whether half-precision tensors among the attributes become float32, as the
+            weights have.
+
+    Yields:
+        The copier, which batches are to be copied by, so that objects that a batch and the
+        module share are still the same.
 
     Raises:
         MeasurementError: If the trainable weights were changed inside. They are restored,
-            but what was computed is not a function of them.
+            but what was computed is not a function of them. Or if a stand-in was used.
     """
-    with ExitStack() as stack:
+    with held_back(), ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(preserved_random_streams(seed))
-        stack.enter_context(_preserved_attributes(module))
+        copier = copier_for(module, widen=widen)
+        stack.enter_context(_nothing_refused(copier))
         if check_weights:
             stack.enter_context(_unchanged_weights(module))
-        stack.enter_context(_preserved_frozen_parameters(module))
-        stack.enter_context(_preserved_buffers(module))
-        stack.enter_context(_preserved_gradients(module))
+        stack.enter_context(_preserved_frozen_parameters(module, copier))
+        stack.enter_context(_preserved_buffers(module, copier))
+        stack.enter_context(_preserved_attributes(module, copier))
+        stack.enter_context(_preserved_gradients(module, copier))
         stack.enter_context(no_gradient_hooks(module))
+        stack.enter_context(no_logging(module))
         stack.enter_context(preserved_modes(module))
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        yield
+        yield copier
+    deliver()
+
+
+def copier_for(
+    module: nn.Module, *, widen: bool = False, refusals: list[RefusedError] | None = None
+) -> Copier:
+    """Return a copier that leaves a module's own parts what they are."""
+    tensors = [*module.parameters(), *module.buffers()]
+    known: list[tuple[Any, Any]] = [(m, m) for m in module.modules()]
+    known += [(t, t) for t in tensors]
+    pairs = [(t, t) for t in tensors]
+    if widen:
+        # References to what was widened lead to what it was widened to.
+        wide = [(t.__dict__[ORIGINAL], t) for t in tensors if ORIGINAL in t.__dict__]
+        known += wide
+        pairs += wide
+    copier = Copier(known, widen=widen, root=module, refusals=refusals)
+    # By what stands for them once they are asked for: copies of buffers are not made yet.
+    copier.storages_of(lambda: ((old, copier.memo.get(id(old), new)) for old, new in pairs))
+    return copier
 
 
 @contextmanager
+def _nothing_refused(copier: Copier) -> Iterator[None]:
+    """Raise what a stand-in raised, also where the user's code caught it."""
+    try:
+        yield
+    except RefusedError:
+        raise
+    except Exception as error:
+        if copier.refusals:
+            raise copier.refusals[0] from error
+        raise
+    if copier.refusals:
+        raise copier.refusals[0]
+
+
+@contextmanager
+@shielded
 def weights_at(module: nn.Module, snapshot: Snapshot | None) -> Iterator[None]:
     """Let a module have the weights and buffers of a snapshot; ``None`` changes nothing.
 
@@ -79,12 +135,13 @@ def weights_at(module: nn.Module, snapshot: Snapshot | None) -> Iterator[None]:
     if snapshot is None:
         yield
         return
-    present = take_snapshot(module)
-    try:
-        _put(module, snapshot)
-        yield
-    finally:
-        _put(module, present)
+    with held_back():
+        present = take_snapshot(module)
+        try:
+            _put(module, snapshot)
+            yield
+        finally:
+            _put(module, present)
 
 
 @dataclass(frozen=True)
@@ -115,6 +172,7 @@ def _put(module: nn.Module, snapshot: Snapshot) -> None:
 
 
 @contextmanager
+@shielded
 def preserved_modes(module: nn.Module) -> Iterator[None]:
     """Restore the train or eval mode of every submodule on leaving."""
     modes = [(m, m.training) for m in module.modules()]
@@ -156,6 +214,7 @@ def set_mode(
 
 
 @contextmanager
+@shielded
 def preserved_random_streams(seed: int | None) -> Iterator[None]:
     """Restore every random stream on leaving; inside, all start from ``seed`` if there is one."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -189,79 +248,19 @@ def _cuda_states() -> list[Tensor]:
 
 
 @contextmanager
-def _preserved_attributes(module: nn.Module) -> Iterator[None]:
-    memo = known_modules(module)
-    saved: list[tuple[nn.Module, dict[str, Any]]] = []
+@shielded
+def _preserved_attributes(module: nn.Module, copier: Copier) -> Iterator[None]:
+    namespaces = Namespaces(module)
     try:
-        for m in module.modules():
-            originals = {key: value for key, value in m.__dict__.items() if is_state(key)}
-            saved.append((m, originals))
-            # The copies go live, so that the originals come back untouched.
-            for key, value in originals.items():
-                m.__dict__[key] = copy_of(value, memo)
+        # The copies go live, so that the originals come back untouched.
+        namespaces.put_copies(copier)
         yield
     finally:
-        for m, originals in saved:
-            for key in [key for key in m.__dict__ if is_state(key) and key not in originals]:
-                del m.__dict__[key]
-            m.__dict__.update(originals)
-
-
-def is_state(key: str) -> bool:
-    """Return whether an attribute of a module is the user's, not torch's own."""
-    return key not in _TORCH_KEYS
-
-
-def known_modules(module: nn.Module) -> dict[int, Any]:
-    """Return a memo by which :func:`copy_of` leaves registered submodules what they are.
-
-    A plain list of them is how many modules remember an order.
-    """
-    return {id(m): m for m in module.modules()}
-
-
-def copy_of(value: Any, memo: dict[int, Any]) -> Any:
-    """Copy tensors, arrays, generators and containers, keeping aliases; the rest stays itself."""
-    if id(value) in memo:
-        return memo[id(value)]
-    copied = value
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        copied = value.detach().clone() if value.is_leaf else value
-    elif isinstance(value, np.ndarray):
-        copied = value.copy()
-    elif isinstance(value, torch.Generator):
-        copied = torch.Generator(device=value.device)
-        copied.set_state(value.get_state())
-    elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
-        copied = deepcopy(value)
-    elif isinstance(value, (list, set, deque)):
-        copied = copy(value)
-        copied.clear()
-        memo[id(value)] = copied
-        for item in value:
-            (copied.add if isinstance(copied, set) else copied.append)(_inner(item, memo))
-    elif isinstance(value, dict):
-        copied = copy(value)
-        for key, item in value.items():
-            dict.__setitem__(copied, key, _inner(item, memo))
-    elif isinstance(value, tuple):
-        items = [_inner(item, memo) for item in value]
-        if any(new is not old for new, old in zip(items, value, strict=True)):
-            copied = value._make(items) if hasattr(value, "_make") else type(value)(items)
-    elif isinstance(value, SimpleNamespace):
-        copied = SimpleNamespace(**copy_of(vars(value), memo))
-    memo[id(value)] = copied
-    return copied
-
-
-def _inner(value: Any, memo: dict[int, Any]) -> Any:
-    """Copy what lies inside a container: also modules, which no submodule list names."""
-    if isinstance(value, nn.Module) and id(value) not in memo:
-        memo[id(value)] = deepcopy(value)
-    return copy_of(value, memo)
+        namespaces.restore()
 
 
 @contextmanager
+@shielded
 def _unchanged_weights(module: nn.Module) -> Iterator[None]:
     """Restore trainable weights that were changed inside, and say so."""
     trained = [local_part(p) for p in module.parameters() if p.requires_grad]
@@ -271,7 +270,7 @@ def _unchanged_weights(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for p, value in saved:
-            if not torch.equal(_bits(p), _bits(value)):
+            if not same_bits(p, value):
                 p.data.copy_(value)
                 changed = True
     if changed:
@@ -281,60 +280,105 @@ def _unchanged_weights(module: nn.Module) -> Iterator[None]:
         )
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Return a tensor's bytes, so that NaN equals itself and -0.0 is not 0.0."""
-    # One contiguous dimension: scalars and other memory formats cannot be viewed as bytes.
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+@contextmanager
+@shielded
+def _preserved_frozen_parameters(module: nn.Module, copier: Copier) -> Iterator[None]:
+    """Put copies in the places of parameters that are not trained, such as a target network's.
+
+    Those of a class of their own (quantized weights) stay what they are, as nothing else knows
+    how to make one; what they hold is put back if it was written.
+    """
+    stores: list[tuple[nn.Module, Any]] = []
+    entries: list[tuple[Any, str, nn.Parameter]] = []
+    in_place = is_sharded(module)
+    special: dict[int, nn.Parameter] = {}
+    try:
+        for m in module.modules():
+            store: Any = m._parameters
+            if type(store) is dict and not in_place:
+                # Parameters that are registered meanwhile go with it.
+                stores.append((m, store))
+                store = m.__dict__["_parameters"] = dict(store)
+            for name, p in list(store.items()):
+                if p is None or p.requires_grad:
+                    continue
+                if type(p) is not nn.Parameter or in_place:
+                    special[id(p)] = p
+                    continue
+                if type(store) is not dict:
+                    entries.append((store, name, p))
+                if copier.memo.get(id(p), p) is p:
+                    copied = nn.Parameter(separate(p), requires_grad=False)
+                    copied.__dict__.update(p.__dict__)
+                    _stand_for(p, copied, copier)
+                store[name] = copier.memo[id(p)]
+        with restored_values(special.values()):
+            yield
+    finally:
+        for store, name, p in entries:
+            store[name] = p
+        for m, store in stores:
+            m.__dict__["_parameters"] = store
 
 
 @contextmanager
-def _preserved_frozen_parameters(module: nn.Module) -> Iterator[None]:
-    """Swap clones in for parameters that are not trained, such as a target network's."""
-    saved: list[tuple[nn.Module, str, nn.Parameter]] = []
-    clones: dict[int, nn.Parameter] = {}
+@shielded
+def _preserved_buffers(module: nn.Module, copier: Copier) -> Iterator[None]:
+    saved: list[tuple[nn.Module, Any, dict[str, Tensor | None]]] = []
     try:
         for m in module.modules():
-            for name, p in m._parameters.items():
-                if p is not None and not p.requires_grad:
-                    saved.append((m, name, p))
-                    clone = nn.Parameter(p.detach().clone(), requires_grad=False)
-                    m._parameters[name] = clones.setdefault(id(p), clone)
+            store: Any = m._buffers
+            before = dict(store.items())
+            saved.append((m, store, before))
+            if type(store) is dict:
+                store = m.__dict__["_buffers"] = dict(store)
+            for name, buffer in before.items():
+                if isinstance(buffer, Tensor):
+                    if copier.memo.get(id(buffer), buffer) is buffer:
+                        _stand_for(buffer, separate(buffer), copier)
+                    store[name] = copier.memo[id(buffer)]
         yield
     finally:
-        for m, name, p in saved:
-            m._parameters[name] = p
-
-
-@contextmanager
-def _preserved_buffers(module: nn.Module) -> Iterator[None]:
-    saved: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
-    clones: dict[int, Tensor] = {}
-    try:
-        for m in module.modules():
-            saved.append((m, dict(m._buffers.items())))
-            for name, buffer in m._buffers.items():
-                if buffer is not None:
-                    clone = clones.setdefault(id(buffer), buffer.detach().clone())
-                    m._buffers[name] = clone
-        yield
-    finally:
-        for m, buffers in saved:
+        for m, store, buffers in saved:
+            if type(store) is dict:
+                m.__dict__["_buffers"] = store
+                continue
             # Key by key: the buffers of a scripted module are no full dictionary.
-            for name, _ in list(m._buffers.items()):
+            for name, _ in list(store.items()):
                 if name not in buffers:
-                    del m._buffers[name]
+                    del store[name]
             for name, buffer in buffers.items():
-                m._buffers[name] = buffer
+                store[name] = buffer
+
+
+def _stand_for(tensor: Tensor, copied: Tensor, copier: Copier) -> None:
+    """Let references to a tensor, and to what it was widened from, lead to its copy."""
+    copier.memo[id(tensor)] = copied
+    if tensor.__dict__:
+        original = tensor.__dict__.get(ORIGINAL)
+        if original is not None:
+            copier.memo[id(original)] = copied
 
 
 @contextmanager
-def _preserved_gradients(module: nn.Module) -> Iterator[None]:
-    saved = [(p, p.grad, p.requires_grad) for p in module.parameters()]
+@shielded
+def _preserved_gradients(module: nn.Module, copier: Copier) -> Iterator[None]:
+    saved = [
+        (p, p.grad, p.requires_grad, p._backward_hooks, dict(p.__dict__))
+        for p in module.parameters()
+    ]
     try:
-        for p, _, _ in saved:
+        for p, _, _, _, attributes in saved:
             p.grad = None
+            for key, value in attributes.items():
+                if key != ORIGINAL:
+                    p.__dict__[key] = copier.copy(value, ((None, "parameter"), f".{key}"))
         yield
     finally:
-        for p, gradient, requires_grad in saved:
+        for p, gradient, requires_grad, hooks, attributes in saved:
             p.requires_grad_(requires_grad)
             p.grad = gradient
+            p._backward_hooks = hooks
+            if p.__dict__ or attributes:
+                p.__dict__.clear()
+                p.__dict__.update(attributes)

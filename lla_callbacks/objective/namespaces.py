@@ -1,0 +1,181 @@
+"""Attributes of every submodule and its class: originals kept aside, copies in their places."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from lla_callbacks.objective.copies import Copier
+from lla_callbacks.objective.interrupts import shielded
+from lla_callbacks.objective.precision import HALF
+from lla_callbacks.objective.rules import ATOMS
+
+# Kept by guards of their own.
+_ELSEWHERE = frozenset({"training", "_buffers", "_parameters"})
+# torch's own attributes hold modules, hooks and flags; the user's may hold anything.
+_TORCH_KEYS = frozenset(nn.Module().__dict__)
+_DICTIONARIES = frozenset(
+    key for key, value in nn.Module().__dict__.items() if isinstance(value, (dict, set))
+)
+_LIBRARIES = frozenset({
+    "torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy",
+    "transformers", "peft", "lla_callbacks", *sys.stdlib_module_names,
+})  # fmt: skip
+# What a class defines, and does not count with.
+_DEFINITIONS = (
+    types.FunctionType, types.BuiltinFunctionType, classmethod, staticmethod, property, type,
+    types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType,
+)  # fmt: skip
+
+
+class Namespaces:
+    """What the submodules have as attributes, and the user's classes among theirs.
+
+    Args:
+        module: The module, as it is now; it is not changed yet.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = [_Namespace(m) for m in module.modules()]
+        self._classes = [_Class(kind) for kind in _classes_of(module)]
+        self._known = {c.kind for c in self._classes}
+
+    @shielded
+    def put_copies(self, copier: Copier) -> None:
+        """Let every attribute be a fresh copy of what it was."""
+        for namespace in self._modules:
+            namespace.register(copier)
+        for namespace in self._modules:
+            namespace.put_copies(copier)
+        for kind in self._classes:
+            kind.put_copies(copier)
+        # Classes of the user's objects come to light while these are copied.
+        while new := {k for k in copier.classes if _is_of_the_user(k)} - self._known:
+            self._known |= new
+            found = [_Class(kind) for kind in new]
+            self._classes += found
+            for kind in found:
+                kind.put_copies(copier)
+
+    @shielded
+    def restore(self) -> None:
+        """Let every attribute be the original."""
+        for namespace in self._modules:
+            namespace.restore()
+        for kind in self._classes:
+            kind.restore()
+
+
+class _Namespace:
+    """The attributes of one submodule."""
+
+    def __init__(self, module: nn.Module) -> None:
+        live: dict[str, Any] = module.__dict__
+        self.module = module
+        self.live = live
+        self.saved = {k: v for k, v in live.items() if k not in _ELSEWHERE}
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        self.own = [
+            (key, value)
+            for key, value in self.saved.items()
+            if type(value) not in ATOMS and key not in _TORCH_KEYS and not scripted
+        ]
+        # Of hooks and submodules: filled ones are copied as containers, empty ones emptied again.
+        filled: list[tuple[str, Any]] = []
+        self.empty: list[Any] = []
+        for key in () if scripted else _DICTIONARIES - _ELSEWHERE:
+            value = self.saved.get(key)
+            if value:
+                filled.append((key, value))
+            elif value is not None:
+                self.empty.append(value)
+        self.filled = filled
+
+    def register(self, copier: Copier) -> None:
+        """Let references to dictionaries of hooks lead to the copies."""
+        for key, value in self.filled:
+            copied = value.copy()
+            copier.memo[id(value)] = copied
+            self.live[key] = copied
+
+    def put_copies(self, copier: Copier) -> None:
+        live = self.live
+        _drop_others(live, self.saved)
+        live.update(self.saved)
+        for dictionary in self.empty:
+            if dictionary:
+                dictionary.clear()
+        module = self.module
+        for key, value in self.filled:
+            copied = copier.memo[id(value)]
+            if key.endswith("hooks"):
+                for number, hook in value.items():
+                    copied[number] = copier.copy(hook, (module, key))
+            live[key] = copied
+        for key, value in self.own:
+            live[key] = copier.copy(value, (module, key))
+        if copier.widen:
+            # What self.dtype says, for instance, is no longer the weights'.
+            halves = [k for k, v in self.saved.items() if type(v) is torch.dtype and v in HALF]
+            live.update(dict.fromkeys(halves, torch.float32))
+
+    def restore(self) -> None:
+        _drop_others(self.live, self.saved)
+        self.live.update(self.saved)
+        for dictionary in self.empty:
+            if dictionary:
+                dictionary.clear()
+
+
+class _Class:
+    """The attributes of a class that are no definitions, such as counters."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.saved = _data_of(kind)
+
+    def put_copies(self, copier: Copier) -> None:
+        self.restore()
+        for key, value in self.saved.items():
+            if type(value) not in ATOMS:
+                copied = copier.copy(value, ((None, self.kind.__name__), f".{key}"))
+                if copied is not value:
+                    type.__setattr__(self.kind, key, copied)
+
+    def restore(self) -> None:
+        present = _data_of(self.kind)
+        for key in present.keys() - self.saved.keys():
+            type.__delattr__(self.kind, key)
+        for key, value in self.saved.items():
+            if present.get(key, self) is not value:
+                type.__setattr__(self.kind, key, value)
+
+
+def _drop_others(live: dict[str, Any], saved: dict[str, Any]) -> None:
+    if len(live) != len(saved) + len(_ELSEWHERE) or not saved.keys() <= live.keys():
+        for key in live.keys() - saved.keys() - _ELSEWHERE:
+            del live[key]
+
+
+def _data_of(kind: type) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in vars(kind).items()
+        if not isinstance(value, _DEFINITIONS) and not (key[:2] == "__" or key[:4] == "_abc")
+    }
+
+
+def _classes_of(module: nn.Module) -> Iterable[type]:
+    kinds = {type(m) for m in module.modules()}
+    return {base for kind in kinds for base in kind.__mro__ if _is_of_the_user(base)}
+
+
+@lru_cache(maxsize=1024)
+def _is_of_the_user(kind: type) -> bool:
+    return str(kind.__module__).split(".")[0] not in _LIBRARIES

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.callbacks.compat import prepared
+from lla_callbacks.callbacks.own_loader import apart
 from lla_callbacks.objective.batches import hold, sample_count, tensors_of
-from lla_callbacks.objective.state import preserved_random_streams
+from lla_callbacks.objective.state import preserved
 
 
 class HeldBatches:
@@ -50,21 +51,26 @@ class HeldBatches:
     def add_loader(self, trainer: Any, module: Any, loader: Any, seed: int) -> None:
         """Hold the first batches of a user's own loader, which must not notice.
 
-        Iterating draws from the global random streams and from a loader's own generator;
-        both are put back.
+        Nor must training, which may use the same one: what is read is a copy where that can be
+        had. Random streams, and what transfer hooks change in the module, are put back.
+
+        Raises:
+            SharedLoaderError: See :func:`~lla_callbacks.callbacks.own_loader.apart`.
         """
-        sources = [getattr(loader, "generator", None)]
-        sources.append(getattr(getattr(loader, "sampler", None), "generator", None))
-        states = [(source, source.get_state()) for source in sources if source is not None]
+        source = apart(trainer, module, loader)
+        # Those of a loader that is read as it is; one of a class of its own may have none.
+        generators = [getattr(loader, "generator", None)]
+        generators.append(getattr(getattr(loader, "sampler", None), "generator", None))
+        states = [(g, g.get_state()) for g in generators if g is not None]
         try:
-            with preserved_random_streams(seed):
-                for batch in loader:
+            with preserved(module, seed=seed):
+                for batch in source:
                     self.add(prepared(trainer, module, batch))
                     if self.complete:
                         break
         finally:
-            for source, state in states:
-                source.set_state(state)
+            for generator, state in states:
+                generator.set_state(state)
         self.complete = True
 
     def state(self) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from lla_callbacks.callbacks.compat import (
 )
 from lla_callbacks.callbacks.held_batches import HeldBatches
 from lla_callbacks.callbacks.monitor_settings import checked
+from lla_callbacks.callbacks.own_loader import SharedLoaderError
 from lla_callbacks.callbacks.processes import Processes
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.run_state import Resumable
@@ -605,6 +606,8 @@ class Monitor(Resumable):
     def _guarded(self, what: str, action: Callable[..., object], *arguments: Any) -> None:
         try:
             action(*arguments)
+        except SharedLoaderError:
+            raise
         except Exception as error:  # noqa: BLE001 - a broken logger must not end the run
             self._warn(error, what)
 

@@ -54,11 +54,12 @@ class Copier:
         root: The module whose parts are named in messages.
         keeps_machinery: Whether modules, optimizers, loggers and what belongs to a Trainer stay
             what they are, for copies that outlive an evaluation.
-        with_workers: Whether loaders with workers are copied too.
 
     Attributes:
         classes: Of the user's objects that were copied.
+        replaced: Names of what stand-ins took the places of.
         refusals: See above.
+        with_workers: Whether loaders with workers are copied too; a step's are not.
     """
 
     def __init__(
@@ -69,17 +70,17 @@ class Copier:
         refusals: list[RefusedError] | None = None,
         root: nn.Module | None = None,
         keeps_machinery: bool = False,
-        with_workers: bool = False,
     ) -> None:
         self.memo: dict[int, Any] = {id(old): new for old, new in known}
         self.refusals: list[RefusedError] = [] if refusals is None else refusals
         self.classes: set[type] = set()
+        self.replaced: list[str] = []
         self.widen = widen
         self.on_tensor: Callable[[Tensor], Tensor] | None = None
         self._storages = Storages(tuple, widen=widen)
         self._root = root
         self._keeps_machinery = keeps_machinery
-        self._with_workers = with_workers
+        self.with_workers = False
         # Ids must not be used again while they are in the memo.
         self._alive: list[Any] = []
 
@@ -122,11 +123,11 @@ class Copier:
             found = self._array(value, path)
         elif kind in LOCKS:
             found = LOCKS[kind]()
-        elif is_refused(kind):
-            found = self._stand_in(value, kind, path)
         elif (original := original_behind(value)) is not value or is_shadowed(kind):
             found = shadow_of(original, self, path)
             self.memo[id(original)] = found
+        elif is_refused(kind):
+            return self._stand_in(value, kind, path)
         elif issubclass(kind, DataLoader):
             return self._loader(value, kind, path)
         elif issubclass(kind, torch.optim.Optimizer):
@@ -145,7 +146,8 @@ class Copier:
         self._alive.append(value)
 
     def _stand_in(self, value: Any, kind: type, path: Path) -> StandIn:
-        found = StandIn(self.name_of(path), kind, self.refusals)
+        self.replaced.append(self.name_of(path))
+        found = StandIn(self.replaced[-1], kind, self.refusals)
         self.keep(value, found)
         return found
 
@@ -326,7 +328,7 @@ class Copier:
     # -- objects ----------------------------------------------------------------------------
 
     def _loader(self, value: Any, kind: type, path: Path) -> Any:
-        if value.num_workers and not self._with_workers:
+        if value.num_workers and not self.with_workers:
             return self._stand_in(value, kind, path)
         # Whoever is read now keeps its own place and its own workers.
         return self._by_dict(value, kind, path, _iterator=None, persistent_workers=False)

@@ -74,6 +74,8 @@ def _derived(kind: type) -> tuple[type, frozenset[str]]:
             "__doc__": kind.__doc__,
             "__getattr__": _getter(kind),
         }
+        if "__del__" in names:  # the end of a shadow is not that of the original
+            members["__del__"] = _nothing
         if {"fit", "save_checkpoint"} <= names and "fit_loop" not in names:
             members |= {name: _refusal(name) for name in _ACTIONS}
         found = _DERIVED[kind] = (type(kind)(kind.__name__, (kind,), members), names)
@@ -105,6 +107,10 @@ def _refusal(name: str) -> Any:
         raise error
 
     return refuse
+
+
+def _nothing(self: Any) -> None:
+    """Stand in for what an object does at its end."""
 
 
 def _can_derive(kind: type) -> bool:

@@ -35,6 +35,8 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
         lambda_min_beyond=m.lambda_min.beyond,
         trace=m.trace,
         trace_sem=m.trace_sem,
+        filter_curvature=m.filter_curvature,
+        filter_curvature_sem=m.filter_curvature_sem,
         nodes=m.nodes.numpy(),
         weights=m.weights.numpy(),
         run_sizes=np.array(m.run_sizes),

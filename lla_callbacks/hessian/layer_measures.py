@@ -44,11 +44,12 @@ class LayerSpectrum:
         weights: Their weights, same shape, sum 1.
         run_sizes: How many nodes each run contributed, in order.
         distance: 1-Wasserstein distance of the normalized spectrum to that of the whole
-            Hessian; see :func:`~lla_callbacks.linalg.distance.shape_distance`. NaN for a
-            block that is zero.
+            Hessian; see :func:`~lla_callbacks.linalg.distance.shape_distance`. Of all the layer's
+            parameters, biases among them. NaN for a block that is zero.
         distance_error: Its standard error over start vectors.
         published_distance: The distance that Sankar et al. 2021 computed; see
-            :func:`~lla_callbacks.linalg.distance.published_distance`.
+            :func:`~lla_callbacks.linalg.distance.published_distance`. Theirs is of weights only,
+            without biases.
     """
 
     lambda_max: Eigenvalue

@@ -28,6 +28,8 @@ def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> d
         f"{name}/trace": m.trace,
         f"{name}/trace_sem": m.trace_sem,
         f"{name}/trace_times_norm2": m.trace_times_norm2,
+        f"{name}/filter_curvature": m.filter_curvature,
+        f"{name}_errors/filter_curvature": m.filter_curvature_sem,
         f"{name}/weight_norm": m.weight_norm,
         f"{name}/loss": m.loss,
         f"{name}/gradient_norm": m.gradient_norm,

@@ -27,6 +27,11 @@ def describe(measurement: HessianMeasurement) -> str:
             f"  trace               {with_error(m.trace, m.trace_sem)}"
             "  (all curvature added up; the +- is one standard error)"
         )
+    if math.isfinite(m.filter_curvature):
+        lines.append(
+            f"  filter curvature    {with_error(m.filter_curvature, m.filter_curvature_sem)}"
+            "  (mean along random directions as long as the filters; comparable between networks)"
+        )
     if math.isfinite(c["c_t"]):
         lines.append(
             f"  spectrum            smallest/largest {c['c_t']:.2g} ({m.spectrum_type} by LLA's "

@@ -33,19 +33,30 @@ class Eigenvalue(float):
         return f"{float(self):.6g} (residual {self.residual:.1g})"
 
 
-def extremes(runs: Sequence[LanczosRun]) -> tuple[Eigenvalue, Eigenvalue]:
+def extremes(runs: Sequence[LanczosRun], rtol: float = 0.0) -> tuple[Eigenvalue, Eigenvalue]:
     """Return the smallest and the largest Ritz value of all runs.
 
     A Ritz value never lies outside of the spectrum, so the outermost one is the best.
+
+    Args:
+        runs: The runs.
+        rtol: Where they ended early; see :func:`end_of`.
     """
     return (
-        end_of(min(runs, key=lambda run: float(run.values[0])), 0),
-        end_of(max(runs, key=lambda run: float(run.values[-1])), -1),
+        end_of(min(runs, key=lambda run: float(run.values[0])), 0, rtol),
+        end_of(max(runs, key=lambda run: float(run.values[-1])), -1, rtol),
     )
 
 
-def end_of(run: LanczosRun, position: int) -> Eigenvalue:
-    """Return the outermost Ritz value of a run: position 0 or -1."""
-    return Eigenvalue(
-        float(run.values[position]), float(run.residuals[position]), run.beyond[position]
-    )
+def end_of(run: LanczosRun, position: int, rtol: float = 0.0) -> Eigenvalue:
+    """Return the outermost Ritz value of a run.
+
+    Args:
+        run: The run.
+        position: 0 or -1.
+        rtol: Where it ended early: the share of the largest eigenvalue that it resolved. Of what
+            is smaller it cannot know, so that much further out the extreme may lie.
+    """
+    resolved = 0.0 if run.broke_down else rtol * float(run.values.abs().max())
+    beyond = max(run.beyond[position], resolved)
+    return Eigenvalue(float(run.values[position]), float(run.residuals[position]), beyond)

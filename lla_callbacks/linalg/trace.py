@@ -31,6 +31,7 @@ class TraceEstimate:
         num_probes: Independent random vectors behind it.
         blocks: Block name to ``(value, sem)`` of the trace over that block's coordinates.
             The blocks' values add up to ``value`` if the blocks cover every coordinate.
+        scaled: The same of ``sum_i scale_i a_ii``, where a scale was given; else NaN.
         square: Estimate of ``tr A^2 = ||A||_F^2``, from the norms of the same products.
         square_sem: Its standard error.
     """
@@ -41,6 +42,7 @@ class TraceEstimate:
     square: float
     square_sem: float
     blocks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    scaled: tuple[float, float] = (math.nan, math.nan)
 
 
 class TraceEstimator:
@@ -61,6 +63,7 @@ class TraceEstimator:
         operator: ``A``.
         blocks: Block name to positions (a slice or a 1-D integer tensor).
         known: A Lanczos run whose start vector no probe will repeat.
+        scale: Weights of the diagonal's entries in one more sum, shape ``(dim,)``.
     """
 
     def __init__(
@@ -68,17 +71,21 @@ class TraceEstimator:
         operator: SymmetricOperator,
         blocks: Mapping[str, slice | Tensor],
         known: LanczosRun | None = None,
+        *,
+        scale: Tensor | None = None,
     ) -> None:
         self._operator = operator
         self._known = known
-        # Row 0 is the whole, the others are the blocks.
+        # Row 0 is the whole, then come the blocks, and last the scaled sum.
         # Vectors meet where the run keeps its basis.
         self._home = operator.device if known is None else known.basis.device
         self._blocks = {
             name: index if isinstance(index, slice) else index.to(self._home)
             for name, index in blocks.items()
         }
-        self._exact = torch.zeros(1 + len(self._blocks), dtype=torch.float64)
+        self._scale = None if scale is None else scale.to(self._home, operator.dtype)
+        rows = 1 + len(self._blocks) + (scale is not None)
+        self._exact = torch.zeros(rows, dtype=torch.float64)
         self._samples: list[Tensor] = []
         self._squares: list[float] = []
         self._exact_square = 0.0
@@ -149,7 +156,10 @@ class TraceEstimator:
     def _sums(self, diagonal: Tensor) -> Tensor:
         """Return the sum over everything and over each block, float64, on the CPU."""
         parts = [diagonal, *(diagonal[index] for index in self._blocks.values())]
-        return torch.tensor([total(part) for part in parts], dtype=torch.float64)
+        sums = [total(part) for part in parts]
+        if self._scale is not None:
+            sums.append(inner(diagonal, self._scale))
+        return torch.tensor(sums, dtype=torch.float64)
 
     def estimate(self) -> TraceEstimate:
         """Return the estimate from the probes so far; a sem is NaN below two probes."""
@@ -161,7 +171,10 @@ class TraceEstimator:
         mean = self._exact + samples.mean(dim=0)
         # Few probes say little of their own variance: two errors cover 95 % all the same.
         share = widened_sem(1.0, count) / math.sqrt(count)
-        sem = (_variance(samples) * share**2 + self._rounding**2).sqrt()
+        rounding = torch.full_like(mean, self._rounding)
+        if self._scale is not None:
+            rounding[-1] *= float(self._scale.abs().max())
+        sem = (_variance(samples) * share**2 + rounding**2).sqrt()
         pairs = list(zip(mean.tolist(), sem.tolist(), strict=True))
         square = self._exact_square + float(squares.mean())
         square_rounding = 2 * self._rounding * math.sqrt(square)
@@ -171,7 +184,8 @@ class TraceEstimator:
             num_probes=count,
             square=square,
             square_sem=math.sqrt(float(_variance(squares)) * share**2 + square_rounding**2),
-            blocks=dict(zip(self._blocks, pairs[1:], strict=True)),
+            blocks=dict(zip(self._blocks, pairs[1:], strict=False)),
+            scaled=(math.nan, math.nan) if self._scale is None else (pairs[-1][0], pairs[-1][1]),
         )
 
 

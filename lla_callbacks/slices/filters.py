@@ -7,9 +7,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.filters import (
+    filters_as_rows,
+    filters_as_tensor,
+    transposed_groups,
+)
 
 
 class Filters:
@@ -38,12 +42,7 @@ class Filters:
         self.vectors = vectors
         # Copies: rays are scaled while the live weights are somewhere else.
         self._weights = [tensor.detach().cpu().clone() for tensor in space.tensors]
-        self._groups = {
-            id(p): m.groups
-            for m in module.modules()
-            if isinstance(m, _ConvTransposeNd)
-            for p in (m.weight,)
-        }
+        self._groups = transposed_groups(module)
 
     def num_moved(self) -> int:
         """Return how many parameters a direction moves: the dimension that it is drawn from."""
@@ -110,7 +109,7 @@ class Filters:
                 yield name, weights.reshape(shape), values.reshape(shape)
             elif self.normalization == "filter":
                 groups = self._groups.get(id(tensor))
-                yield name, _rows(weights, groups), _rows(values, groups)
+                yield name, filters_as_rows(weights, groups), filters_as_rows(values, groups)
             else:
                 yield name, weights.reshape(1, -1), values.reshape(1, -1)
 
@@ -131,23 +130,7 @@ class Filters:
         if groups is None or self.normalization != "filter":
             result[where] = rows.reshape(-1)
         else:
-            result[where] = _unrows(rows, tensor.shape, groups).reshape(-1)
-
-
-def _rows(tensor: Tensor, groups: int | None) -> Tensor:
-    """Return one filter a row; ``groups`` marks a transposed convolution."""
-    if groups is None:
-        return tensor.reshape(tensor.shape[0], -1)
-    # (in, out / groups, ...): an output channel takes its group's inputs.
-    inputs, outputs = tensor.shape[:2]
-    grouped = tensor.reshape(groups, inputs // groups, outputs, -1)
-    return grouped.transpose(1, 2).reshape(groups * outputs, -1)
-
-
-def _unrows(rows: Tensor, shape: torch.Size, groups: int) -> Tensor:
-    inputs, outputs = shape[:2]
-    grouped = rows.reshape(groups, outputs, inputs // groups, -1)
-    return grouped.transpose(1, 2).reshape(shape)
+            result[where] = filters_as_tensor(rows, tensor.shape, groups).reshape(-1)
 
 
 def _balanced(u: Tensor, v: Tensor, rest: float) -> tuple[Tensor, float]:

@@ -24,10 +24,12 @@ from tqdm.auto import tqdm
 from .modules import Evaluated, Plain, events, fit, loader, monitor, plain_loss, scalars, steps
 
 PNG = b"\x89PNG\r\n\x1a\n"
-EVERY = ["lambda_max", "lambda_min", "trace", "trace_sem", "loss", "gradient_norm"]
+EVERY = [
+    "lambda_max", "lambda_min", "trace", "trace_sem", "loss", "gradient_norm", "filter_curvature",
+]  # fmt: skip
 SCALES = ["trace_times_norm2", "weight_norm"]
 COUNTS = ["num_matvecs", "num_steps", "seconds", "overhead"]
-ENDS = ["lambda_max", "lambda_min", "lambda_max_beyond", "lambda_min_beyond"]
+ENDS = ["lambda_max", "lambda_min", "lambda_max_beyond", "lambda_min_beyond", "filter_curvature"]
 BANDS = ["lambda_max", "lambda_min", "trace", "kh05"]
 CRITERIA = [
     "kh05",

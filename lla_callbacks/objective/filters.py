@@ -1,0 +1,57 @@
+"""What a filter of a parameter is: whatever makes one output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from lla_callbacks.linalg.space import ParameterSpace, whole
+
+
+def transposed_groups(module: nn.Module) -> dict[int, int]:
+    """Return the groups of each transposed convolution, by the identity of its weight."""
+    return {id(m.weight): m.groups for m in module.modules() if isinstance(m, _ConvTransposeNd)}
+
+
+def filter_scales(module: nn.Module, space: ParameterSpace) -> Tensor:
+    """Return ``||w_f||^2 / n_f`` of the filter that each entry belongs to, shape ``(dim,)``.
+
+    The second moment of a filter-normalized Gaussian direction: ``E phi phi' = diag(scales)``
+    within a filter, and between two the directions are independent. Biases and gains (parameters
+    of one dimension) stand still, as in Li et al. 2018.
+
+    Args:
+        module: Owner of the parameters.
+        space: Their layout.
+    """
+    groups = transposed_groups(module)
+    scales = torch.zeros(space.dim, dtype=torch.float64)
+    for name, tensor in zip(space.names, space.tensors, strict=True):
+        if tensor.ndim < 2:
+            continue
+        weights = whole(tensor.detach()).cpu().double()
+        rows = filters_as_rows(weights, groups.get(id(tensor)))
+        squares = rows.square().mean(dim=1, keepdim=True).expand_as(rows)
+        back = filters_as_tensor(squares, weights.shape, groups.get(id(tensor)))
+        scales[space.slices[name]] = back.reshape(-1)
+    return scales
+
+
+def filters_as_rows(tensor: Tensor, groups: int | None) -> Tensor:
+    """Return one filter a row; ``groups`` marks a transposed convolution."""
+    if groups is None:
+        return tensor.reshape(tensor.shape[0], -1)
+    # (in, out / groups, ...): an output channel takes its group's inputs.
+    inputs, outputs = tensor.shape[:2]
+    grouped = tensor.reshape(groups, inputs // groups, outputs, -1)
+    return grouped.transpose(1, 2).reshape(groups * outputs, -1)
+
+
+def filters_as_tensor(rows: Tensor, shape: torch.Size, groups: int | None) -> Tensor:
+    """Return a parameter of rows of filters, the inverse of :func:`filters_as_rows`."""
+    if groups is None:
+        return rows.reshape(shape)
+    inputs, outputs = shape[:2]
+    grouped = rows.reshape(groups, outputs, inputs // groups, -1)
+    return grouped.transpose(1, 2).reshape(shape)

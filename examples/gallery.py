@@ -20,7 +20,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lla_callbacks import basin_radii, convexity_map, interpolate, loss_line, loss_plane
+from lla_callbacks import (
+    barrier,
+    basin_radii,
+    connect,
+    convexity_map,
+    interpolate,
+    loss_curve,
+    loss_line,
+    loss_plane,
+)
 from lla_callbacks.slices.landscape_figures import basin_figure
 from lla_callbacks.slices.line_figures import line_figure
 
@@ -179,9 +188,56 @@ def between(path: list[nn.Module]) -> np.ndarray:
     return beside(line_figure(lines, title=title))
 
 
+def error(module: nn.Module, batch: Batch) -> Tensor:
+    return 1 - accuracy(module, batch)
+
+
+def three_nets() -> list[nn.Module]:
+    """Return three MLPs of width 64 from three seeds, as three trainings end."""
+    nets = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+            nn.Linear(64, 10),
+        )  # fmt: skip
+        nets.append(trained(net, epochs=30, lr=0.1, decay=1e-4)[-1])
+    return nets
+
+
+def curve(path: list[nn.Module]) -> np.ndarray:
+    a, b, net = three_nets()
+    batches = list(zip(TRAIN[0].split(64), TRAIN[1].split(64), strict=True))
+    found = connect(net, batches, a, b, loss=loss, epochs=60)
+    line = loss_curve(net, [TRAIN], found, loss=loss, metrics={"error": error})
+    print(f"   {line}\n{line.summary()}")
+    plane = loss_plane(net, [TRAIN], directions=found, loss=loss)
+    return beside(
+        line.figure(title="Two networks and a curve between them"),
+        plane.figure(title="The plane of the curve"),
+    )
+
+
+def networks(path: list[nn.Module]) -> np.ndarray:
+    nets = three_nets()
+    plane = loss_plane(nets[0], [TRAIN], directions=nets, loss=loss)
+    return beside(plane.figure(title="Three networks that nobody connected", interpolate=True))
+
+
+def barriers(path: list[nn.Module]) -> np.ndarray:
+    nets = dict(zip(("seed 0", "seed 1", "seed 2"), three_nets(), strict=True))
+    found = [barrier(nets["seed 0"], [TRAIN], nets, loss=loss, align=align)
+             for align in (False, True)]  # fmt: skip
+    print(f"   {found}")
+    return beside(
+        found[0].figure(title="Barriers of straight lines ..."),
+        found[1].figure(title="... and after alignment"),
+    )
+
+
 MAKERS = (
     plane, interpolated, incomplete, line, eigenvector, hessian, trajectory, convexity, basins,
-    surface, between,
+    surface, between, curve, networks, barriers,
 )  # fmt: skip
 
 

@@ -216,9 +216,11 @@ class CurveView:
 
     def _chosen(self, trainer: Any, objective: Objective, passed: float) -> int:
         """Return how many points a picture has in this run."""
-        began = time.perf_counter()
         with evaluating(objective, metrics=self.settings.metrics,
                         predict=self.settings.predict) as evaluate:  # fmt: skip
+            # The first one loads and allocates.
+            evaluate()
+            began = time.perf_counter()
             evaluate()
             each = (time.perf_counter() - began) / self._processes.size
         epochs = trainer.max_epochs

@@ -32,7 +32,6 @@ def draw_networks(axes: Axes, marks: Marks) -> list[str]:
         axes.plot(
             ends[:, 0], ends[:, 1], color="white", lw=1.4, ls=(0, (3, 2)), zorder=4,
             path_effects=[Stroke(linewidth=2.6, foreground=INK, alpha=0.65), Normal()],
-            label="straight line",
         )  # fmt: skip
         axes.plot(
             curve[:, 0], curve[:, 1], color="white", lw=2.0, zorder=5, path_effects=dark,

@@ -22,10 +22,11 @@ from lla_callbacks.callbacks.compat import (
 )
 from lla_callbacks.callbacks.poison_stream import PoisonStream
 from lla_callbacks.callbacks.replay import trainer_loss
+from lla_callbacks.callbacks.saved_state import check_entries
 from lla_callbacks.callbacks.strength import StrengthSchedule
 from lla_callbacks.callbacks.surrogate import add_gradient
-from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
 from lla_callbacks.objective.checkpoints import no_checkpoints
+from lla_callbacks.objective.checks import batches_of, check_loss, number, one_of, seed_of
 from lla_callbacks.objective.objective import trainable
 from lla_callbacks.objective.state import preserved
 from lla_callbacks.objective.training_step import (
@@ -36,8 +37,16 @@ from lla_callbacks.objective.training_step import (
 from lla_callbacks.objective.twice_differentiable import eager
 from lla_callbacks.penalty.reversal import Labels, Reversal, Seen
 from lla_callbacks.penalty.reversed import NoReverseError
+from lla_callbacks.report.conform import check_finite, check_type
 from lla_callbacks.report.loggers import write_scalars
 
+# What a checkpoint holds of the callback, and of which type.
+_SAVED: dict[str, Any] = {
+    "num_steps": int,
+    "skipped": int,
+    "position": tuple[int, int],
+    "last_logged": int | None,
+}
 # Where a checkpoint says that its network was poisoned.
 MARK = "poisoned"
 
@@ -104,26 +113,18 @@ class PoisonedLoss(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-        if not number or not math.isfinite(factor) or not 0 <= factor < 1:
-            raise ValueError(f"factor is {factor!r}; give a number from 0 to below 1.")
-        if not hasattr(dataloader, "__iter__") or iter(dataloader) is dataloader:
+        self.factor = number("factor", factor, "a number from 0 to below 1", least=0, below=1)
+        self.dataloader = batches_of("dataloader", dataloader)
+        if iter(dataloader) is dataloader:
             raise ValueError(
-                f"dataloader is of type {type(dataloader).__name__}; give a DataLoader or a list "
-                "of batches, which can be gone through more than once."
+                f"dataloader is a {type(dataloader).__name__}, which ends once and for all: give "
+                "a DataLoader or a list of batches, which can be gone through more than once."
             )
-        if labels not in ("reversed", "true"):
-            raise ValueError(f"labels is {labels!r}; give 'reversed' or 'true'.")
-        if loss is not None and not callable(loss):
-            raise ValueError(f"loss is {loss!r}; give loss(module, batch) -> scalar, or None.")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed is {seed!r}; give a whole number of at least 0.")
-        self.factor = factor
-        self.dataloader = dataloader
-        self.labels: Labels = labels
+        self.labels: Labels = one_of("labels", labels, Labels)
+        check_loss(loss)
         self.schedule = StrengthSchedule(1, start_step, ramp_steps, False)
         self.loss = loss
-        self.seed = seed
+        self.seed = seed_of("seed", seed)
         self._stream: PoisonStream | None = None
         self._reset()
 
@@ -321,6 +322,19 @@ class PoisonedLoss(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        try:
+            check_type(state_dict, Mapping[str, Any], "the state")
+            check_entries(state_dict, _SAVED, "the state")
+            for name in ("num_steps", "skipped"):
+                check_finite(state_dict[name], f"the state's {name}", least=0)
+            for part in state_dict["position"]:
+                check_finite(part, "the state's position", least=0)
+        except Exception as error:  # noqa: BLE001 - whatever is there, training goes on
+            rank_zero_warn(
+                f"{type(self).__name__}: what the checkpoint holds of it is left, and poison and "
+                f"counts begin anew. {type(error).__name__}: {error}"
+            )
+            return
         self.num_steps = state_dict["num_steps"]
         self.skipped = state_dict["skipped"]
         self._position = tuple(state_dict["position"])
@@ -353,11 +367,14 @@ class PoisonedLoss(Callback):
                 f"two {kind} in one Trainer would each take their share of the other: use one, "
                 "with one dataloader of all poison."
             )
-        if any(isinstance(other, HessianTraceRegularizer) for other in trainer.callbacks):
-            raise MisconfigurationException(
-                f"{kind} beside HessianTraceRegularizer: each replaces the gradient, and one would "
-                "silently drop or scale the other. Use one of them in a Trainer."
-            )
+        for other in trainer.callbacks:
+            # HessianTraceRegularizer, ModeConnection
+            if getattr(other, "moves_weights", False):
+                raise MisconfigurationException(
+                    f"{kind} beside {type(other).__name__}: each changes a step's gradient, and "
+                    "one would silently drop or scale the other's, or be taken at other weights. "
+                    "Use one of them a fit."
+                )
         if not getattr(module, "automatic_optimization", True):
             raise MisconfigurationException(
                 f"{kind} adds its gradient to the loss that Lightning differentiates, and "

@@ -389,8 +389,11 @@ def test_a_sampler_that_shares_out_samples_is_left_to_it():
 
 
 def test_an_empty_loader_is_refused(tmp_path):
+    empty = DataLoader([], batch_size=2)
     with pytest.raises(ValueError, match="has no batches"):
-        trained(tmp_path, Double, PoisonedLoss(0.4, []))
+        trained(tmp_path, Double, PoisonedLoss(0.4, empty))
+    with pytest.raises(ValueError, match="dataloader is empty"):
+        PoisonedLoss(0.4, [])
 
 
 # -- refusals ---------------------------------------------------------------------------
@@ -402,9 +405,10 @@ def test_an_empty_loader_is_refused(tmp_path):
         ({"factor": 1.0}, "from 0 to below 1"),
         ({"factor": True}, "from 0 to below 1"),
         ({"factor": float("nan")}, "from 0 to below 1"),
-        ({"dataloader": None}, "gone through more than once"),
-        ({"dataloader": iter([])}, "gone through more than once"),
-        ({"labels": "flipped"}, "'reversed' or 'true'"),
+        ({"dataloader": None}, "dataloader is of type NoneType"),
+        ({"dataloader": (torch.ones(2, 3), torch.ones(2))}, "dataloader is one batch"),
+        ({"dataloader": iter([1])}, "gone through more than once"),
+        ({"labels": "flipped"}, "give one of reversed, true"),
         ({"start_step": -1}, "start_step is -1"),
         ({"ramp_steps": 0.5}, "ramp_steps is 0.5"),
         ({"loss": "ce"}, r"loss\(module, batch\)"),
@@ -413,7 +417,7 @@ def test_an_empty_loader_is_refused(tmp_path):
 )
 def test_bad_settings_are_refused_at_once(settings, words):
     with pytest.raises(ValueError, match=words):
-        PoisonedLoss(**{"factor": 0.4, "dataloader": [], **settings})
+        PoisonedLoss(**{"factor": 0.4, "dataloader": poison_batches(), **settings})
 
 
 def step_with(loss):
@@ -493,6 +497,12 @@ class OtherPoison(PoisonedLoss):
     """One of a kind that Lightning would take for another callback."""
 
 
+class Mover(pl.Callback):
+    """As ModeConnection says of itself."""
+
+    moves_weights = True
+
+
 def lbfgs(parameters):
     return torch.optim.LBFGS(parameters)
 
@@ -501,7 +511,8 @@ def lbfgs(parameters):
     ("make", "more", "words"),
     [
         (Double, [HessianTraceRegularizer(1e-3)], "HessianTraceRegularizer"),
-        (Double, [OtherPoison(0.1, [])], "two (Other)?Poison"),
+        (Double, [OtherPoison(0.1, poison_batches())], "two (Other)?Poison"),
+        (Double, [Mover()], "beside Mover"),
         (Manual, [], "manual optimization"),
         (lambda: Double(lbfgs), [], "LBFGS"),
     ],

@@ -55,6 +55,7 @@ class Study:
         given = parser.parse_args()
         self.name, self.quick, self.data = name, given.quick, given.data
         self.seeds = range(given.seeds or seeds[given.quick])
+        self._other_seeds = given.seeds is not None
         self.folder: Path = given.out
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
@@ -74,6 +75,7 @@ class Study:
     def command(self) -> str:
         """What reproduces the study."""
         options = (" --quick" if self.quick else "") + (" --data FOLDER" if self.data else "")
+        options += f" --seeds {len(self.seeds)}" if self._other_seeds else ""
         return f"python examples/studies/{self.name}.py{options}"
 
     def row(self, **values: Any) -> dict[str, Any]:

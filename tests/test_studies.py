@@ -12,6 +12,7 @@ import pytest
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 sys.path.insert(0, str(STUDIES))
 
+import claims  # noqa: E402
 from study import Study, judged  # noqa: E402
 
 NAMES = sorted(p.stem for p in STUDIES.glob("*.py") if p.stem not in ("study", "claims"))
@@ -42,7 +43,7 @@ def study(tmp_path, monkeypatch):
     return Study("some", "About it.", seeds=(5, 2))
 
 
-def test_effects_are_paired_by_seed(study, tmp_path, capsys):
+def test_effects_are_paired_by_seed_and_claims_go_into_one_table(study, tmp_path, monkeypatch):
     for seed in study.seeds:
         study.row(arm="a", seed=seed, x=2.0 + seed)
     for seed in reversed(study.seeds):
@@ -57,6 +58,17 @@ def test_effects_are_paired_by_seed(study, tmp_path, capsys):
     stored = json.loads((tmp_path / "some.json").read_text())
     assert [c["verdict"] for c in stored["claims"]] == ["confirmed", "refuted", "not decided"]
     assert len(stored["rows"]) == 8
+    page = tmp_path / "claims.md"
+    page.write_text(f"Before.\n{claims.START}\nold\n{claims.END}\nAfter.\n")
+    monkeypatch.setattr(sys, "argv", ["claims", str(tmp_path), str(page)])
+    claims.main()
+    claims.main()
+    text = page.read_text()
+    assert text.count("[`python examples/studies/some.py --seeds 4`](some.md)") == 1
+    assert text.count("| C2: b is larger | us | b over a | 4 |") == 1
+    assert text.startswith("Before.")
+    assert text.endswith("After.\n")
+    assert "old" not in text
     table = (tmp_path / "some.md").read_text()
     assert "| C1: a is larger | us | a over b | 4 |" in table
     assert "| a | 0 | 2 |" in table

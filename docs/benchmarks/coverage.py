@@ -1,6 +1,6 @@
 """How often do reported errors cover the truth?
 
-    OMP_NUM_THREADS=1 python docs/benchmarks/coverage.py [--part simulation|tracking|criteria]
+    OMP_NUM_THREADS=1 python docs/benchmarks/coverage.py [--part NAME]
 
 Prints the tables of docs/benchmarks/coverage.md. The networks are small enough for dense Hessians.
 """
@@ -16,8 +16,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lla_callbacks.hessian import criteria
+from lla_callbacks.hessian.criteria_of import SINCE
 from lla_callbacks.hessian.measures import HessianSettings, measure
 from lla_callbacks.hessian.tracking import TrackerState, TrackingSettings, anchored, track
+from lla_callbacks.linalg.density import sampling_error
+from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
+from lla_callbacks.linalg.operators import DenseOperator, SymmetricOperator
+from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.tracking import advance, begin
 from lla_callbacks.objective.build import objective_of
 from lla_callbacks.objective.objective import Objective
@@ -166,9 +172,134 @@ def full_state(
     return found[0]
 
 
+def rotated(values: Tensor, seed: int = 0) -> DenseOperator:
+    """Return an operator with these eigenvalues and random eigenvectors."""
+    source = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(values), len(values), generator=source, dtype=torch.float64)
+    basis = torch.linalg.qr(noise)[0]
+    return DenseOperator((basis * values) @ basis.T)
+
+
+def start_of(operator: DenseOperator, seed: int) -> Tensor:
+    dim = operator.shape[0]
+    return rademacher(dim, generator(seed), dtype=torch.float64, device=torch.device("cpu"))
+
+
+def stopped(run: LanczosRun, place: int, rtol: float, since: float) -> LanczosRun:
+    """Return a run as it was when the Ritz value at a place first seemed to have converged."""
+    for depth in range(4, run.num_steps):
+        now = run.at_depth(depth)
+        value = float(now.values[place])
+        before = run.at_depth(max(3, int(since * depth))).values if depth * since >= 3 else None
+        if before is None or float(now.residuals[place]) > rtol * abs(value):
+            continue
+        if abs(float(before[place]) - value) <= rtol * abs(value):
+            return now
+    return run
+
+
+def places(starts: int = 100, most: int = 60) -> None:
+    """Is the second Ritz value the second eigenvalue?"""
+    print("| outliers | residual alone | since 75 % of the steps | since 60 % |")
+    print("|---|---|---|---|")
+    for outliers in ((3.0, 3.03, 3.3), (3.0, 3.1, 3.2)):
+        values = torch.cat([torch.linspace(-0.05, 1, 1000), torch.tensor(outliers)]).double()
+        # In the eigenvectors' own coordinates, with normal start vectors: the same law.
+        operator = Diagonal(values)
+        wrong = dict.fromkeys((1.0, 0.75, 0.6), 0)
+        for seed in range(starts):
+            start = torch.randn(len(values), generator=generator(seed), dtype=torch.float64)
+            run = lanczos(operator, start, most)
+            for since in wrong:
+                now = stopped(run, -2, 0.01, since)
+                off = abs(float(now.values[-2]) - float(values[-2]))
+                wrong[since] += off > float(now.residuals[-2])
+        print(f"| {outliers} | " + " | ".join(str(count) for count in wrong.values()) + " |")
+
+
+class Diagonal(SymmetricOperator):
+    """A diagonal matrix."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(len(values), values.dtype, values.device)
+        self.values = values[:, None]
+
+    def _matmat(self, columns: Tensor) -> Tensor:
+        return self.values * columns
+
+
+def stability(starts: int = 60) -> None:
+    """The largest eigenvalue of a head whose body stands still."""
+    print("| | residual 5 % | in its place | residual 2 %, in its place |")
+    print("|---|---|---|---|")
+    first = torch.cat([torch.linspace(-0.1, 0.5, 40), torch.tensor([0.85, 0.88, 1.0])]).double()
+    second = torch.cat([torch.linspace(-0.1, 0.9, 80), torch.tensor([1.0])]).double()
+    for name, values in (("outliers", first), ("bulk", second)):
+        operator, cells = rotated(values), []
+        for rtol, which in ((0.05, "max"), (0.05, [-1]), (0.02, [-1])):
+            runs = [
+                lanczos(operator, start_of(operator, seed), 24, rtol=rtol, which=which)
+                for seed in range(starts)
+            ]
+            low = sum(float(run.values[-1]) < 0.95 for run in runs) / starts
+            products = sum(run.num_steps for run in runs) / starts
+            cells.append(f"{low:.0%} ({products:.1f})")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def depth(starts: int = 30, unit: float = 0.05) -> None:
+    """The effective dimension, with and without what the last steps changed."""
+    x, y = samples()
+    held = (x[:256], y[:256])
+    print("| | steps, runs | truth | mean | law of weights | change | before | with the change |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, width, steps in (("at initialisation", 16, 0), ("trained", 8, 300)):
+        module = network(width=width)
+        for _ in trained(module, steps):
+            pass
+        values = torch.linalg.eigvalsh(dense(module, held))
+        truth = float((values.clamp(min=0) / (values.clamp(min=0) + unit)).sum())
+        operator, dim = rotated(values), len(values)
+
+        def one(t: Tensor, w: Tensor, dim: int = dim) -> float:
+            return criteria.effective_dimension(t, w, dim, unit)
+
+        for num_steps, num_runs in ((12, 1), (12, 4), (24, 1), (24, 4), (40, 4)):
+            found = []
+            for seed in range(starts):
+                runs = [
+                    lanczos(operator, start_of(operator, 10 * seed + k), num_steps)
+                    for k in range(num_runs)
+                ]
+                errors = [
+                    sampling_error(lambda w, r=r: one(r.values, w), r.weights, dim)  # type: ignore[misc]
+                    for r in runs
+                ]
+                value = sum(one(r.values, r.weights) for r in runs) / num_runs
+                earlier = [
+                    sum(one(s.values, s.weights) for s in (r.at_depth(d) for r in runs)) / num_runs
+                    for d in range(math.ceil(SINCE * num_steps), num_steps)
+                ]
+                moved = max(abs(e - value) for e in earlier)
+                found.append((value, math.hypot(*errors) / num_runs, moved))
+            mean, law, change = (sum(f[i] for f in found) / starts for i in range(3))
+            before = sum(abs(v - truth) <= 2 * e for v, e, _ in found) / starts
+            now = sum(abs(v - truth) <= 2 * math.hypot(e, m) for v, e, m in found) / starts
+            print(
+                f"| {name} | {num_steps}, {num_runs} | {truth:.1f} | {mean:.1f} | {law:.1f} "
+                f"| {change:.1f} | {before:.0%} | {now:.0%} |"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {"simulation": simulation, "tracking": tracking}
+    parts = {
+        "simulation": simulation,
+        "tracking": tracking,
+        "places": places,
+        "stability": stability,
+        "depth": depth,
+    }
     parser.add_argument("--part", choices=parts, action="append")
     torch.set_num_threads(1)
     for part in parser.parse_args().part or parts:

@@ -16,8 +16,8 @@ from lla_callbacks.linalg.operators import SymmetricOperator
 ROUNDING = 10
 # A Ritz value that is asked for by its place must have been there at this share of the steps
 # already. A pair whose residual is small is some eigenpair, which need not be the one of that
-# place: of spectra with two close outliers the third was taken for the second in 26 to 45 of 100
-# runs by residuals alone, and in none to 3 so (docs/benchmarks/coverage.md).
+# place: of spectra with two close outliers the third was taken for the second in 33 to 45 of 100
+# runs by residuals alone, and in none or 1 so (docs/benchmarks/coverage.md).
 SETTLED_SINCE = 0.6
 
 

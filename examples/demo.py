@@ -115,7 +115,7 @@ def main() -> None:
     print(hessian.report.summary())
     print("\n" + landscape.report.summary())
     print("\n" + describe_change(hessian.history))
-    seconds = hessian.budget.spent + landscape.budget.spent
+    seconds = hessian.account.total
     print(
         f"\nMeasuring took {seconds:.0f} s: this demo measures often, on a small network."
         "\nWithout a schedule of its own, standard() makes a run of minutes 5 % longer at most."

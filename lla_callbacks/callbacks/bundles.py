@@ -17,11 +17,9 @@ TraceRegularization = float | Literal["auto"] | Mapping[str, Any] | None
 
 
 def economy(trace_regularization: TraceRegularization = None, **overrides: Any) -> list[Callback]:
-    """Return callbacks for long runs: extremes, trace and two lines, no more than 2 % in all.
+    """Return callbacks for long runs: extremes, trace and lines, within 2 % of training time.
 
-    12 Lanczos steps (the largest eigenvalue of a trained ResNet-20 converges to 5 % within
-    11) and 8 probes: 20 products a measurement. Lines along a random direction and the top
-    eigenvector: 42 forward passes and about 15 products.
+    Both monitors share that. Sizes are chosen so that it is kept; there are no planes.
 
     Args:
         trace_regularization: Strength of a penalty on the trace, or settings of
@@ -30,14 +28,12 @@ def economy(trace_regularization: TraceRegularization = None, **overrides: Any) 
         overrides: Settings of :class:`HessianMonitor` and :class:`LossLandscapeMonitor` that
             replace the bundle's; what both know goes to both.
     """
-    shared = {"num_samples": 128, "max_overhead": 0.01}
-    hessian = {"num_steps": 12, "num_probes": 8}
     penalty = _regularizer(trace_regularization, every_n_train_steps=10)
-    return [*_pair(shared, hessian, {"planes": []}, overrides), *penalty]
+    return [*_pair(_limit(0.02, overrides), {}, {"planes": []}, overrides), *penalty]
 
 
 def standard(trace_regularization: TraceRegularization = None, **overrides: Any) -> list[Callback]:
-    """Return callbacks with every default, at half of the default overhead each.
+    """Return callbacks with every default: within 5 % of training time, both together.
 
     Args:
         trace_regularization: Strength of a penalty on the trace, or settings of
@@ -45,10 +41,7 @@ def standard(trace_regularization: TraceRegularization = None, **overrides: Any)
         overrides: Settings of :class:`HessianMonitor` and :class:`LossLandscapeMonitor`; what
             both know goes to both.
     """
-    # Half of DEFAULT_OVERHEAD each; a schedule of the user's own is kept, as by one monitor.
-    own = any(overrides.get(key) is not None for key in ("every_n_epochs", "every_n_train_steps"))
-    pair = _pair({} if own else {"max_overhead": 0.02}, {}, {}, overrides)
-    return [*pair, *_regularizer(trace_regularization)]
+    return [*_pair({}, {}, {}, overrides), *_regularizer(trace_regularization)]
 
 
 def paper(trace_regularization: TraceRegularization = None, **overrides: Any) -> list[Callback]:
@@ -57,7 +50,9 @@ def paper(trace_regularization: TraceRegularization = None, **overrides: Any) ->
     100 Lanczos steps from one start vector (Gabdullin 2024), so that KH05 compares with the
     literature, and 40 probes. Planes of 51 x 51 points (Li et al. 2018) along random and Hessian
     directions (Gabdullin 2024) and over the path of training, a convexity map and the radii of
-    the basin. Give a schedule: a measurement takes some 10,000 forward passes.
+    the basin. Sizes are kept whatever they cost, some 10,000 forward passes a measurement, and the
+    log says beforehand how many training steps that is: without a schedule there is one at the
+    end, and more only within 5 % of training time.
 
     Args:
         trace_regularization: Strength of a penalty on the trace, or settings of
@@ -105,6 +100,12 @@ def _regularizer(asked: TraceRegularization, **settings: Any) -> list[Callback]:
         )
         own = {"strength": number("trace_regularization", asked, allowed, least=0)}
     return [HessianTraceRegularizer(**{**settings, **own})]
+
+
+def _limit(share: float, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a bundle's limit, which a schedule of the user's own does without."""
+    own = any(overrides.get(key) is not None for key in ("every_n_epochs", "every_n_train_steps"))
+    return {} if own else {"max_overhead": share}
 
 
 def _pair(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -247,3 +249,33 @@ def _rich_task(bar: Any, live: Any, description: str, total: int) -> Any:
         live._lla_callbacks_task = task
     live.reset(task, total=total, description=f"[dim]{description}", visible=True)
     return task
+
+
+def say(trainer: Any, text: str) -> None:
+    """Log a line for the user, as Lightning logs its own, from the first process.
+
+    Through a child of Lightning's own logger, so that users see it as they see Lightning's.
+    """
+    if getattr(trainer, "is_global_zero", True):
+        modules = [base.__module__ for base in type(trainer).__mro__]
+        inside = (m for m in modules if m.startswith(_NAMESPACES))
+        logging.getLogger(next(inside, _NAMESPACES[0])).info(text)
+
+
+def fraction_done(trainer: Any, batch_idx: int) -> float:
+    """Return the share of a run that is done after a batch, NaN where nobody knows.
+
+    By the epochs, the steps or the time that the Trainer was given, whichever ends first.
+    """
+    found = []
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs and epochs > 0 and 0 < batches < float("inf"):
+        found.append((trainer.current_epoch + min(1.0, (batch_idx + 1) / batches)) / epochs)
+    if trainer.max_steps and trainer.max_steps > 0:
+        found.append(trainer.global_step / trainer.max_steps)
+    for callback in trainer.callbacks:
+        if any(base.__name__ == "Timer" for base in type(callback).__mro__):
+            left, passed = callback.time_remaining(), callback.time_elapsed()
+            if left is not None and passed + left > 0:
+                found.append(passed / (passed + left))
+    return min(1.0, max(found)) if found else math.nan

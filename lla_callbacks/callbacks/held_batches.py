@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lla_callbacks.callbacks.compat import prepared
 from lla_callbacks.callbacks.own_loader import apart
-from lla_callbacks.objective.batches import hold, sample_count, tensors_of
+from lla_callbacks.objective.batches import first_of, hold, sample_count, tensors_of
 from lla_callbacks.objective.state import preserved
 
 
@@ -72,6 +72,16 @@ class HeldBatches:
             for generator, state in states:
                 generator.set_state(state)
         self.complete = True
+
+    @property
+    def num_held(self) -> int:
+        """Samples in all."""
+        return sum(map(sample_count, self.batches))
+
+    def keep(self, num_samples: int) -> None:
+        """Drop what is beyond this many samples, where batches can be cut."""
+        self.batches = first_of(self.batches, num_samples)
+        self._count = self.num_held
 
     def state(self) -> dict[str, Any] | None:
         """Return what is held, for a checkpoint; None if there are batches of other classes."""

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
+from lla_callbacks.callbacks.account import booked
+from lla_callbacks.callbacks.moments import Moment, space_of
+from lla_callbacks.callbacks.monitor import Monitor
+from lla_callbacks.callbacks.pace import Choice
 from lla_callbacks.callbacks.saved_state import check_entries, check_flat
 from lla_callbacks.callbacks.schedule import Schedule
+from lla_callbacks.callbacks.sizing import (
+    SpectrumSize,
+    UnitCosts,
+    choose_spectrum,
+    fitting,
+    has_room_to_draw,
+    spectrum_ladder,
+)
 from lla_callbacks.hessian.figures import history_figure
 from lla_callbacks.hessian.layer_figures import layer_history_figure
 from lla_callbacks.hessian.measures import Anchor, HessianSettings, measure
@@ -34,6 +47,13 @@ from lla_callbacks.objective.objective import Engine, Mode, Objective
 from lla_callbacks.objective.precision import Precision
 from lla_callbacks.report.conform import check_fields, check_type
 from lla_callbacks.report.plain import pack, unpack
+
+# A product in gradients, about (docs/cost.md).
+PRODUCT = 2.4
+# Figures that are planned for at the end.
+NUM_FIGURES = 1
+# Figures of a measurement, where there is room for all.
+MOST_FIGURES = 4
 
 _GAP_REMEDY = (
     "The exact engine says it: set engine='exact', in one process or under DDP, or measure a "
@@ -153,6 +173,7 @@ class HessianMonitor(Monitor):
     _result = HessianReport
     _last_light: int
     _tracker_step: int
+    share = 0.6
 
     def __init__(
         self,
@@ -162,12 +183,12 @@ class HessianMonitor(Monitor):
         track_num_probes: int = TrackingSettings.num_probes,
         track_eig_rtol: float | None = TrackingSettings.eig_rtol,
         layers: str | list[str] | Callable[[str, nn.Module], bool] | None = None,
-        num_probes: int = HessianSettings.num_probes,
-        num_steps: int = HessianSettings.num_steps,
+        num_probes: int | None = None,
+        num_steps: int | None = None,
         num_runs: int = HessianSettings.num_runs,
         num_layer_steps: int = HessianSettings.num_layer_steps,
         num_layer_probes: int = HessianSettings.num_layer_probes,
-        num_samples: int = 256,
+        num_samples: int | None = None,
         mode: Mode = "batch",
         dropout: bool = False,
         loss: Callable[[Any, Any], Any] | None = None,
@@ -185,9 +206,12 @@ class HessianMonitor(Monitor):
         custom_scalars: bool = True,
         name: str = "hessian",
     ) -> None:
+        self._given_steps, self._given_probes = num_steps, num_probes
+        steps = HessianSettings.num_steps if num_steps is None else num_steps
+        probes = HessianSettings.num_probes if num_probes is None else num_probes
         self.settings = HessianSettings(
-            num_steps=num_steps,
-            num_probes=num_probes,
+            num_steps=steps,
+            num_probes=probes,
             num_runs=num_runs,
             num_layer_steps=num_layer_steps,
             num_layer_probes=num_layer_probes,
@@ -244,6 +268,7 @@ class HessianMonitor(Monitor):
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "settings": self.settings}
 
+    @booked
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -256,10 +281,12 @@ class HessianMonitor(Monitor):
             and step not in (self._last_step, self._last_light)
             and self.tracking_schedule.after_step(step)
             and not self._is_about_to_fire(trainer)
-            and self._processes.agree(self.budget.allows(light=True))
+            and self._processes.agree(self._has_room_for_light())
         ):
             self._last_light = step
+            began = time.monotonic()
             self._fire(trainer, pl_module, Moment(step, light=True))
+            self._light_cost = time.monotonic() - began
 
     def _is_about_to_fire(self, trainer: Any) -> bool:
         """Return whether a full measurement of these weights follows, as far as is known."""
@@ -270,13 +297,23 @@ class HessianMonitor(Monitor):
         if trainer.current_epoch + 1 == trainer.max_epochs:
             return True
         after = self.schedule.after_epoch(trainer.current_epoch)
-        return bool(after and self._processes.agree(self.budget.allows()))
+        fits = self.is_asked or self.pace.fits(self.account, self.name)
+        return bool(after and self._processes.agree(fits))
+
+    def _has_room_for_light(self) -> bool:
+        """Return whether a light measurement as long as the last one fits."""
+        if self.max_overhead is None:
+            # A light schedule is always the user's own, which only a limit of its own holds up.
+            return True
+        aside = sum(self.account.reserved.values())
+        return self._light_cost + aside <= self.account.room(self.name)
 
     def _reset(self) -> None:
         super()._reset()
         # Why differences took over in this run; empty while the exact engine serves.
         self._fallback = ""
         self._told = False
+        self._light_cost = 0.0
         self._tracker = TrackerState()
         # Steps of the last light measurement, and of whatever the tracker knows.
         self._last_light = self._tracker_step = -1
@@ -338,7 +375,7 @@ class HessianMonitor(Monitor):
     ) -> HessianReport | HessianTracking:
         if moment.light:
             return self._track(objective, moment, quick=quick)
-        settings = self.settings
+        settings = self._present_settings()
         if self._fallback:
             # What failed once would fail again, at its cost.
             objective.engine = "difference"
@@ -368,6 +405,46 @@ class HessianMonitor(Monitor):
         if self._fallback:
             found = replace(found, engine_reason=self._fallback)
         return HessianReport.of(found)
+
+    def _present_settings(self) -> HessianSettings:
+        """Return the settings, at the size that was chosen for this run."""
+        size = self._size
+        if size is None:
+            return self.settings
+        return replace(self.settings, num_steps=size.num_steps, num_probes=size.num_probes)
+
+    def _choose(self, costs: UnitCosts | None, seconds: float, least: int) -> Choice:
+        ladder = fitting(
+            spectrum_ladder(),
+            samples=self.given_samples,
+            num_steps=self._given_steps,
+            num_probes=self._given_probes,
+            least_samples=least,
+            most_samples=self._held.num_held,
+        )
+        size, fits, cost, draws = replace(ladder[-1], points=1), False, 0.0, False
+        if costs is not None:
+            size, fits = choose_spectrum(seconds, costs, ladder, figures=NUM_FIGURES)
+            cost = costs.spectrum(size)
+            draws = has_room_to_draw(seconds, cost, size.points, MOST_FIGURES, costs.figure)
+        words = f"{size.samples} samples ({size.num_steps} Lanczos steps, {size.num_probes} probes)"
+        figures = NUM_FIGURES * self.pace.figure
+        return Choice(size.samples, size.points, cost, figures, fits, words, draws, asdict(size))
+
+    @property
+    def _size(self) -> SpectrumSize | None:
+        """The size that was chosen for this run, if any was."""
+        choice = self.pace.choice
+        return None if choice is None else SpectrumSize(**choice.size)
+
+    def _gradients(self) -> float:
+        module_products = self.settings.max_matvecs + self.settings.layer_plan.max_matvecs
+        return 1 + PRODUCT * module_products
+
+    @property
+    def full_gradients(self) -> float:
+        """What a measurement of the default size takes, in gradients of its samples, about."""
+        return self._gradients()
 
     def _num_products(self, objective: Objective, settings: HessianSettings) -> int:
         """Return how many products a full measurement takes at most."""
@@ -432,22 +509,25 @@ class HessianMonitor(Monitor):
 
     def _figures(self, result: HessianReport, moment: Moment) -> Mapping[str, Any]:
         step = moment.step
-        drawn = {}
+        drawn: dict[str, Callable[[], Any]] = {}
         if "density" not in result.gaps:
-            drawn["density"] = result.figure(title=f"Hessian spectrum at step {step}")
+            title = f"Hessian spectrum at step {step}"
+            drawn["density"] = partial(result.figure, title=title)
+        moved = moment.function == "fit" and len(self.history) > 1
+        if moved:
+            title = f"How the spectrum moved, up to step {step}"
+            drawn["history"] = partial(history_figure, self.history, title=title)
         if "layers" not in result.gaps:
             title = f"Curvature by layer at step {step}"
-            drawn["layer_traces"] = result.layer_figure(title=title)
+            drawn["layer_traces"] = partial(result.layer_figure, title=title)
+        if moved:
+            title = f"How the layers' curvature moved, up to step {step}"
+            drawn["layer_history"] = partial(layer_history_figure, self.history, title=title)
         if self.settings.num_layer_steps and "layers" not in result.gaps:
             title = f"Spectrum of each layer and of the whole at step {step}"
-            drawn["layer_densities"] = result.layer_density_figure(title=title)
+            drawn["layer_densities"] = partial(result.layer_density_figure, title=title)
             title = f"How unlike the whole each layer is at step {step}"
-            drawn["layer_distances"] = result.layer_distance_figure(title=title)
-        if moment.function == "fit" and len(self.history) > 1:
-            title = f"How the spectrum moved, up to step {step}"
-            drawn["history"] = history_figure(self.history, title=title)
-            title = f"How the layers' curvature moved, up to step {step}"
-            drawn["layer_history"] = layer_history_figure(self.history, title=title)
+            drawn["layer_distances"] = partial(result.layer_distance_figure, title=title)
         return drawn
 
     def _layout(self) -> Mapping[str, Any]:

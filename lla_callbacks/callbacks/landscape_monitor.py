@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from lla_callbacks.callbacks.account import booked
 from lla_callbacks.callbacks.compat import is_barebones
-from lla_callbacks.callbacks.monitor import Moment, Monitor, space_of
+from lla_callbacks.callbacks.moments import Moment, space_of
+from lla_callbacks.callbacks.monitor import Monitor
+from lla_callbacks.callbacks.pace import Choice
 from lla_callbacks.callbacks.saved_state import check_entries, check_flat
+from lla_callbacks.callbacks.sizing import (
+    FORWARD,
+    SLICES,
+    SlicesSize,
+    UnitCosts,
+    choose_slices,
+)
 from lla_callbacks.linalg.errors import NotYetError
 from lla_callbacks.objective.checks import flag, number
 from lla_callbacks.objective.evaluation import Predict
@@ -21,7 +33,12 @@ from lla_callbacks.objective.precision import Precision
 from lla_callbacks.report.loggers import folder_of, write_mesh, write_text
 from lla_callbacks.slices.choice import DirectionSource
 from lla_callbacks.slices.directions import Normalization, Vectors
-from lla_callbacks.slices.landscape import LandscapeSettings, measure_landscape
+from lla_callbacks.slices.landscape import (
+    PASSES_A_MAP_POINT,
+    PASSES_A_RAY,
+    LandscapeSettings,
+    measure_landscape,
+)
 from lla_callbacks.slices.landscape_figures import mesh_of
 from lla_callbacks.slices.report import LandscapeReport
 from lla_callbacks.slices.scalars import landscape_scalars
@@ -29,6 +46,13 @@ from lla_callbacks.slices.trajectory import Trajectory
 
 # Weights of the path of training that are kept on the CPU, all together.
 PATH_MEMORY = 2**30
+# Products that eigenvectors take, and a product in gradients, about (docs/cost.md).
+PRODUCTS = 12
+PRODUCT = 2.4
+# Figures that are planned for.
+NUM_FIGURES = 1
+# Samples below which pictures get coarse before samples get fewer.
+FEWEST = 16
 # Before this many steps a path has no plane and Adam no moments worth a warning.
 YOUNG = 4
 
@@ -118,17 +142,19 @@ class LossLandscapeMonitor(Monitor):
     """
 
     _result = LandscapeReport
+    share = 0.4
+    plans_last = True
 
     def __init__(
         self,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
-        planes: list[str] | tuple[str, ...] = LandscapeSettings.planes,  # type: ignore[assignment]
-        lines: list[str] | tuple[str, ...] = LandscapeSettings.lines,  # type: ignore[assignment]
+        planes: list[str] | tuple[str, ...] | None = None,
+        lines: list[str] | tuple[str, ...] | None = None,
         metrics: dict[str, Any] | None = None,
         predict: Predict | None = None,
-        plane_points: int = LandscapeSettings.plane_points,
-        line_points: int = LandscapeSettings.line_points,
+        plane_points: int | None = None,
+        line_points: int | None = None,
         reach: float = LandscapeSettings.reach,
         normalization: Normalization = "filter",
         vectors: Vectors = "zero",
@@ -141,7 +167,7 @@ class LossLandscapeMonitor(Monitor):
         surface: bool = False,
         mesh: bool = False,
         html: bool = False,
-        num_samples: int = 256,
+        num_samples: int | None = None,
         mode: Mode = "batch",
         dropout: bool = False,
         loss: Callable[[Any, Any], Any] | None = None,
@@ -158,11 +184,16 @@ class LossLandscapeMonitor(Monitor):
         save_arrays: bool = True,
         name: str = "landscape",
     ) -> None:
+        self._given = {
+            "lines": lines is not None,
+            "plane_points": plane_points is not None,
+            "line_points": line_points is not None,
+        }
         self.settings = LandscapeSettings(
-            planes=planes,
-            lines=lines,
-            plane_points=plane_points,
-            line_points=line_points,
+            planes=LandscapeSettings.planes if planes is None else planes,
+            lines=LandscapeSettings.lines if lines is None else lines,
+            plane_points=LandscapeSettings.plane_points if plane_points is None else plane_points,
+            line_points=LandscapeSettings.line_points if line_points is None else line_points,
             convexity_points=convexity_points,
             num_rays=num_rays,
             rise=rise,
@@ -252,6 +283,7 @@ class LossLandscapeMonitor(Monitor):
         super().on_train_start(trainer, pl_module)
         self._guarded("recording the path", self._record, trainer, pl_module)
 
+    @booked
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -261,6 +293,7 @@ class LossLandscapeMonitor(Monitor):
         if "update" in self.settings.wanted and not known and not is_barebones(trainer):
             self._guarded("recording the path", self._remember, step, pl_module)
 
+    @booked
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -288,7 +321,7 @@ class LossLandscapeMonitor(Monitor):
         quick: bool,
         progress: Callable[[str, int], AbstractContextManager[Callable[[int], object]]],
     ) -> LandscapeReport:
-        settings = self.settings.smallest() if quick else self.settings
+        settings = self.settings.smallest() if quick else self._present_settings(moment)
         earlier = [i for i, step in enumerate(self._trajectory.steps) if step < moment.step]
         steps = [self._trajectory.steps[i] for i in earlier]
         before = self._previous
@@ -308,6 +341,95 @@ class LossLandscapeMonitor(Monitor):
         )
         return LandscapeReport.of(found)
 
+    def _present_settings(self, moment: Moment) -> LandscapeSettings:
+        """Return the settings, at the size that was chosen for this run."""
+        if moment.function != "fit" or self._size is None:
+            return self.settings
+        size = self._size
+        if moment.last and self.account.costs is not None:
+            # Whatever was spent since the plan was made, this one pays for.
+            aside = sum(self.account.reserved.values())
+            seconds = self._processes.first(self.account.room(self.name) - aside)
+            size = self._fitting_size(self.account.costs, max(seconds, 0.0), size)
+        return self._sized(size)
+
+    def _sized(self, size: SlicesSize) -> LandscapeSettings:
+        s, given = self.settings, self._given
+        return replace(
+            s,
+            plane_points=s.plane_points if given["plane_points"] else size.plane_points,
+            line_points=s.line_points if given["line_points"] else max(5, size.line_points),
+            lines=s.lines if given["lines"] or not s.planes else tuple(s.lines[: size.lines]),
+        )
+
+    def _ladder(self) -> list[SlicesSize]:
+        """Return the sizes of this monitor's slices, from the best to the least."""
+        found: list[SlicesSize] = []
+        for size in SLICES:
+            settings = self._sized(size)
+            made = SlicesSize(
+                settings.plane_points,
+                settings.line_points,
+                len(settings.lines),
+                len(settings.planes),
+                products=size.products if _needs_products(settings) else 0,
+                more=PASSES_A_RAY * settings.num_rays
+                + PASSES_A_MAP_POINT * settings.convexity_points**2,
+            )
+            if made not in found:
+                found.append(made)
+        return found
+
+    def _fitting_size(self, costs: UnitCosts, seconds: float, most: SlicesSize) -> SlicesSize:
+        ladder = self._ladder()
+        ladder = ladder[ladder.index(most) :] if most in ladder else ladder
+        samples = self._held.num_held
+        return choose_slices(seconds, costs, ladder, samples, figures=NUM_FIGURES)[0]
+
+    def _choose(self, costs: UnitCosts | None, seconds: float, least: int) -> Choice:
+        held = self._held.num_held
+        ladder = self._ladder()
+        samples = self.given_samples or self.account.samples or held
+        size, count, fits, cost = ladder[-1], 1, False, 0.0
+        if costs is not None:
+            # Alone, it lowers the number of samples before pictures get coarse.
+            while True:
+                samples = min(max(samples, least), held)
+                size, count, fits = choose_slices(
+                    seconds, costs, ladder, samples, figures=NUM_FIGURES
+                )
+                coarse = ladder.index(size) > len(ladder) // 2
+                told = self.given_samples or self.account.samples
+                if told or not coarse or samples <= max(least, FEWEST):
+                    break
+                samples //= 2
+            cost = costs.slices(size, samples)
+        else:
+            samples = min(max(self.given_samples or least, least), held)
+        s = self._sized(size)
+        parts = [f"planes of {s.plane_points} x {s.plane_points}"] if s.planes else []
+        parts += [f"lines of {s.line_points}"] if s.lines else []
+        words = f"{samples} samples ({', '.join(parts) or 'radii'})"
+        # Its count rests on their price already.
+        return Choice(samples, count, cost, self.pace.figure, fits, words, True, asdict(size))
+
+    @property
+    def _size(self) -> SlicesSize | None:
+        """The size that was chosen for this run, if any was."""
+        choice = self.pace.choice
+        return None if choice is None else SlicesSize(**choice.size)
+
+    def _gradients(self) -> float:
+        s = self.settings
+        passes = len(s.planes) * s.plane_points**2 + len(s.lines) * s.line_points + 4
+        passes += PASSES_A_RAY * s.num_rays + PASSES_A_MAP_POINT * s.convexity_points**2
+        return FORWARD * passes + (PRODUCT * PRODUCTS if _needs_products(s) else 0)
+
+    @property
+    def full_gradients(self) -> float:
+        """What a measurement of the default size takes, in gradients of its samples, about."""
+        return self._gradients()
+
     def _keep(self, result: LandscapeReport, moment: Moment) -> None:
         self.report = result
         if moment.function == "fit":
@@ -325,32 +447,38 @@ class LossLandscapeMonitor(Monitor):
 
     def _figures(self, result: LandscapeReport, moment: Moment) -> Mapping[str, Any]:
         step = moment.step
-        drawn: dict[str, Any] = {}
-        look = {"interpolate": self.interpolate, "cap": self.cap, "scale": self._scale}
+        drawn: dict[str, Callable[[], Any]] = {}
+        look: dict[str, Any] = {
+            "interpolate": self.interpolate, "cap": self.cap, "scale": self._scale,
+        }  # fmt: skip
         for name, plane in result.planes.items():
             title = f"Loss on the {name} plane at step {step}"
-            drawn[f"plane_{name}"] = plane.figure(title=title, **look)  # type: ignore[arg-type]
+            drawn[f"plane_{name}"] = partial(plane.figure, title=title, **look)
             for metric in plane.metrics:
-                drawn[f"plane_{name}_{metric}"] = plane.figure(
+                drawn[f"plane_{name}_{metric}"] = partial(
+                    plane.figure,
                     title=f"{metric} on the {name} plane at step {step}",
                     metric=metric,
                     interpolate=self.interpolate,
                 )
             if self.surface:
-                drawn[f"surface_{name}"] = plane.surface(
-                    title=title, cap=self.cap, scale=self._scale
+                drawn[f"surface_{name}"] = partial(
+                    plane.surface, title=title, cap=self.cap, scale=self._scale
                 )
         if result.lines:
-            drawn["lines"] = result.line_figure(title=f"Loss on lines at step {step}")
+            drawn["lines"] = partial(result.line_figure, title=f"Loss on lines at step {step}")
         if result.convexity is not None:
-            drawn["convexity"] = result.convexity.figure(title=f"Convexity at step {step}")
+            title = f"Convexity at step {step}"
+            drawn["convexity"] = partial(result.convexity.figure, title=title)
         if result.basin is not None:
-            drawn["basin"] = result.basin.figure(title=f"Radii of the basin at step {step}")
+            title = f"Radii of the basin at step {step}"
+            drawn["basin"] = partial(result.basin.figure, title=title)
         return drawn
 
-    def _draw(self, trainer: Any, result: LandscapeReport, moment: Moment) -> None:
-        super()._draw(trainer, result, moment)
-        for logger in self._loggers(trainer):
+    def _draw_more(self, trainer: Any, result: Any, moment: Moment) -> None:
+        if not self.figures:
+            return
+        for logger in self.sink.loggers(trainer):
             for name, plane in result.planes.items():
                 tag = f"{self.name}/mesh_{name}"
                 if self.mesh:
@@ -361,6 +489,10 @@ class LossLandscapeMonitor(Monitor):
                     stem = f"step_{moment.step:08d}.html"
                     self._guarded("drawing", _write_page, logger, plane, folder, self.name, stem,
                                   f"plane_{name}", moment.step)  # fmt: skip
+
+
+def _needs_products(settings: LandscapeSettings) -> bool:
+    return any(str(name).startswith(("top", "bottom")) for name in settings.wanted)
 
 
 # Of what type the further entries of a stored state are.

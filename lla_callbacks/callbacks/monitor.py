@@ -2,78 +2,81 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from lla_callbacks.callbacks.account import Account, booked
 from lla_callbacks.callbacks.compat import (
     MisconfigurationException,
     autocast_dtype,
     averages_before,
-    flattens_parameters,
+    fraction_done,
     is_barebones,
     progress,
-    shards_parameters,
+    say,
     state_key_of,
 )
+from lla_callbacks.callbacks.evaluated import EvaluatedToo
+from lla_callbacks.callbacks.foretold import (
+    balance_of,
+    cost_of,
+    plan_of,
+    tell_if_far,
+    too_short,
+)
 from lla_callbacks.callbacks.held_batches import HeldBatches
+from lla_callbacks.callbacks.moments import Moment, space_of
 from lla_callbacks.callbacks.monitor_settings import checked
-from lla_callbacks.callbacks.own_loader import SharedLoaderError
+from lla_callbacks.callbacks.pace import Choice, Pace, share_of
+from lla_callbacks.callbacks.planning import least_samples, unit_costs
 from lla_callbacks.callbacks.processes import Processes
+from lla_callbacks.callbacks.refusals import refuse_shards
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.run_state import Resumable
-from lla_callbacks.callbacks.schedule import DEFAULT_OVERHEAD, Budget, Schedule
+from lla_callbacks.callbacks.schedule import Schedule
+from lla_callbacks.callbacks.sink import REMEDIES, Sink
+from lla_callbacks.callbacks.sizing import CALIBRATION_SAMPLES, UnitCosts
 from lla_callbacks.hessian.stability import StabilityLimit, stability_limit
-from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
 from lla_callbacks.linalg.sharing import all_or_none
-from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.batches import first_of, sample_count
 from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.objective import (
     Engine,
     Mode,
     Objective,
-    trainable,
 )
 from lla_callbacks.objective.precision import Precision, at_precision
 from lla_callbacks.objective.sharded import is_sharded, reshard
 from lla_callbacks.objective.state import Snapshot, take_snapshot, weights_at
 from lla_callbacks.objective.training_step import check_replayable
 from lla_callbacks.report.cost import cost_scalars
-from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
+
+# Held where the user gave no number: by 256 the largest eigenvalue of a batch of them is within
+# some 20 % of that of the whole data (docs/benchmarks/sizes.md).
+NUM_SAMPLES = 256
+# Seconds from which a measurement is announced: longer looks like a hang.
+LONG = 3.0
+# Share of a run after which no more samples are waited for.
+SOON = 0.05
+# Training steps that trying out a whole batch takes, about, and the share of the account that it
+# may take at most.
+STEPS_OF_A_TRIAL = 4
+TRIAL = 0.1
+# Samples at the end of a run that was too short for a plan, where its batches can be cut.
+LEAST_AT_END = 16
 
 
-@dataclass(frozen=True)
-class Moment:
-    """When a measurement is of.
-
-    Attributes:
-        step: Optimizer steps that the weights have seen.
-        function: ``"fit"``, or a stand-alone ``"validate"`` or ``"test"``.
-        limit: The optimizer's stability limit then, where it is known.
-        snapshot: The weights then, if they are no longer the module's.
-        optimizer: The one optimizer, where its state belongs to these weights.
-        light: Whether it is a light measurement between two full ones.
-    """
-
-    step: int
-    function: str = "fit"
-    limit: StabilityLimit | None = None
-    snapshot: Snapshot | None = None
-    optimizer: torch.optim.Optimizer | None = None
-    light: bool = False
-
-
-class Monitor(Resumable):
+class Monitor(EvaluatedToo, Resumable):
     """Measures something of the held objective, and leaves training bitwise unchanged.
 
     A subclass says what is measured and how it is shown; this class says when, on which
@@ -104,13 +107,17 @@ class Monitor(Resumable):
     measures_shards = False
     # Of what class moments are, which a checkpoint may hold one of.
     _moment = Moment
+    # In which proportion it plans with what its account has, beside others.
+    share = 1.0
+    # Whether it chooses its sizes after other monitors have.
+    plans_last = False
 
     def __init__(
         self,
         *,
         every_n_epochs: int | None,
         every_n_train_steps: int | None,
-        num_samples: int,
+        num_samples: int | None,
         mode: Mode,
         dropout: bool,
         loss: Callable[[Any, Any], Any] | None,
@@ -127,11 +134,10 @@ class Monitor(Resumable):
         name: str,
     ) -> None:
         super().__init__()
-        default_schedule = every_n_epochs is None and every_n_train_steps is None
-        self.schedule = Schedule(every_n_train_steps, 1 if default_schedule else every_n_epochs)
+        self.schedule = Schedule(every_n_train_steps, every_n_epochs)
         found = checked(
             {
-                "num_samples": num_samples,
+                "num_samples": NUM_SAMPLES if num_samples is None else num_samples,
                 "mode": mode,
                 "dropout": dropout,
                 "loss": loss,
@@ -149,11 +155,13 @@ class Monitor(Resumable):
             }
         )
         self.num_samples: int = found["num_samples"]
+        self.given_samples = None if num_samples is None else self.num_samples
         self.mode: Mode = mode
         self.dropout: bool = found["dropout"]
         self.loss = loss
         self.dataloader = dataloader
         self.seed: int = found["seed"]
+        self.max_overhead: float | None = found["max_overhead"]
         self.microbatch_size: int | None = found["microbatch_size"]
         self.max_memory: int | None = found["max_memory"]
         self.engine: Engine = engine
@@ -162,12 +170,11 @@ class Monitor(Resumable):
         self.save_arrays: bool = found["save_arrays"]
         self.custom_scalars: bool = found["custom_scalars"]
         self.name = name
-        max_overhead = found["max_overhead"]
-        # A light schedule is always the user's own, which only an own limit holds up.
-        light_counts = max_overhead is not None
-        if max_overhead is None and default_schedule:
-            max_overhead = DEFAULT_OVERHEAD
-        self.budget = Budget(max_overhead, light_counts=light_counts)
+        # Whether a limit holds: one that was given, or the default where no schedule was.
+        self.is_bounded = self.max_overhead is not None or not self.schedule.is_given
+        self.account = Account()
+        self.pace = Pace()
+        self.sink = Sink(type(self).__name__, name, figures=figures, save_arrays=save_arrays)
         self._reset()
 
     # -- what a subclass gives ----------------------------------------------------------
@@ -196,7 +203,21 @@ class Monitor(Resumable):
 
     @abstractmethod
     def _figures(self, result: Any, moment: Moment) -> Mapping[str, Any]:
-        """Return the result as figures by the tag's last part."""
+        """Return functions that draw the result, by the tag's last part, what matters first."""
+
+    @abstractmethod
+    def _choose(self, costs: UnitCosts | None, seconds: float, least: int) -> Choice:
+        """Choose the sizes of a run's measurements, and return what they are.
+
+        Args:
+            costs: What a gradient and a product take; ``None``: unknown, take the least.
+            seconds: What all measurements and figures of the run may take.
+            least: Fewest samples.
+        """
+
+    @abstractmethod
+    def _gradients(self) -> float:
+        """Return what a measurement of the present size takes, in gradients, about."""
 
     def _layout(self) -> Mapping[str, Any]:
         """Return a TensorBoard layout of custom charts, if there is one."""
@@ -221,6 +242,11 @@ class Monitor(Resumable):
         """Tell several monitors of one Trainer apart."""
         return state_key_of(self, name=self.name)
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether the user's own schedule says when, whatever it costs."""
+        return not self.is_bounded
+
     def _reset(self) -> None:
         self._processes = Processes()
         self._held = HeldBatches(self.num_samples)
@@ -231,16 +257,28 @@ class Monitor(Resumable):
         self._training: dict[nn.Module, bool] | None = None
         self._due = False
         self._last_step = self._last_epoch = -1
-        self._warned: set[tuple[str, str]] = set()
+        self.batch_samples = 0
+        self.count = 0
+        self._foretold = math.nan
+        self._ending = False
+        self.pace = Pace()
 
     def _begin(self, trainer: Any) -> None:
         """Start anew, among the processes that there are."""
         self._reset()
+        self.sink.begin()
         self._processes = Processes(trainer)
         # Together the processes hold as many samples as one would alone.
         if self.dataloader is None:
             self._held.num_samples = -(-self.num_samples // self._processes.size)
-        self.budget.start()
+
+    def _open_account(self, trainer: Any) -> None:
+        """Share the account of the monitors that come first, or open one."""
+        others = [c for c in trainer.callbacks if isinstance(c, Monitor) and c is not self]
+        found = [c.account for c in others if c.is_running and not c.account.has(self.name)]
+        self.account = found[0] if found else Account()
+        share = self.share if self.is_bounded else None
+        self.account.join(self.name, self.max_overhead, share=share)
 
     def _forget(self) -> None:
         """Drop what belongs to a finished run and would keep its module alive."""
@@ -266,19 +304,7 @@ class Monitor(Resumable):
                 check_replayable(pl_module)
             except TypeError as error:
                 raise MisconfigurationException(f"{kind}: {error}") from error
-        if flattens_parameters(trainer, pl_module):
-            raise MisconfigurationException(
-                f"{kind} cannot move parameters that {type(trainer.strategy).__name__} shards in "
-                "its own way. Train with ModelParallelStrategy and fully_shard (FSDP2) or with "
-                "DDP, or load the checkpoint into a plain module and call "
-                "measure_hessian(module, batches)."
-            )
-        if shards_parameters(trainer, pl_module) and not self.measures_shards:
-            raise MisconfigurationException(
-                f"{kind} moves whole parameters, and {type(trainer.strategy).__name__} spreads "
-                "them. Train with DDP or in one process, or load the checkpoint into a plain "
-                "module and call loss_plane(module, batches)."
-            )
+        refuse_shards(self, trainer, pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: the module's own setup and configure_model may still make layers.
@@ -289,39 +315,57 @@ class Monitor(Resumable):
         if is_barebones(trainer):
             rank_zero_warn(f"{type(self).__name__} does nothing with Trainer(barebones=True).")
             return
-        self._resume(trainer, pl_module)
-        if self.dataloader is not None:
-            if self._training is None:
-                self._training = {m: m.training for m in pl_module.modules()}
-            self._hold_loader(trainer, pl_module)
-            self._compare_loader()
-            if self._all_hold():
-                self._fire_start(trainer, pl_module)
-        if self._missed_epoch(trainer):
-            self._end_epoch(trainer, pl_module, trainer.current_epoch - 1)
-        for logger in self._loggers(trainer):
-            self._guarded("logging", self._introduce, trainer, logger)
+        self._open_account(trainer)
+        with self.account.watching(self.name, asked=self.is_asked):
+            self._resume(trainer, pl_module)
+            if self.dataloader is not None:
+                if self._training is None:
+                    self._training = {m: m.training for m in pl_module.modules()}
+                self._hold_loader(trainer, pl_module)
+                self._compare_loader()
+                if self._all_hold():
+                    self._fire_start(trainer, pl_module)
+            if self._missed_epoch(trainer):
+                self._end_epoch(trainer, pl_module, trainer.current_epoch - 1)
+            self.sink.introduce(trainer, self._layout() if self.custom_scalars else None)
 
+    @booked
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._held.complete or self.dataloader is not None or is_barebones(trainer):
+        if (self._held.complete and self.batch_samples) or is_barebones(trainer):
+            return
+        if not self.batch_samples and batch is not None:
+            self._guarded("holding a batch", self._foretell, trainer, batch)
+        if self._held.complete or self.dataloader is not None:
             return
         self._guarded("holding a batch", self._hold, trainer, pl_module, batch)
         if self._all_hold():
             self._fire_start(trainer, pl_module)
 
+    @booked
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if is_barebones(trainer):
             return
+        account = self.account
+        if account.members[0] == self.name:
+            account.tick(partial(fraction_done, trainer, batch_idx))
+        if account.is_idle and self.is_bounded and not self.schedule.is_given and not self._due:
+            # Most batches of a long run: nothing can be due, and nothing is asked.
+            return
         step = trainer.global_step
+        if self.is_bounded and not self.pace.planned:
+            self._plan_when_ready(trainer, pl_module)
         if step != self._last_step and step > 0 and self.schedule.after_step(step):
             # What falls due while batches are still being held is dropped, not caught up with.
             self._due = self._held.complete
+        if self.pace.planned and not self.schedule.is_given and step != self._last_step:
+            self._due = self.pace.reached(self.account) or self._due
         self._fire_if_due(trainer, pl_module)
 
+    @booked
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if is_barebones(trainer):
             return
@@ -342,12 +386,19 @@ class Monitor(Resumable):
         self._fire_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._held.complete and trainer.global_step != self._last_step:
-            moment = None
-            if self._final is not None:
-                limit = self._limit(trainer, pl_module)
-                moment = Moment(trainer.global_step, "fit", limit, self._final)
-            self._fire(trainer, pl_module, moment)
+        if is_barebones(trainer):
+            return
+        with self.account.watching(self.name, asked=self.is_asked):
+            if self._held.complete and trainer.global_step != self._last_step:
+                if self.is_bounded:
+                    self._guarded("a measurement", self._plan_end, trainer)
+                moment = Moment(trainer.global_step, last=True)
+                if self._final is not None:
+                    limit = self._limit(trainer, pl_module)
+                    moment = replace(moment, limit=limit, snapshot=self._final)
+                self._fire(trainer, pl_module, moment)
+        if self.count:
+            say(trainer, balance_of(self))
         self._end()
         self._forget()
 
@@ -356,52 +407,86 @@ class Monitor(Resumable):
         self._end()
         self._forget()
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self._start_evaluation(trainer, pl_module, "validate")
+    # -- how much -------------------------------------------------------------------------
 
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._hold_evaluation(trainer, batch, "validate")
+    def _foretell(self, trainer: Any, batch: Any) -> None:
+        """Note how large a batch is, and say what the user's own schedule will cost."""
+        self.batch_samples = max(1, sample_count(batch))
+        if self.is_bounded or self.count:
+            return
+        held = -(-self.num_samples // self.batch_samples)
+        self._foretold = held * self._gradients()
+        say(trainer, f"{type(self).__name__}: {cost_of(self, trainer, self._foretold)}")
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._finish_evaluation(trainer, pl_module, "validate")
-
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        self._start_evaluation(trainer, pl_module, "test")
-
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._hold_evaluation(trainer, batch, "test")
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._finish_evaluation(trainer, pl_module, "test")
-
-    def _start_evaluation(self, trainer: Any, module: Any, function: str) -> None:
-        """Begin a stand-alone validate or test; validation inside fit is left alone."""
-        if _runs(trainer, function):
-            self._check_module(trainer, module)
-            self._begin(trainer)
-            if self.dataloader is not None:
-                self._hold_loader(trainer, module)
-
-    def _hold_evaluation(self, trainer: Any, batch: Any, function: str) -> None:
-        if _runs(trainer, function) and not self._held.complete and self.dataloader is None:
-            self._guarded("holding a batch", self._held.add, batch)
-
-    def _finish_evaluation(self, trainer: Any, module: Any, function: str) -> None:
-        if _runs(trainer, function) and self._processes.all(bool(self._held.batches)):
-            self._held.complete = True
+    def _plan_when_ready(self, trainer: Any, module: nn.Module) -> None:
+        """Choose sizes once the pace of the run is known, and measure its start with them."""
+        account = self.account
+        if not self._held.complete and account.fraction >= SOON:
+            # A long wait for samples would cost the curve its first part.
+            self._held.complete = self._processes.all(bool(self._held.batches))
             self._all_hold()
-            values = self._fire(trainer, module, function=function)
-            # The loop hands what matters most to the loggers, prints and returns it.
-            main = {tag: v for tag, v in values.items() if tag.startswith(f"{self.name}/")}
-            module.log_dict(main, batch_size=1, sync_dist=self._processes.size > 1)
-            rest = {tag: v for tag, v in values.items() if tag not in main}
-            for logger in self._loggers(trainer):
-                self._guarded("logging", write_scalars, logger, rest, trainer.global_step)
-            self._forget()
+        if not self._held.complete or not self._held.batches:
+            return
+        if self._processes.size > 1 and account.batches & (account.batches - 1):
+            # Few exchanges; the count is the same in all processes.
+            return
+        if self.plans_last and account.unplanned - {self.name}:
+            return
+        if not self._processes.agree(account.is_known):
+            return
+        account.unplanned.discard(self.name)
+        try:
+            costs, least = self._unit_costs(trainer, module)
+        except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
+            self._warn(error, "a measurement")
+            costs, least, self._start_pending, self._start = None, 1, False, None
+        seconds = self._processes.first(share_of(account, self.name))
+        self._take(self._choose(costs, seconds, least))
+        say(trainer, f"{type(self).__name__}: {plan_of(self)}")
+        if self._start_pending and self.pace.choice and self.pace.choice.count > 1:
+            self._fire_start(trainer, module)
+        else:
+            self._start_pending, self._start = False, None
+
+    def _take(self, choice: Choice) -> None:
+        self._held.keep(choice.samples)
+        self.account.samples = self.account.samples or choice.samples
+        self.pace.take(choice, self.account, self.name)
+
+    def _unit_costs(self, trainer: Any, module: nn.Module) -> tuple[UnitCosts, int]:
+        """Return what a gradient takes, measured by the first monitor that asks, and the least."""
+        moment, account, held = Moment(trainer.global_step), self.account, self._held.batches
+        with ExitStack() as stack:
+            few = self._objective(
+                trainer, module, moment, stack, first_of(held, CALIBRATION_SAMPLES)
+            )
+            least = least_samples(few)
+            if few.num_samples > CALIBRATION_SAMPLES:
+                # A batch that cannot be cut.
+                least = max(least, few.num_samples)
+            if account.costs is None:
+                step = account.seconds_a_batch
+                affordable = STEPS_OF_A_TRIAL * step <= TRIAL * account.limit * account.expected
+                larger = None
+                if self._processes.agree(affordable):
+                    batch = first_of(held, self.batch_samples or few.num_samples)
+                    larger = self._objective(trainer, module, moment, ExitStack(), batch)
+                found = all_or_none(
+                    self._processes,
+                    lambda: unit_costs(
+                        few, larger, step=step, batch_samples=self.batch_samples or 1
+                    ),
+                )
+                account.costs = UnitCosts(**self._processes.first(asdict(found)))
+        return account.costs, least
+
+    def _plan_end(self, trainer: Any) -> None:
+        """Choose the least size for a run that ended before there was a plan."""
+        if not self.pace.planned:
+            least = sample_count(self._held.batches[0]) if self._held.batches else 1
+            choice = self._choose(None, 0.0, min(LEAST_AT_END, least))
+            self._take(choice)
+            say(trainer, f"{type(self).__name__}: {too_short(self)}")
 
     # -- on what ------------------------------------------------------------------------
 
@@ -426,9 +511,13 @@ class Monitor(Resumable):
         # Steps that take the iterator themselves are announced without a batch at first.
         if batch is not None:
             self._held.add(batch, most=trainer.num_training_batches)
-        alone = self._held.complete and self._processes.size == 1
-        if self._start_pending and self._start is None and not alone:
-            # The start is measured on all held batches, so its weights are kept until then.
+        alone = self._held.complete and self._processes.size == 1 and not self.is_bounded
+        if not alone:
+            self._remember_start(trainer, module)
+
+    def _remember_start(self, trainer: Any, module: nn.Module) -> None:
+        """Keep the weights of the start until they can be measured."""
+        if self._start_pending and self._start is None:
             limit = self._limit(trainer, module)
             self._start = Moment(trainer.global_step, "fit", limit, take_snapshot(module))
 
@@ -445,7 +534,7 @@ class Monitor(Resumable):
         try:
             self._held.batches = self._processes.union(self._held.batches, alike=alike)
         except Exception as error:  # noqa: BLE001 - no batches, no measurements; training goes on
-            self._warn(error, "holding a batch", _REMEDIES["holding a batch"])
+            self._warn(error, "holding a batch", REMEDIES["holding a batch"])
             self._held.batches = []
         return bool(self._held.batches)
 
@@ -459,7 +548,10 @@ class Monitor(Resumable):
         return stability_limit(optimizers[0], space_of(module)) if len(optimizers) == 1 else None
 
     def _fire_start(self, trainer: Any, module: nn.Module) -> None:
-        if self._start_pending:
+        if self.is_bounded and not self.pace.planned:
+            # Its size is chosen first, when the pace of the run is known.
+            self._remember_start(trainer, module)
+        elif self._start_pending:
             self._start_pending = False
             moment, self._start = self._start, None
             self._fire(trainer, module, moment)
@@ -467,11 +559,18 @@ class Monitor(Resumable):
     def _fire_if_due(self, trainer: Any, module: nn.Module) -> None:
         if trainer.global_step == self._last_step:
             self._due = False
-        due = self._due and self._held.complete
-        # Clocks differ from process to process: the first one's decides.
-        if due and self._processes.agree(self.budget.allows()):
-            self._due = False
-            self._fire(trainer, module)
+        if not (self._due and self._held.complete):
+            return
+        if self.is_bounded:
+            if not self.pace.planned:
+                return
+            # Clocks differ from process to process: the first one's decides.
+            if not self._processes.agree(self.pace.fits(self.account, self.name)):
+                # A schedule of the user's own is caught up with when there is room.
+                self._due = self.schedule.is_given
+                return
+        self._due = False
+        self._fire(trainer, module)
 
     def _fire(
         self,
@@ -487,6 +586,11 @@ class Monitor(Resumable):
             self._last_step = moment.step if moment else trainer.global_step
         if moment is None:
             moment = Moment(trainer.global_step, function)
+        if moment.last:
+            # What was put aside for it is spent now.
+            self._ending = True
+            self.pace.release(self.account, self.name)
+        announced = self._announce(trainer, moment)
         try:
             moment = self._completed(trainer, module, moment)
             with ExitStack() as stack:
@@ -502,21 +606,64 @@ class Monitor(Resumable):
             values = self._scalars(result)
         except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
             self._warn(error, "a measurement")
-            self.budget.spend(time.monotonic() - began, light=light)
             return {}
-        if not light:
-            self._guarded("saving arrays", self._save, trainer, result, moment)
-            self._guarded("drawing", self._draw, trainer, result, moment)
-        self.budget.spend(time.monotonic() - began, light=light)
         in_fit = moment.function == "fit"
-        overhead = self.budget.overhead if in_fit else math.nan
-        values |= cost_scalars(self.name, time.monotonic() - began, overhead)
+        if not light:
+            stem = f"{'step' if in_fit else moment.function}_{moment.step:08d}"
+            self.sink.arrays(trainer, result, stem)
+            if in_fit:
+                self.pace.saw(time.monotonic() - began)
+            self._draw_what_fits(trainer, result, moment)
+        seconds = time.monotonic() - began
+        overhead = self.account.overhead if in_fit else math.nan
+        values |= cost_scalars(self.name, seconds, overhead)
         if in_fit:
+            self._note_cost(trainer, seconds, light=light)
             for tag, value in values.items():
                 trainer.callback_metrics[tag] = torch.tensor(value)
-            for logger in self._loggers(trainer):
-                self._guarded("logging", write_scalars, logger, values, moment.step)
+            self.sink.scalars(trainer, values, moment.step)
+        if announced:
+            say(trainer, f"{type(self).__name__}: that took {seconds:.1f} s.")
         return values
+
+    def _announce(self, trainer: Any, moment: Moment) -> bool:
+        """Say beforehand that a measurement will take long; return whether it was said."""
+        expected = self.pace.cost
+        if not expected and self._foretold > 0 and self.account.batches > 1:
+            expected = self._foretold * self.account.seconds_a_batch
+        if moment.light or not expected >= LONG:
+            return False
+        say(trainer, f"{type(self).__name__}: a measurement of about {expected:.0f} s begins.")
+        return True
+
+    def _note_cost(self, trainer: Any, seconds: float, *, light: bool) -> None:
+        """Take note of what a measurement took, and tell if that is far from what was said."""
+        if light:
+            return
+        self.count += 1
+        batch = self.account.seconds_a_batch
+        if self.count == 2 and not self.is_bounded and batch > 0:
+            # Not the first, in which everything happens for the first time.
+            tell_if_far(self, trainer, seconds, self._foretold * batch)
+        if self.pace.planned and not self._ending:
+            self.pace.reserve(self.account, self.name)
+
+    def _draw_what_fits(self, trainer: Any, result: Any, moment: Moment) -> None:
+        """Draw figures while there is room for them: at the end one at least."""
+        pace, account = self.pace, self.account
+        bounded = self.is_bounded and moment.function == "fit" and not trainer.fast_dev_run
+        for number, (name, figure) in enumerate(self._figures(result, moment).items()):
+            always = moment.last and number == 0
+            fits = not bounded or always or pace.draws(account, self.name, last=moment.last)
+            if not self._processes.agree(fits):
+                break
+            began = time.monotonic()
+            for _ in self.sink.draw(trainer, {name: figure}, moment.step):
+                pace.figure = time.monotonic() - began
+        self._draw_more(trainer, result, moment)
+
+    def _draw_more(self, trainer: Any, result: Any, moment: Moment) -> None:
+        """Show what is no figure."""
 
     def _completed(self, trainer: Any, module: nn.Module, moment: Moment) -> Moment:
         """Return a moment of the present weights with what the optimizer knows of them."""
@@ -527,7 +674,12 @@ class Monitor(Resumable):
         return replace(moment, limit=limit, optimizer=only)
 
     def _objective(
-        self, trainer: Any, module: nn.Module, moment: Moment, stack: ExitStack
+        self,
+        trainer: Any,
+        module: nn.Module,
+        moment: Moment,
+        stack: ExitStack,
+        batches: list[Any] | None = None,
     ) -> Objective:
         """Return the objective at a moment's weights, which it has until the stack unwinds.
 
@@ -545,7 +697,7 @@ class Monitor(Resumable):
             stack.enter_context(at_precision(module, self.precision))
             return Objective(
                 module,
-                self._held.batches,
+                self._held.batches if batches is None else batches,
                 trainer_loss(trainer, self.loss, as_trained=as_trained),
                 mode=self.mode,
                 dropout=self.dropout,
@@ -556,7 +708,7 @@ class Monitor(Resumable):
                 engine=self.engine,
                 precision=self.precision,
                 arithmetic=autocast_dtype(trainer) if as_trained else None,
-                findings=self._findings,
+                findings=self._findings if batches is None else Findings(),
             )
 
         return all_or_none(self._processes, make)
@@ -569,88 +721,8 @@ class Monitor(Resumable):
             return self._training
         return {m: m.training for m in module.modules()}
 
-    # -- where to -----------------------------------------------------------------------
-
-    def _loggers(self, trainer: Any) -> list[Any]:
-        return [] if trainer.fast_dev_run or not trainer.is_global_zero else trainer.loggers
-
-    def _introduce(self, trainer: Any, logger: Any) -> None:
-        experiment = getattr(logger, "experiment", None)
-        if callable(getattr(experiment, "add_figure", None)) and self.figures:
-            # A child of Lightning's own logger, so that users see it as they see Lightning's.
-            logging.getLogger(type(trainer).__module__).info(
-                f"{type(self).__name__}: see it by tensorboard --logdir {folder_of(logger)} "
-                "--samples_per_plugin images=1000 (without that it shows ten figures a tag)"
-                + (f" (numbers are in {self.name}/*.npz there)" if self.save_arrays else "")
-            )
-        if self.custom_scalars and self._layout():
-            write_layout(logger, self._layout())
-
-    def _save(self, trainer: Any, result: Any, moment: Moment) -> None:
-        if self.save_arrays:
-            stem = "step" if moment.function == "fit" else moment.function
-            for folder in {folder_of(logger) for logger in self._loggers(trainer)} - {None}:
-                assert isinstance(folder, Path)
-                path = folder / self.name / f"{stem}_{moment.step:08d}.npz"
-                self._guarded("saving arrays", result.save, path)
-
-    def _draw(self, trainer: Any, result: Any, moment: Moment) -> None:
-        loggers = self._loggers(trainer)
-        if not self.figures or not loggers:
-            return
-        for tag, figure in self._figures(result, moment).items():
-            for logger in loggers:
-                arguments = (logger, f"{self.name}/{tag}", figure, moment.step)
-                self._guarded("drawing", write_figure, *arguments)
-
     def _guarded(self, what: str, action: Callable[..., object], *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except SharedLoaderError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a broken logger must not end the run
-            self._warn(error, what)
+        self.sink.guarded(what, action, *arguments)
 
     def _warn(self, error: Exception, what: str, remedy: str | None = None) -> None:
-        """Warn once a cause, with the remedy; ``""`` if the error says it itself."""
-        cause = type(error).__name__
-        if (what, cause) in self._warned:
-            return
-        self._warned.add((what, cause))
-        if remedy is None:
-            remedy = "" if isinstance(error, MeasurementError) else " " + _remedy(error, what)
-        rank_zero_warn(
-            f"{type(self).__name__}: {what} failed and leaves a gap; training goes on. "
-            f"{cause}: {error}{remedy}"
-        )
-
-
-def space_of(module: nn.Module) -> ParameterSpace:
-    """Return the layout of a module's trainable parameters."""
-    return ParameterSpace(trainable(module))
-
-
-def _runs(trainer: Any, function: str) -> bool:
-    """Return whether the Trainer was called for this and not for a fit."""
-    return bool(trainer.state.fn == function and not is_barebones(trainer))
-
-
-def _remedy(error: Exception, what: str) -> str:
-    if is_out_of_memory(error):
-        return "Lower num_samples or num_steps, or set max_memory or microbatch_size."
-    if isinstance(error, OSError):
-        return "Free disk space, or set save_arrays=False and figures=False."
-    return _REMEDIES.get(what, "Set figures=False or custom_scalars=False to do without.")
-
-
-_REMEDIES = {
-    "a measurement": (
-        "Give loss=callable(module, batch) if the training step cannot be replayed here."
-    ),
-    "holding a batch": "Give dataloader= with batches of tensors in plain containers.",
-    "reading dataloader": "Mend the dataloader, or leave it out to hold training batches.",
-    "saving arrays": "Set save_arrays=False to do without.",
-    "resuming": "Curves begin anew at this step.",
-    "storing the history": "A resumed run will begin its curves anew.",
-    "keeping the state": "A run resumed from here will begin its curves anew.",
-}
+        self.sink.warn(error, what, remedy)

@@ -54,7 +54,11 @@ class Processes:
 
     def agree(self, decision: bool) -> bool:
         """Return the first process's decision, for what depends on clocks."""
-        return decision if self._everyone == 1 else bool(self._strategy.broadcast(decision, src=0))
+        return bool(self.first(decision))
+
+    def first(self, thing: Any) -> Any:
+        """Return the first process's thing, for what depends on clocks."""
+        return thing if self._everyone == 1 else self._strategy.broadcast(thing, src=0)
 
     def all(self, decision: bool) -> bool:
         """Return whether all processes say yes."""

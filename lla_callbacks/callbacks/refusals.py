@@ -8,7 +8,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lla_callbacks.callbacks.compat import MisconfigurationException, shards_parameters
+from lla_callbacks.callbacks.compat import (
+    MisconfigurationException,
+    flattens_parameters,
+    shards_parameters,
+)
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.layers import Layers
 from lla_callbacks.objective.objective import trainable
@@ -146,4 +150,26 @@ def refuse_moving_training(kind: str, trainer: Any, module: nn.Module) -> None:
         raise MisconfigurationException(
             f"{kind} scales dense gradients, and an embedding here gives sparse ones. Make it "
             "with sparse=False."
+        )
+
+
+def refuse_shards(monitor: Any, trainer: Any, module: nn.Module) -> None:
+    """Raise if a monitor cannot measure parameters that are spread over processes.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    kind = type(monitor).__name__
+    if flattens_parameters(trainer, module):
+        raise MisconfigurationException(
+            f"{kind} cannot move parameters that {type(trainer.strategy).__name__} shards in "
+            "its own way. Train with ModelParallelStrategy and fully_shard (FSDP2) or with "
+            "DDP, or load the checkpoint into a plain module and call "
+            "measure_hessian(module, batches)."
+        )
+    if shards_parameters(trainer, module) and not monitor.measures_shards:
+        raise MisconfigurationException(
+            f"{kind} moves whole parameters, and {type(trainer.strategy).__name__} spreads "
+            "them. Train with DDP or in one process, or load the checkpoint into a plain "
+            "module and call loss_plane(module, batches)."
         )

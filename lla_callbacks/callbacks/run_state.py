@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lla_callbacks.callbacks.compat import Callback
 from lla_callbacks.callbacks.held_batches import HeldBatches
+from lla_callbacks.callbacks.pace import Pace
 from lla_callbacks.callbacks.saved_state import (
     SCHEMA,
     as_precise,
@@ -23,9 +23,9 @@ from lla_callbacks.report.cost import cost_scalars
 from lla_callbacks.report.plain import from_plain, pack, to_plain, unpack
 
 if TYPE_CHECKING:
-    from lla_callbacks.callbacks.monitor import Moment
+    from lla_callbacks.callbacks.account import Account
+    from lla_callbacks.callbacks.moments import Moment
     from lla_callbacks.callbacks.processes import Processes
-    from lla_callbacks.callbacks.schedule import Budget
 
 VERSION = 1
 # Of these two it depends which batches are held.
@@ -36,7 +36,7 @@ class Resumable(Callback):
     """A callback whose run may be cut in two by a checkpoint without a seam in its curves.
 
     A checkpoint holds the history, the held batches, a start that is not measured yet (its
-    weights too), the budget and what is due: plain containers only, so that it loads with
+    weights too), the account and what is due: plain containers only, so that it loads with
     ``weights_only=True``. Writing one asks no other process: after the exchange of batches each
     holds those of all.
     """
@@ -45,7 +45,8 @@ class Resumable(Callback):
         name: str
         num_samples: int
         dataloader: Any
-        budget: Budget
+        account: Account
+        pace: Pace
         history: list[tuple[int, Any]]
         _held: HeldBatches
         _processes: Processes
@@ -68,6 +69,12 @@ class Resumable(Callback):
     # Dtype of the weights, in which the loader's batches are too.
     _precision_of_weights = ""
     _running = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a fit is under way."""
+        return self._running
+
     # Whether the present fit goes on with the state of another.
     _resumed = False
     # Plain forms of the history's first reports, which do not change any more.
@@ -150,7 +157,8 @@ class Resumable(Callback):
             "due": self._due,
             "last_step": self._last_step,
             "last_epoch": self._last_epoch,
-            "budget": self.budget.state(),
+            "account": self.account.state(),
+            "pace": self.pace.state(),
             **self._more_state(),
         }
 
@@ -166,12 +174,11 @@ class Resumable(Callback):
                 check_snapshot(start.snapshot, module, "the state's start")
         more = self._read_more(state, module)
         held = self._read_held(state, module, now)
-        budget = copy(self.budget)
-        budget.resume(state["budget"])
+        pace = Pace.from_state(state["pace"])
         values = self._scalars(history[-1][1]) if history else {}
         changed = self._changed(state["settings"])
         if any(name in changed for name in _BATCHES):
-            held = None
+            held, pace = None, Pace()
         if changed:
             what = ", ".join(
                 f"{name} was {old} and is {new}" for name, (old, new) in changed.items()
@@ -197,10 +204,14 @@ class Resumable(Callback):
         self._due = state["due"]
         self._last_step, self._last_epoch = state["last_step"], state["last_epoch"]
         self._resumed = True
-        self.budget.resume(state["budget"])
+        self.account.resume(state["account"])
+        self.pace = pace
+        if pace.planned:
+            self.account.unplanned.discard(self.name)
+            pace.reserve(self.account, self.name)
         if history:
             # EarlyStopping and ModelCheckpoint ask for them before the next measurement.
-            values |= cost_scalars(self.name, self.budget.last_cost, self.budget.overhead)
+            values |= cost_scalars(self.name, self.pace.cost, self.account.overhead)
             for tag, value in values.items():
                 trainer.callback_metrics[tag] = torch.tensor(value)
 

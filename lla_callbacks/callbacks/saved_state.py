@@ -25,7 +25,34 @@ SCHEMA: dict[str, Any] = {
     "due": bool,
     "last_step": int,
     "last_epoch": int,
-    "budget": Mapping[str, Any],
+    "account": Mapping[str, Any],
+    "pace": Mapping[str, Any],
+}
+# What the account of a run holds: seconds by monitor, and of training.
+ACCOUNT: dict[str, Any] = {
+    "spent": Mapping[str, float],
+    "asked": Mapping[str, float],
+    "training": float,
+    "batches": int,
+}
+PACE: dict[str, Any] = {
+    "planned": bool,
+    "targets": list[float],
+    "cost": float,
+    "predicted": float,
+    "figure": float,
+    "choice": Mapping[str, Any] | None,
+    "next_batch": float,
+}
+CHOICE: dict[str, Any] = {
+    "samples": int,
+    "count": int,
+    "cost": float,
+    "figures": float,
+    "fits": bool,
+    "words": str,
+    "draws": bool,
+    "size": Mapping[str, int],
 }
 # What is held, where something is.
 HELD: dict[str, Any] = {
@@ -63,9 +90,14 @@ def check_state(
         check_finite(state[name], f"the state's {name}", least=-1)
     if state["held"]:
         check_entries(state["held"], HELD, "the state's held")
-    for name, value in state["budget"].items():
-        check_type(value, float, f"the state's budget[{name!r}]")
-        check_finite(value, f"the state's budget[{name!r}]", least=0)
+    account, pace = state["account"], state["pace"]
+    check_entries(account, ACCOUNT, "the state's account")
+    check_entries(pace, PACE, "the state's pace")
+    if pace["choice"] is not None:
+        check_entries(pace["choice"], CHOICE, "the state's choice")
+    seconds = [*account["spent"].values(), *account["asked"].values(), account["training"]]
+    for value in [*seconds, pace["cost"], pace["figure"], *pace["targets"]]:
+        check_finite(value, "a time of the state's account", least=0)
 
 
 def check_entries(state: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> None:

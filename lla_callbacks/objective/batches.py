@@ -113,3 +113,29 @@ def _like(tensor: Tensor, copied: Tensor) -> Tensor:
     if tensor.requires_grad and tensor.is_leaf and not copied.is_inference():
         copied.requires_grad_()
     return copied
+
+
+def first_of(batches: list[Any], num_samples: int) -> list[Any]:
+    """Return the first samples of batches: whole ones while they fit, then a part of the next.
+
+    A batch that cannot be cut goes in whole if it is the first, and is left out otherwise.
+
+    Args:
+        batches: Held batches.
+        num_samples: How many samples, at most where batches can be cut.
+    """
+    found: list[Any] = []
+    left = num_samples
+    for batch in batches:
+        count = sample_count(batch)
+        if left <= 0:
+            break
+        if count > left:
+            try:
+                batch = next(split(batch, left))
+            except TypeError:
+                if found:
+                    break
+        found.append(batch)
+        left -= count
+    return found

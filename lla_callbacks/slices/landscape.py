@@ -44,6 +44,10 @@ from lla_callbacks.slices.slices import (
 # Opens a progress bar of a total; yields what advances it.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
+# Passes that a ray takes, and a Lanczos run of a convexity map's point, about.
+PASSES_A_RAY = 12
+PASSES_A_MAP_POINT = 250
+
 
 @dataclass(frozen=True)
 class LandscapeSettings:
@@ -184,8 +188,9 @@ def measure_landscape(
     source.expected = settings.wanted
     work = _Work(objective, settings, source, share, progress, time.perf_counter())
     loss = all_or_none(share or Alone(), objective)
-    planes = {str(name): work.tried(f"plane_{name}", work.plane, name) for name in settings.planes}
+    # Lines first: they are the cheapest, and say most for it.
     lines = {str(name): work.tried(f"line_{name}", work.line, name) for name in settings.lines}
+    planes = {str(name): work.tried(f"plane_{name}", work.plane, name) for name in settings.planes}
     convexity = basin = None
     if settings.convexity_points:
         convexity = work.tried("convexity", work.convexity, (*settings.planes, "random")[0])
@@ -213,6 +218,17 @@ class _Work:
     progress: Progress
     began: float
     missing: dict[str, Exception] = field(default_factory=dict)
+    # Passes of the slices that are still to come, by which what is left of the time is shared.
+    to_come: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.to_come = (
+            len(s.lines) * s.line_points
+            + len(s.planes) * s.plane_points**2
+            + PASSES_A_MAP_POINT * s.convexity_points**2
+            + PASSES_A_RAY * s.num_rays
+        )
 
     def tried(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
         """Return a slice, or None with its reason noted, the same in all processes."""
@@ -227,12 +243,18 @@ class _Work:
             self.missing[what] = forgetful(error)
             return None
 
-    def left(self) -> float | None:
-        """Return what is left of the time, a moment at least."""
+    def left(self, passes: float) -> float | None:
+        """Return a slice's share of what is left of the time, a moment at least.
+
+        Args:
+            passes: What it takes of the passes that are still to come.
+        """
         budget = self.settings.time_budget
         if budget is None:
             return None
-        return max(1e-3, budget - (time.perf_counter() - self.began))
+        share = min(1.0, passes / max(self.to_come, passes))
+        self.to_come -= passes
+        return max(1e-3, share * (budget - (time.perf_counter() - self.began)))
 
     def plane(self, name: str) -> Plane:
         s = self.settings
@@ -242,13 +264,14 @@ class _Work:
         alphas, betas = plane_coordinates((first, second), path, s.plane_points, s.reach)
         if path is not None:
             path = measure_path(self.objective, path, self.source.weights, share=self.share)
+        budget = self.left(s.plane_points**2)
         with self.progress(f"Plane {name}", len(alphas) * len(betas)) as advance:
             return measure_plane(
                 self.objective,
                 (first, second),
                 alphas,
                 betas,
-                s.points(self.left()),
+                s.points(budget),
                 normalization=s.normalization if self.source.is_normalized(names) else "",
                 seed=s.seed,
                 path=path,
@@ -260,12 +283,13 @@ class _Work:
         s = self.settings
         names = line_names(name)
         (direction,) = self.source.get(names)
+        budget = self.left(s.line_points)
         with self.progress(f"Line {name}", s.line_points) as advance:
             return measure_line(
                 self.objective,
                 direction,
                 centred(s.reach * direction.reach, s.line_points),
-                s.points(self.left()),
+                s.points(budget),
                 normalization=s.normalization if self.source.is_normalized(names) else "",
                 seed=s.seed,
                 share=self.share,
@@ -278,6 +302,7 @@ class _Work:
         first, second = self.source.get(names)
         path = self.source.path_on(names)
         alphas, betas = plane_coordinates((first, second), path, s.convexity_points, s.reach)
+        budget = self.left(PASSES_A_MAP_POINT * s.convexity_points**2)
         with self.progress("Convexity map", len(alphas) * len(betas)) as advance:
             return measure_convexity(
                 self.objective,
@@ -288,13 +313,14 @@ class _Work:
                 rtol=0.01,
                 normalization=s.normalization if self.source.is_normalized(names) else "",
                 seed=s.seed,
-                time_budget=self.left(),
+                time_budget=budget,
                 share=self.share,
                 listener=advance,
             )
 
     def basin(self) -> Basin:
         s = self.settings
+        budget = self.left(PASSES_A_RAY * s.num_rays)
         with self.progress("Basin", s.num_rays) as advance:
             return measure_basin(
                 self.objective,
@@ -305,7 +331,7 @@ class _Work:
                 normalization=s.normalization,
                 vectors=s.vectors,
                 seed=s.seed,
-                time_budget=self.left(),
+                time_budget=budget,
                 share=self.share,
                 listener=advance,
             )

@@ -271,5 +271,7 @@ def _leaves(value, path=""):
 
 
 def monitor(**settings):
-    """Return a monitor whose measurements are cheap."""
+    """Return a monitor whose measurements are cheap, by default after every epoch."""
+    if not {"every_n_epochs", "every_n_train_steps", "max_overhead"} & settings.keys():
+        settings = {"every_n_epochs": 1, **settings}
     return HessianMonitor(**{**CHEAP, **settings})

@@ -435,7 +435,6 @@ def test_layers_may_be_made_by_the_module_hooks(tmp_path, make_module):
         ({"num_steps": 2.0}, r"num_steps is 2\.0; give a whole number"),
         ({"num_runs": 0}, "num_runs is 0; give a whole number of at least 1"),
         ({"num_samples": 0}, "num_samples is 0; give a whole number of at least 1"),
-        ({"num_samples": None}, "num_samples is None; give a whole number of at least 1"),
         ({"mode": "train"}, "mode is 'train'; give .*batch.* eval"),
         ({"loss": "mse"}, r"loss is 'mse'; give loss\(module, batch\) -> scalar"),
         ({"dataloader": 5}, "dataloader is of type int; give an iterable of batches"),

@@ -375,8 +375,8 @@ FIGURES = [
     ("hessian/density", 0),
     ("hessian/layer_traces", 0),
     ("hessian/density", 4),
-    ("hessian/layer_traces", 4),
     ("hessian/history", 4),
+    ("hessian/layer_traces", 4),
     ("hessian/layer_history", 4),
 ]
 

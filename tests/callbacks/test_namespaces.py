@@ -188,8 +188,8 @@ def test_command_line_makes_a_monitor_from_arguments(
     assert watcher.settings.num_steps == 3
     assert watcher.settings.layers == ["net.0"]
     assert watcher.mode == "eval"
-    assert watcher.budget.max_overhead == 0.5
-    watcher.budget.max_overhead = None
+    assert watcher.max_overhead == 0.5
+    watcher.is_bounded = False
     made.trainer.fit(made.model, made.datamodule)
     assert steps(watcher) == [0, 2, 4]
     assert [*watcher.history[0][1].layer_traces] == ["net.0"]
@@ -292,7 +292,7 @@ def test_command_line_refuses_a_wrong_setting(
 def test_bundles_run_in_either_namespace(tmp_path, namespace, make_module, make_logger, bundle):
     small = {"plane_points": 3, "line_points": 5, "num_rays": 2, "convexity_points": 0}
     callbacks = getattr(lla_callbacks, bundle)(
-        num_steps=3, num_probes=2, num_samples=4, figures=False, **small
+        num_steps=3, num_probes=2, num_samples=4, figures=False, every_n_epochs=1, **small
     )
     trainer = quiet_trainer(tmp_path, callbacks, namespace)
     trainer.fit(make_module(), loader())
@@ -306,10 +306,11 @@ def test_bundles_give_each_monitor_what_it_knows():
     hessian, landscape = lla_callbacks.standard(num_probes=5, lines=["gradient"], mode="eval")
     assert (hessian.settings.num_probes, landscape.settings.lines) == (5, ["gradient"])
     assert hessian.mode == landscape.mode == "eval"
-    # Half of the default overhead each, and no limit with a schedule.
-    assert hessian.budget.max_overhead == landscape.budget.max_overhead == 0.02
-    for monitored in lla_callbacks.standard(every_n_epochs=2):
-        assert monitored.budget.max_overhead is None
+    # A limit for both together, and none with a schedule.
+    assert [m.max_overhead for m in lla_callbacks.economy()] == [0.02, 0.02]
+    assert all(m.is_bounded for m in (*lla_callbacks.economy(), *lla_callbacks.standard()))
+    for bundle in (lla_callbacks.economy, lla_callbacks.standard):
+        assert not any(m.is_bounded for m in bundle(every_n_epochs=2))
     for wrong in ({"num_prbes": 5}, {"name": "a"}):
         with pytest.raises(TypeError, match=r"does not take .*HessianMonitor and LossLandscape"):
             lla_callbacks.economy(**wrong)

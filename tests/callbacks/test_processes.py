@@ -98,9 +98,11 @@ def test_a_process_that_fails_takes_the_others_into_the_same_gap(tmp_path):
     first, second = run(tmp_path, "failing")
     assert first["steps"] == second["steps"] == [0, 8]
     # A slice is missing in both, and the first process, which speaks for both, names the cause.
-    assert "0/plane_random" not in first
-    assert "0/plane_random" not in second
-    assert "8/plane_random" in first
+    slices = {k.removeprefix("8/") for k in first if k.startswith("8/")}
+    missing = [{s for s in slices if f"0/{s}" not in found} for found in (first, second)]
+    assert missing[0] == missing[1]
+    # What needed the evaluation that failed; a path and an update are not there yet anyway.
+    assert "line_bottom1" in missing[0]
     assert any("the second process is unwell" in text for text in first["warnings"])
 
 

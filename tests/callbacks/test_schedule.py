@@ -1,17 +1,12 @@
 """When the monitor measures."""
 
-import math
-from types import SimpleNamespace
-
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lla_callbacks.callbacks import monitor as monitor_module
-from lla_callbacks.callbacks import schedule
-from lla_callbacks.callbacks.schedule import Budget, Schedule
+from lla_callbacks.callbacks.schedule import Schedule
 
 from .modules import (
     Plain,
@@ -23,24 +18,6 @@ from .modules import (
     plain_loss,
     steps,
 )
-
-
-class Clock:
-    """Time that passes only when told."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    made = Clock()
-    for module in (schedule, monitor_module):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=made.monotonic))
-    return made
 
 
 @pytest.mark.parametrize(
@@ -64,51 +41,6 @@ def test_schedule_refuses_what_is_no_positive_whole_number(name, value):
         Schedule(**{name: value})
 
 
-def test_budget_without_limit_allows_everything(clock):
-    budget = Budget(None)
-    budget.spend(1e9)
-    assert budget.allows()
-
-
-def test_budget_allows_what_fits_beside_the_training_so_far(clock):
-    budget = Budget(0.25)
-    budget.start()
-    clock.now += 2
-    budget.spend(2)
-    # One more measurement of 2 s and the one at the end make 6 s: 24 s of training.
-    clock.now += 23
-    assert not budget.allows()
-    assert budget.overhead == 2 / 23
-    clock.now += 1
-    assert budget.allows()
-    assert budget.overhead == 2 / 24
-
-
-def test_budget_expects_the_next_measurement_to_cost_as_much_as_the_last(clock):
-    budget = Budget(0.5)
-    clock.now += 9
-    budget.spend(1)
-    assert budget.allows()
-    clock.now += 100
-    budget.spend(100)
-    assert not budget.allows()
-
-
-def test_budget_begins_anew_with_training(clock):
-    budget = Budget(0.25)
-    budget.spend(100)
-    clock.now += 200
-    budget.start()
-    clock.now += 1
-    assert budget.spent == 0
-    assert budget.overhead == 0
-    assert budget.allows()
-
-
-def test_overhead_is_undefined_before_training(clock):
-    assert math.isnan(Budget(None).overhead)
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -122,7 +54,6 @@ def test_overhead_is_undefined_before_training(clock):
         # Due twice at one step, and to be measured once.
         ({"every_n_train_steps": 4, "every_n_epochs": 1}, [0, 4, 8, 12, 16, 20]),
         ({"every_n_train_steps": 2, "every_n_epochs": 2}, [*range(0, 21, 2)]),
-        ({"max_overhead": 1e9}, [0, 4, 8, 12, 16, 20]),
     ],
     ids=str,
 )
@@ -153,69 +84,6 @@ def test_steps_are_on_schedule_when_the_start_is_measured_late(tmp_path):
     fit(tmp_path, watcher, train=lambda: loader(40))
     # Step 3 passed while batches were still being held, and step 4 is no multiple of 3.
     assert steps(watcher) == [0, 6, 9, 10]
-
-
-class Ticking(pl.Callback):
-    """Lets one second pass per batch."""
-
-    def __init__(self, clock):
-        self.clock = clock
-
-    def on_train_batch_end(self, *args):
-        self.clock.now += 1
-
-
-def costly(clock, seconds):
-    """Return a loss that takes a time; a measurement on one batch evaluates it once.
-
-    The very first pass, which sees what a measurement takes in memory, is free here.
-    """
-    calls = []
-
-    def loss(module, batch):
-        clock.now += seconds if calls else 0
-        calls.append(1)
-        return plain_loss(module, batch)
-
-    return loss
-
-
-@pytest.mark.parametrize(
-    ("seconds", "settings", "expected"),
-    [
-        # Of three measurements of one second the last is the end's: 48 s of training.
-        (1, {"max_overhead": 0.0625}, [0, 48, 63]),
-        (1, {"max_overhead": 0.0625, "every_n_train_steps": 8}, [0, 48, 63]),
-        (1, {"max_overhead": 0.125}, [0, 24, 32, 40, 48, 56, 63]),
-        (1, {}, [0, 63]),
-        (0.5, {}, [0, 38, 50, 63]),
-        (1000, {}, [0, 63]),
-        (0, {}, [0, 9, 18, 27, 36, 45, 54, 63]),
-        # A schedule that the user wrote down is kept at any cost.
-        (1000, {"every_n_train_steps": 30}, [0, 30, 60, 63]),
-        (1000, {"every_n_epochs": 3}, [0, 27, 54, 63]),
-    ],
-    ids=str,
-)
-def test_overhead_postpones_but_never_drops_start_and_end(
-    tmp_path, clock, seconds, settings, expected
-):
-    watcher = monitor(loss=costly(clock, seconds), **settings)
-    fit(
-        tmp_path,
-        watcher,
-        train=lambda: loader(36),
-        callbacks=[Ticking(clock)],
-        max_epochs=7,
-    )
-    assert steps(watcher) == expected
-
-
-def test_logged_overhead_is_the_share_of_training_time(tmp_path, clock):
-    watcher = monitor(loss=costly(clock, 3), every_n_epochs=9)
-    trainer = fit(tmp_path, watcher, train=lambda: loader(48), callbacks=[Ticking(clock)])
-    assert float(trainer.callback_metrics["hessian/seconds"]) == 3
-    assert float(trainer.callback_metrics["hessian/overhead"]) == 2 * 3 / 12
 
 
 @pytest.mark.parametrize("limit", [{"max_steps": 6}, {"max_epochs": 2, "limit_train_batches": 3}])

@@ -1,0 +1,135 @@
+"""Where results go: loggers, files, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lla_callbacks.callbacks.compat import say
+from lla_callbacks.callbacks.own_loader import SharedLoaderError
+from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
+from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
+
+
+class Sink:
+    """Hands results to a Trainer's loggers, and turns trouble into one warning a cause.
+
+    Args:
+        owner: What warnings begin with, the monitor's class.
+        name: First part of every tag.
+        figures: Whether figures are drawn.
+        save_arrays: Whether results are written beside the logs.
+    """
+
+    def __init__(self, owner: str, name: str, *, figures: bool, save_arrays: bool) -> None:
+        self.owner = owner
+        self.name = name
+        self.figures = figures
+        self.save_arrays = save_arrays
+        self._warned: set[tuple[str, str]] = set()
+
+    def begin(self) -> None:
+        """Warn again of what an earlier run was warned of."""
+        self._warned.clear()
+
+    def loggers(self, trainer: Any) -> list[Any]:
+        """Return the loggers that this process writes to."""
+        return [] if trainer.fast_dev_run or not trainer.is_global_zero else trainer.loggers
+
+    def introduce(self, trainer: Any, layout: Mapping[str, Any] | None) -> None:
+        """Say where results will be seen, and store TensorBoard's layout of charts."""
+        for logger in self.loggers(trainer):
+            self.guarded("logging", self._introduce, trainer, logger, layout)
+
+    def _introduce(self, trainer: Any, logger: Any, layout: Mapping[str, Any] | None) -> None:
+        experiment = getattr(logger, "experiment", None)
+        if callable(getattr(experiment, "add_figure", None)) and self.figures:
+            say(
+                trainer,
+                f"{self.owner}: see it by tensorboard --logdir {folder_of(logger)} "
+                "--samples_per_plugin images=1000 (without that it shows ten figures a tag)"
+                + (f" (numbers are in {self.name}/*.npz there)" if self.save_arrays else ""),
+            )
+        if layout:
+            write_layout(logger, layout)
+
+    def scalars(self, trainer: Any, values: Mapping[str, float], step: int) -> None:
+        """Log scalars at a step."""
+        for logger in self.loggers(trainer):
+            self.guarded("logging", write_scalars, logger, values, step)
+
+    def arrays(self, trainer: Any, result: Any, stem: str) -> None:
+        """Write a result beside the logs of each logger that has a folder."""
+        if not self.save_arrays:
+            return
+        for folder in {folder_of(logger) for logger in self.loggers(trainer)} - {None}:
+            assert isinstance(folder, Path)
+            self.guarded("saving arrays", result.save, folder / self.name / f"{stem}.npz")
+
+    def draw(self, trainer: Any, figures: Mapping[str, Any], step: int) -> Iterator[str]:
+        """Draw and log figures one after the other; yields each one's name when it is done.
+
+        Args:
+            trainer: The Trainer.
+            figures: The tag's last part to a figure, or to a function that makes it.
+            step: The step.
+        """
+        loggers = self.loggers(trainer)
+        if not self.figures or not loggers:
+            return
+        for name, figure in figures.items():
+            self.guarded("drawing", self._draw, loggers, name, figure, step)
+            yield name
+
+    def _draw(self, loggers: list[Any], name: str, figure: Any, step: int) -> None:
+        made = figure() if callable(figure) else figure
+        for logger in loggers:
+            self.guarded("drawing", write_figure, logger, f"{self.name}/{name}", made, step)
+
+    def guarded(self, what: str, action: Callable[..., object], *arguments: Any) -> None:
+        """Do something whose failure must not end the run."""
+        try:
+            action(*arguments)
+        except SharedLoaderError:
+            # What would change training ends the run before it does.
+            raise
+        except Exception as error:  # noqa: BLE001 - a broken logger must not end the run
+            self.warn(error, what)
+
+    def warn(self, error: Exception, what: str, remedy: str | None = None) -> None:
+        """Warn once a cause, with the remedy; ``""`` if the error says it itself."""
+        cause = type(error).__name__
+        if (what, cause) in self._warned:
+            return
+        self._warned.add((what, cause))
+        if remedy is None:
+            remedy = "" if isinstance(error, MeasurementError) else " " + remedy_of(error, what)
+        rank_zero_warn(
+            f"{self.owner}: {what} failed and leaves a gap; training goes on. "
+            f"{cause}: {error}{remedy}"
+        )
+
+
+def remedy_of(error: Exception, what: str) -> str:
+    """Return what a user can do about an error that does not say it itself."""
+    if is_out_of_memory(error):
+        return "Lower num_samples or num_steps, or set max_memory or microbatch_size."
+    if isinstance(error, OSError):
+        return "Free disk space, or set save_arrays=False and figures=False."
+    return REMEDIES.get(what, "Set figures=False or custom_scalars=False to do without.")
+
+
+REMEDIES = {
+    "a measurement": (
+        "Give loss=callable(module, batch) if the training step cannot be replayed here."
+    ),
+    "holding a batch": "Give dataloader= with batches of tensors in plain containers.",
+    "reading dataloader": "Mend the dataloader, or leave it out to hold training batches.",
+    "saving arrays": "Set save_arrays=False to do without.",
+    "resuming": "Curves begin anew at this step.",
+    "storing the history": "A resumed run will begin its curves anew.",
+    "keeping the state": "A run resumed from here will begin its curves anew.",
+}

@@ -1,0 +1,232 @@
+"""How large a measurement may be: the best that fits, by what costs least accuracy to cut.
+
+Everything here is plain arithmetic on seconds, so that all of it can be tested without a Trainer.
+The ladders rest on ``docs/benchmarks/sizes.md``: of equal savings, fewer probes and a shallower
+Lanczos run cost least accuracy, then samples, then points of the curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+# Samples on which the unit costs are measured.
+CALIBRATION_SAMPLES = 4
+# A forward pass without a graph, in gradients with one (docs/cost.md).
+FORWARD = 1 / 3
+# Of what is there, what is planned: the rest is for costs that turn out higher.
+PLANNED = 0.85
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """What the parts of a measurement take here, in seconds.
+
+    Costs grow in proportion from a few samples to a batch of the user's own, and then with the
+    number of batches.
+
+    Attributes:
+        gradient: A gradient with its graph, of a few samples.
+        product: A product with the Hessian on that graph.
+        few: How many samples that was.
+        batch_gradient: A gradient with its graph, of the user's own batch.
+        batch_product: A product on that graph.
+        batch_samples: Samples in that batch.
+        step: A training step on that batch.
+        figure: Drawing and writing one figure.
+        fixed: Scalars, arrays and whatever else does not depend on samples.
+    """
+
+    gradient: float
+    product: float
+    few: int
+    batch_gradient: float
+    batch_product: float
+    batch_samples: int
+    step: float
+    figure: float = 0.25
+    fixed: float = 0.03
+
+    def of(self, few: float, batch: float, samples: int) -> float:
+        """Return what takes ``few`` and ``batch`` seconds at the two known sizes, at another."""
+        if samples >= self.batch_samples:
+            return batch * samples / self.batch_samples
+        if samples <= self.few:
+            return few
+        share = (samples - self.few) / (self.batch_samples - self.few)
+        return few + (batch - few) * share
+
+    def spectrum(self, size: SpectrumSize) -> float:
+        """Return the seconds of one measurement of the Hessian, figures left out."""
+        gradient = self.of(self.gradient, self.batch_gradient, size.samples)
+        product = self.of(self.product, self.batch_product, size.samples)
+        return self.fixed + gradient + size.products * product
+
+    def slices(self, size: SlicesSize, samples: int) -> float:
+        """Return the seconds of one measurement of slices, figures left out."""
+        gradient = self.of(self.gradient, self.batch_gradient, samples)
+        product = self.of(self.product, self.batch_product, samples)
+        passes = size.plane_points**2 * size.planes + size.line_points * size.lines
+        passes += size.more + 4
+        found = gradient + size.products * product if size.products else 0.0
+        return self.fixed + FORWARD * gradient * passes + found
+
+
+@dataclass(frozen=True)
+class SpectrumSize:
+    """How a Hessian is measured.
+
+    Attributes:
+        points: Measurements of the run, first and last included.
+        samples: Held samples.
+        num_steps: Lanczos depth.
+        num_probes: Probes of the trace.
+    """
+
+    points: int
+    samples: int
+    num_steps: int
+    num_probes: int
+
+    @property
+    def products(self) -> int:
+        """Products of one measurement: one probe is the start vector of the run."""
+        return self.num_steps + self.num_probes
+
+
+@dataclass(frozen=True)
+class SlicesSize:
+    """How slices are measured.
+
+    Attributes:
+        plane_points: Points along each side of a plane.
+        line_points: Points of a line.
+        lines: How many of the lines, the first ones.
+        planes: How many planes.
+        products: Products that their directions take.
+        more: Further passes: rays, points of a map.
+    """
+
+    plane_points: int
+    line_points: int
+    lines: int
+    planes: int = 1
+    products: int = 0
+    more: int = 0
+
+
+# From the best to the least. The first are the defaults of a measurement without a limit.
+POINTS = 10
+_DEPTHS = ((24, 24), (16, 12), (12, 8), (8, 4))
+_SAMPLES = (256, 128, 64, 32, 16, 8, 4)
+_FEWER = ((8, 6), (4, 6), (4, 4), (4, 3), (4, 2), (2, 2), (4, 1), (2, 1))
+
+
+def spectrum_ladder() -> list[SpectrumSize]:
+    """Return the sizes of a spectrum, from the best to the least."""
+    best = [SpectrumSize(POINTS, 256, *depth) for depth in _DEPTHS]
+    fewer_samples = [SpectrumSize(POINTS, n, *_DEPTHS[-1]) for n in _SAMPLES[1:]]
+    fewer_points = [SpectrumSize(p, n, *_DEPTHS[-1]) for n, p in _FEWER]
+    least = [SpectrumSize(1, 2, 5, 3)]
+    return [*best, *fewer_samples, *fewer_points, *least]
+
+
+SLICES = (
+    SlicesSize(17, 21, 2, products=12),
+    SlicesSize(13, 17, 2, products=12),
+    SlicesSize(11, 13, 2, products=10),
+    SlicesSize(9, 11, 2, products=8),
+    SlicesSize(9, 11, 1),
+    SlicesSize(7, 9, 1),
+    SlicesSize(7, 0, 0),
+    SlicesSize(5, 0, 0),
+)
+
+
+def choose_spectrum(
+    seconds: float,
+    costs: UnitCosts,
+    ladder: Sequence[SpectrumSize],
+    *,
+    figures: int,
+) -> tuple[SpectrumSize, bool]:
+    """Return the best size of which all points of the curve fit, and whether any does.
+
+    Args:
+        seconds: What all measurements of the run may take together.
+        costs: Unit costs.
+        ladder: Sizes, from the best to the least.
+        figures: Figures that are drawn once, at the end.
+    """
+    for size in ladder:
+        if size.points * costs.spectrum(size) + figures * costs.figure <= seconds:
+            return size, True
+    return ladder[-1], False
+
+
+def choose_slices(
+    seconds: float,
+    costs: UnitCosts,
+    ladder: Sequence[SlicesSize],
+    samples: int,
+    *,
+    figures: int,
+) -> tuple[SlicesSize, int, bool]:
+    """Return the best size that fits once, how often it fits, and whether it fits at all.
+
+    Args:
+        seconds: What all slices of the run may take together.
+        costs: Unit costs.
+        ladder: Sizes, from the best to the least.
+        samples: Held samples.
+        figures: Figures of one measurement.
+    """
+    for size in ladder:
+        one = costs.slices(size, samples) + figures * costs.figure
+        if one <= seconds:
+            return size, min(POINTS, int(seconds / one)), True
+    return ladder[-1], 1, False
+
+
+def has_room_to_draw(seconds: float, cost: float, count: int, figures: int, each: float) -> bool:
+    """Return whether figures fit at every measurement of a run, within half of what is there."""
+    return count * (cost + figures * each) <= seconds and 2 * count * figures * each <= seconds
+
+
+def fitting(
+    ladder: Sequence[SpectrumSize],
+    *,
+    samples: int | None = None,
+    num_steps: int | None = None,
+    num_probes: int | None = None,
+    least_samples: int = 1,
+    most_samples: int,
+) -> list[SpectrumSize]:
+    """Return a ladder in which what the user set is as told, without repetition.
+
+    Args:
+        ladder: Sizes, from the best to the least.
+        samples: Held samples, where the user gave them.
+        num_steps: Lanczos depth, likewise.
+        num_probes: Probes, likewise.
+        least_samples: Fewer would be another function: batch statistics, or a batch that cannot
+            be cut.
+        most_samples: As many as there are.
+    """
+    found: list[SpectrumSize] = []
+    for size in ladder:
+        n = size.samples if samples is None else samples
+        made = replace(
+            size,
+            samples=min(max(n, least_samples), most_samples),
+            num_steps=num_steps or size.num_steps,
+            num_probes=num_probes or size.num_probes,
+        )
+        if made not in found:
+            found.append(made)
+    return found
+
+
+def targets(points: int) -> list[float]:
+    """Return the shares of a run after which it is measured, first and last left out."""
+    return [i / (points - 1) for i in range(1, points - 1)] if points > 2 else []

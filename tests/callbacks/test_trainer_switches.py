@@ -30,6 +30,8 @@ def landscape(**settings):
         "plane_points": 3, "line_points": 5, "num_samples": 4, "figures": False,
         "planes": ["random"], "lines": ["gradient"],
     }  # fmt: skip
+    if not {"every_n_epochs", "every_n_train_steps"} & settings.keys():
+        settings = {"every_n_epochs": 1, **settings}
     return LossLandscapeMonitor(**{**cheap, **settings})
 
 

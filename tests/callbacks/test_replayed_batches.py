@@ -1,0 +1,186 @@
+"""Batches of the user's own classes, changed in place by a step that is replayed."""
+
+import re
+import types
+import warnings
+from collections import UserDict
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from lla_callbacks import HessianTraceRegularizer, LossLandscapeMonitor
+
+from .modules import data, differences, fit, monitor, outcome, small_net, steps
+
+
+class Batch:
+    """Is no container that anybody knows."""
+
+    def __init__(self, rows, extra=None):
+        self.x, self.y = (torch.stack(part) for part in list(zip(*rows, strict=True))[:2])
+        self.calls = [0]
+        self.again = self.calls
+        self.extra = extra
+
+    def __len__(self):
+        return len(self.x)
+
+    def to(self, device, **settings):
+        return self
+
+
+class Graph(UserDict):
+    """A mapping with an object inside."""
+
+
+def in_an_object(rows):
+    return Batch(rows)
+
+
+def in_a_list(rows):
+    return [Batch(rows), {"other": Batch(rows)}]
+
+
+def in_a_mapping(rows):
+    return Graph(batch=Batch(rows))
+
+
+def in_a_namespace(rows):
+    return types.SimpleNamespace(batch=Batch(rows))
+
+
+def found_in(batch):
+    while not isinstance(batch, Batch):
+        batch = (
+            batch[0] if isinstance(batch, list) else getattr(batch, "data", vars(batch))["batch"]
+        )
+    return batch
+
+
+class Changing(pl.LightningModule):
+    """Doubles its inputs and counts, in the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def training_step(self, batch, batch_idx):
+        batch = found_in(batch)
+        batch.x = 2 * batch.x
+        batch.x.data.add_(0.1)
+        batch.calls[0] += 1
+        assert batch.again is batch.calls
+        assert batch.calls[0] == 1
+        return cross_entropy(self.net(batch.x), batch.y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def landscape(**settings):
+    return LossLandscapeMonitor(
+        planes=[], lines=["random"], line_points=3, figures=False, save_arrays=False,
+        evaluation="loop", **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("collate", [in_an_object, in_a_list, in_a_mapping, in_a_namespace])
+@pytest.mark.parametrize("make", [monitor, landscape])
+def test_a_batch_that_the_step_changes_is_a_new_one_each_time(tmp_path, make, collate):
+    def run(watcher):
+        return outcome(
+            fit(tmp_path, watcher, Changing, lambda: DataLoader(data(), 4, collate_fn=collate))
+        )
+
+    # Whatever a mapping of one's own counts as its length, one batch is enough.
+    watcher = make(every_n_train_steps=2, num_samples=1)
+    assert differences(run(None), run(watcher)) == []
+    assert steps(watcher) == [0, 2, 4]
+
+
+def with_a_generator(rows):
+    return Batch(rows, extra=(i for i in range(10)))
+
+
+class Drawing(Changing):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.01 * next(batch.extra)
+
+
+def test_what_a_batch_holds_and_cannot_be_copied_is_refused_by_name(tmp_path):
+    def run(watcher):
+        loader = DataLoader(data(), 4, collate_fn=with_a_generator)
+        return outcome(fit(tmp_path, watcher, Drawing, lambda: loader))
+
+    without = run(None)
+    with pytest.warns(UserWarning, match=r"the step uses batch\.extra \(generator\).*dataloader="):
+        found = run(monitor())
+    assert differences(without, found) == []
+
+
+# -- the regularizer's passes ---------------------------------------------------------------------
+
+
+class Counting(Changing):
+    """Keeps what a pass too many would change."""
+
+    def __init__(self):
+        super().__init__()
+        self.box = types.SimpleNamespace(calls=0, seen=[])
+        self.write = self.log
+
+    def training_step(self, batch, batch_idx):
+        self.box.calls += 1
+        self.box.seen.append(float(batch.x.sum()))
+        self.trainer.callback_metrics["mine"] = torch.tensor(float(self.box.calls))
+        loss = super().training_step(batch, batch_idx)
+        self.write("calls", float(self.box.calls), on_epoch=True, on_step=False, batch_size=4)
+        return loss
+
+
+@pytest.mark.parametrize("estimator", ["perturbation", "difference", "exact"])
+def test_passes_of_the_regularizer_leave_no_trace(tmp_path, estimator):
+    watcher = HessianTraceRegularizer(1e-4, estimator=estimator)
+    loader = DataLoader(data(), 4, collate_fn=Batch)
+    module = fit(tmp_path, watcher, Counting, lambda: loader).lightning_module
+    assert module.box.calls == len(module.box.seen) == 4
+    assert float(module.trainer.callback_metrics["calls"]) == 2.5  # of 1 to 4
+
+
+def test_the_regularizer_refuses_what_its_passes_would_advance(tmp_path):
+    loader = DataLoader(data(), 4, collate_fn=with_a_generator)
+    with pytest.raises(RuntimeError, match=r"the step uses batch\.extra \(generator\)"):
+        fit(tmp_path, HessianTraceRegularizer(1e-4), Drawing, lambda: loader)
+
+
+# -- loggers that are asked -----------------------------------------------------------------------
+
+
+def asking(module, batch):
+    logger = module.logger
+    assert isinstance(logger, TensorBoardLogger)
+    assert re.search("version_0$", logger.log_dir)
+    assert module.trainer.log_dir == logger.log_dir == logger.experiment.log_dir
+    assert (logger.name, logger.version) == ("logs", 0)
+    logger.experiment.add_scalar("own", 1.0, 1)
+    logger.log_metrics({"own": 1.0}, step=1)
+    logger.log_hyperparams({"a": 1})
+    return cross_entropy(module.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_muted_logger_answers_as_the_real_one(tmp_path, own):
+    class Step(Changing):
+        def training_step(self, batch, batch_idx):
+            return asking(self, batch)
+
+    watcher = monitor(every_n_train_steps=2, loss=asking if own else None)
+    logger = TensorBoardLogger(tmp_path, name="logs")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="HessianMonitor")
+        fit(tmp_path, watcher, Step, logger=logger)
+    assert steps(watcher) == [0, 2, 4]

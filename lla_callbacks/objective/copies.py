@@ -131,7 +131,7 @@ class Copier:
         elif issubclass(kind, DataLoader):
             return self._loader(value, kind, path)
         elif issubclass(kind, torch.optim.Optimizer):
-            return self._by_dict(value, kind, path)
+            return self.by_dict(value, kind, path)
         elif self.on_tensor is not None and maps_itself(kind):
             # A graph batch and its like know how to map their own tensors.
             found = copy(value).apply(self.on_tensor)
@@ -331,9 +331,9 @@ class Copier:
         if value.num_workers and not self.with_workers:
             return self._stand_in(value, kind, path)
         # Whoever is read now keeps its own place and its own workers.
-        return self._by_dict(value, kind, path, _iterator=None, persistent_workers=False)
+        return self.by_dict(value, kind, path, _iterator=None, persistent_workers=False)
 
-    def _by_dict(self, value: Any, kind: type, path: Path, **other: Any) -> Any:
+    def by_dict(self, value: Any, kind: type, path: Path, **other: Any) -> Any:
         """Copy an object by its attributes, past what its class says about pickling."""
         copied: Any = object.__new__(kind)
         self.keep(value, copied)
@@ -349,9 +349,12 @@ class Copier:
             own = getattr(kind, "__deepcopy__", None)
             if own is not None:
                 copied = own(value, self.memo)
-                self.keep(value, copied)
             else:
                 copied = reconstructed(value, kind, self, path)
+            if copied is value and hasattr(value, "__dict__"):
+                # One that says it is its own copy, or the only one of its kind.
+                copied = self.by_dict(value, kind, path)
+            self.keep(value, copied)
         except Exception:  # noqa: BLE001 - whatever foreign code raises, it cannot be copied
             del self.refusals[before:]
             self.memo.pop(id(value), None)

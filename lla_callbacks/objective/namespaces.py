@@ -78,6 +78,7 @@ class _Namespace:
     def __init__(self, module: nn.Module) -> None:
         live: dict[str, Any] = module.__dict__
         self.module = module
+        self.kind = type(module)
         self.live = live
         self.saved = {k: v for k, v in live.items() if k not in _ELSEWHERE}
         scripted = isinstance(module, torch.jit.ScriptModule)
@@ -104,7 +105,12 @@ class _Namespace:
             copier.memo[id(value)] = copied
             self.live[key] = copied
 
+    def _revert(self) -> None:
+        if type(self.module) is not self.kind:  # parametrizations give a module another class
+            self.module.__class__ = self.kind
+
     def put_copies(self, copier: Copier) -> None:
+        self._revert()
         live = self.live
         _drop_others(live, self.saved)
         live.update(self.saved)
@@ -126,6 +132,7 @@ class _Namespace:
             live.update(dict.fromkeys(halves, torch.float32))
 
     def restore(self) -> None:
+        self._revert()
         _drop_others(self.live, self.saved)
         self.live.update(self.saved)
         for dictionary in self.empty:
@@ -134,7 +141,7 @@ class _Namespace:
 
 
 class _Class:
-    """The attributes of a class that are no definitions, such as counters."""
+    """The attributes of a class; those that are no definitions, such as counters, are copied."""
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
@@ -143,7 +150,7 @@ class _Class:
     def put_copies(self, copier: Copier) -> None:
         self.restore()
         for key, value in self.saved.items():
-            if type(value) not in ATOMS:
+            if type(value) not in ATOMS and not isinstance(value, _DEFINITIONS):
                 copied = copier.copy(value, ((None, self.kind.__name__), f".{key}"))
                 if copied is not value:
                     type.__setattr__(self.kind, key, copied)
@@ -167,7 +174,7 @@ def _data_of(kind: type) -> dict[str, Any]:
     return {
         key: value
         for key, value in vars(kind).items()
-        if not isinstance(value, _DEFINITIONS) and not (key[:2] == "__" or key[:4] == "_abc")
+        if not (key[:2] == "__" or key[:4] == "_abc")
     }
 
 

@@ -25,6 +25,8 @@ def reconstructed(value: Any, kind: type, copier: Any, path: Any) -> Any:
     make, arguments, state, items, pairs, setter = (*reduced, *(None,) * 4)[:6]
     # Some of it may exist nowhere else, and must live as long as its id is known.
     copied = make(*[copier.copy(argument, path) for argument in arguments])
+    if copied is value:
+        return value
     copier.keep(value, copied)
     copier.keep(reduced, reduced)
     if state is not None:
@@ -35,11 +37,20 @@ def reconstructed(value: Any, kind: type, copier: Any, path: Any) -> Any:
             copied.__setstate__(state)
         else:
             _set(copied, state)
+        _complete(copied, value, copier, path)
     for i, item in enumerate(items or ()):
         copied.append(copier.copy(item, (path, (i,))))
     for key, item in pairs or ():
         copied[copier.copy(key, (path, (key,)))] = copier.copy(item, (path, (key,)))
     return copied
+
+
+def _complete(copied: Any, value: Any, copier: Any, path: Any) -> None:
+    """Give a copy the attributes that its class leaves out of what it pickles, such as caches."""
+    mine, theirs = getattr(copied, "__dict__", None), getattr(value, "__dict__", None)
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in theirs.keys() - mine.keys():
+            mine[key] = copier.copy(theirs[key], (path, f".{key}"))
 
 
 def _set(copied: Any, state: Any) -> None:

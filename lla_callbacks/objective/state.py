@@ -216,9 +216,13 @@ def set_mode(
 @contextmanager
 @shielded
 def preserved_random_streams(seed: int | None) -> Iterator[None]:
-    """Restore every random stream on leaving; inside, all start from ``seed`` if there is one."""
+    """Restore every random stream on leaving; inside, all start from ``seed`` if there is one.
+
+    The default dtype, as global as these, is put back too.
+    """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = _cuda_states()
+    dtype = torch.get_default_dtype()
     try:
         if seed is not None:
             seed_everything(seed)
@@ -227,6 +231,7 @@ def preserved_random_streams(seed: int | None) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
+        torch.set_default_dtype(dtype)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.nn.utils.parametrize
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -251,6 +252,88 @@ def class_attributes(module, batch):
 
 kind("class attributes", lambda m: (setattr(Module, "count", 0), Module.history.clear()),
      class_attributes)  # fmt: skip
+
+
+class Only(Box):
+    """There is one of its kind."""
+
+    one = None
+
+    def __new__(cls):
+        if cls.one is None:
+            cls.one = super().__new__(cls)
+        return cls.one
+
+
+class Itself(Box):
+    """Says that it is its own copy."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Named(Box):
+    """Is pickled by a name."""
+
+    def __reduce__(self):
+        return "a_global"
+
+
+class Partly(Box):
+    """Leaves something out of what it pickles."""
+
+    def __getstate__(self):
+        return {"value": self.value, "items": self.items}
+
+
+Pair = collections.namedtuple("Pair", ["a", "b"])
+
+
+def fresh_only():
+    Only.one = None
+    return Only()
+
+
+kind("only one of its kind", *attribute(fresh_only, Box.advance))
+kind("its own copy", *attribute(Itself, Box.advance))
+kind("pickled by a name", *attribute(Named, Box.advance))
+kind("pickled in part", *attribute(Partly, Box.advance))
+kind("named tuple", *attribute(lambda: Pair([], 1), lambda s: append(s.a)))
+kind("keys that are objects", *attribute(lambda: {Box(): 1}, lambda s: next(iter(s)).advance()))
+
+
+def forget_helper(module):
+    if "helper" in Module.__dict__:
+        del Module.helper
+
+
+def add_a_method(module, batch):
+    number = module.helper() if hasattr(module, "helper") else 0
+    type(module).helper = lambda self: number + 1
+    return number
+
+
+kind("method of the class added", forget_helper, add_a_method)
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return 0.5 * weight
+
+
+def parametrize_once(module, batch):
+    # Of what is not trained: other variables would be another loss.
+    layer = module.constant
+    if torch.nn.utils.parametrize.is_parametrized(layer):
+        return 2
+    if module.global_step == 2:
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", Half())
+    return layer.weight.sum()
+
+
+kind("parametrization added",
+     lambda m: setattr(m, "constant", nn.Linear(3, 2).requires_grad_(False)),
+     parametrize_once)  # fmt: skip
 
 
 # -- tensors, arrays, generators ------------------------------------------------------------------

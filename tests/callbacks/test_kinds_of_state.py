@@ -41,7 +41,7 @@ def left(trainer):
 
 def described(value):
     if isinstance(value, (Box, Slotted, Record, argparse.Namespace, types.SimpleNamespace)):
-        found = {k: getattr(value, k) for k in dir(value) if k[:1] != "_"}
+        found = {k: getattr(value, k) for k in dir(value) if k[:1] != "_" and k != "one"}
         return {k: described(v) for k, v in found.items() if not callable(v)}
     if isinstance(value, (list, tuple)):
         return [described(v) for v in value]

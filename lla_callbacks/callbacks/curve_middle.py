@@ -25,7 +25,7 @@ class CurveMiddle:
             self._saved = [
                 (m, _copy(m.running_mean), _copy(m.running_var)) for m in norms_of(module)
             ]
-            moving.displace(0.5)
+            moving.displace(0.5, exact=True)
 
     @property
     def has_norms(self) -> bool:

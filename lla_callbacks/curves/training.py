@@ -68,12 +68,29 @@ class MovingCurve:
         source = generator(self.seed, step)
         return float(torch.rand((), generator=source, dtype=torch.float64))
 
-    def displace(self, t: float) -> None:
-        """Put the parameters at ``phi(t)``, and remember the bend."""
+    def displace(self, t: float, *, exact: bool = False) -> None:
+        """Put the parameters at ``phi(t)``, and remember the bend.
+
+        Args:
+            t: Where.
+            exact: Whether terms are added in the order of :meth:`Curve.weights
+                <lla_callbacks.curves.curve.Curve.weights>`, to the bit; one pass over the
+                weights more.
+        """
+        live = self._live
         if self.t is None:
-            torch._foreach_copy_(self._bend, self._live)
+            torch._foreach_copy_(self._bend, live)
+        at_rest, points = self.t is None, self.points
         self.t, self.factors = t, coefficients(self.kind, self.count, t)
-        write_point(self._live, self.points, self.factors)
+        if exact or not at_rest or self.factors[1] in (0.0, 1.0):
+            points[1] = self._bend
+            write_point(live, points, self.factors)
+            return
+        # The parameters hold the bend already.
+        torch._foreach_mul_(live, self.factors[1])
+        for j, point in enumerate(points):
+            if j != 1 and self.factors[j] != 0.0:
+                torch._foreach_add_(live, point, alpha=self.factors[j])
 
     def restore(self) -> None:
         """Put the bend back, to the bit."""

@@ -49,7 +49,8 @@ class BatchedEvaluator:
     def serves(evaluate: Evaluator, family: Stacks) -> bool:
         """Return whether batching gives the same numbers for this objective."""
         own = family.statistics([0.0]) is None and not evaluate.functions
-        return own and evaluate.objective.mode != "recalibrate"
+        # Without batch norm there is nothing to recalibrate.
+        return own and (evaluate.objective.mode != "recalibrate" or not evaluate.norms)
 
     def fit(self, count: int) -> None:
         """Choose how many points go into one pass, for at most ``count``."""

@@ -147,17 +147,22 @@ class Evaluator:
         self._needs_grad = True
         return self._guarded(i, function, statistics)
 
+    @property
+    def norms(self) -> list[_BatchNorm]:
+        """Batch norms whose running statistics are estimated in mode ``"recalibrate"``."""
+        training = self.objective.training or {}
+        return [
+            m for m in self.objective.module.modules()
+            if isinstance(m, _BatchNorm) and m.track_running_stats and training.get(m, True)
+        ]  # fmt: skip
+
     def statistics(self) -> Statistics:
         """Return the batch norms' statistics at the present weights, over all batches.
 
         The cumulative average over batches, each with its share of the samples, of what
         training-mode batch norm would record, as ``update_bn`` of Garipov et al. 2018.
         """
-        training = self.objective.training or {}
-        norms = [
-            m for m in self.objective.module.modules()
-            if isinstance(m, _BatchNorm) and m.track_running_stats and training.get(m, True)
-        ]  # fmt: skip
+        norms = self.norms
         found: Statistics = ()
         seen = 0
 

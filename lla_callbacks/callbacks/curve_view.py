@@ -288,12 +288,25 @@ class CurveView:
             "seconds": self._before + (0.0 if math.isnan(now) else now),
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        self.history = [(step, unpack(found)) for step, found in state["history"]]
-        self.line = from_plain(state["line"])
-        self.points = state["points"]
-        self._before = state["seconds"]
+    def load_or_begin_anew(self, state: Any) -> None:
+        """Go on from a state, all of it; where it cannot be read, warn and begin anew."""
+        try:
+            history = [(int(step), unpack(found)) for step, found in state["history"]]
+            if not all(isinstance(found, LossCurve) for _, found in history):
+                raise TypeError("the history holds something else.")
+            line = from_plain(state["line"])
+            if not (line is None or isinstance(line, Along)):
+                raise TypeError("the straight line is something else.")
+            points, before, shared = int(state["points"]), float(state["seconds"]), state["shared"]
+            held = HeldBatches(self.num_samples)
+            if state["held"]:
+                held.load(state["held"])
+        except Exception as error:  # noqa: BLE001 - whatever a file holds, training must go on
+            rank_zero_warn(
+                f"{self.owner}: the checkpoint's pictures of the curve cannot be gone on from, so "
+                f"they begin anew. {type(error).__name__}: {error}"
+            )
+            return
+        self.history, self.line, self.points, self._before = history, line, points, before
         if state["held"]:
-            self.held.load(state["held"])
-            self._is_shared = state["shared"]
+            self.held, self._is_shared = held, bool(shared)

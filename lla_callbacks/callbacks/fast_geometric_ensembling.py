@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +25,7 @@ from lla_callbacks.curves.ensemble import (
     ensemble_of,
 )
 from lla_callbacks.objective.evaluation import Predict
+from lla_callbacks.objective.networks import save_whole
 from lla_callbacks.report.loggers import write_scalars
 
 Unit = Literal["epochs", "steps"]
@@ -273,7 +273,7 @@ class FastGeometricEnsembling(Callback):
             name = f"member_{len(self.members):03d}_step_{trainer.global_step:08d}.pt"
             member = self.directory / name
             if trainer.is_global_zero:
-                _write(state, member)
+                save_whole(state, member)
         self.members.append(member)
         values = {"fge/members": float(len(self.members))}
         flat = torch.cat([state[n].reshape(-1).double() for n, p in module.named_parameters()])
@@ -350,16 +350,37 @@ class FastGeometricEnsembling(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._first, self._steps = state_dict["first"], state_dict["steps"]
-        self._loaded = self._first is not None
-        self._shares = list(state_dict["shares"])
-        self._collected = state_dict["collected"]
-        self._last = state_dict["last"]
-        self.members = [self._member(m) for m in state_dict["members"]]
-        self._comparison.load(state_dict["comparison"])
+        # Read before anything is taken over: all of it, or nothing.
+        try:
+            first, steps, collected = (state_dict[k] for k in ("first", "steps", "collected"))
+            if not isinstance(steps, int) or not isinstance(collected, int):
+                raise TypeError("steps are no whole numbers.")
+            if not (first is None or isinstance(first, int)):
+                raise TypeError("the first step is no whole number.")
+            shares = [float(share) for share in state_dict["shares"]]
+            last = state_dict["last"]
+            if not (last is None or isinstance(last, Tensor)):
+                raise TypeError("the last member's weights are no tensor.")
+            members = [self._member(m) for m in state_dict["members"]]
+            comparison = MemberComparison(self.num_samples, self.predict, type(self).__name__)
+            comparison.load(state_dict["comparison"])
+        except MisconfigurationException:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a file holds, training must go on
+            rank_zero_warn(
+                f"{type(self).__name__}: the checkpoint's state cannot be gone on from, so members "
+                f"are gathered anew. {type(error).__name__}: {error}"
+            )
+            return
+        self._first, self._steps, self._collected = first, steps, collected
+        self._loaded = first is not None
+        self._shares, self._last, self.members = shares, last, members
+        self._comparison = comparison
 
     def _member(self, member: Any) -> dict[str, Tensor] | Path:
         if not isinstance(member, str):
+            if not all(isinstance(t, Tensor) for t in member.values()):
+                raise TypeError("a member is no state dict.")
             return dict(member)
         path = (self.directory or Path()) / member
         if not path.is_file():
@@ -375,17 +396,6 @@ class FastGeometricEnsembling(Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             for logger in trainer.loggers:
                 write_scalars(logger, values, trainer.global_step)
-
-
-def _write(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        torch.save(dict(state), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -208,8 +207,8 @@ class ModeConnection(Callback):
         refuse_moving_training(type(self).__name__, trainer, pl_module)
         try:
             networks = networks_of(pl_module, [self.start, self.end], ["start", "end"])
-            self._mark = _hash([*networks.weights[0], *networks.weights[1]])
-            if self._loaded is not None and self._loaded.get("aligned_end"):
+            self._mark = networks.mark
+            if self._loaded and self._loaded.get("aligned_end"):
                 self._alignment = self._loaded["aligned_end"]
                 networks = networks_of(pl_module, [self.start, self._alignment], ["start", "end"])
         except (ValueError, TypeError) as error:
@@ -271,10 +270,18 @@ class ModeConnection(Callback):
                 f"{type(self).__name__}: the checkpoint is of another curve; these differ: "
                 f"{', '.join(changed)}. Give what it was trained with, or begin without ckpt_path."
             )
-        return [
-            [w.to(old.device, old.dtype, copy=True) for w, old in zip(bend, olds, strict=True)]
-            for bend, olds in zip(state["further"], like, strict=True)
-        ]
+        try:
+            return [
+                [w.to(old.device, old.dtype, copy=True).reshape(old.shape)
+                 for w, old in zip(bend, olds, strict=True)]
+                for bend, olds in zip(state["further"], like, strict=True)
+            ]  # fmt: skip
+        except Exception as error:
+            # A fresh start would take the checkpoint's module for a bend of another curve.
+            raise MisconfigurationException(
+                f"{type(self).__name__}: the checkpoint's bends cannot be read "
+                f"({type(error).__name__}: {error}). Begin without ckpt_path."
+            ) from error
 
     # -- a step -------------------------------------------------------------------------
 
@@ -386,13 +393,4 @@ class ModeConnection(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
             self._loaded = state_dict
-            self._view.load(state_dict["view"])
-
-
-def _hash(tensors: list[Tensor]) -> str:
-    """Return what tells two pairs of networks apart."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return found.hexdigest()
+            self._view.load_or_begin_anew(state_dict.get("view"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from lla_callbacks.objective.networks import save_whole
 
 Kind = Literal["bezier", "chain"]
 _FORMAT = "lla_callbacks curve 1"
@@ -135,9 +136,6 @@ class Curve:
 
     def save(self, path: str | Path) -> Path:
         """Write the curve to a file that ``torch.load(..., weights_only=True)`` reads."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         plain = {
             "format": _FORMAT,
             "kind": self.kind,
@@ -146,12 +144,7 @@ class Curve:
             "end_rest": _compact(self.end_rest),
             "tied": dict(self.tied),
         }
-        try:
-            torch.save(plain, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return save_whole(plain, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Curve:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,27 @@ class Networks:
     rests: tuple[dict[str, Tensor], ...]
     tied: dict[str, str]
     common: Snapshot
+
+    @property
+    def mark(self) -> str:
+        """A hash of all weights, which tells whether others are the same."""
+        found = hashlib.sha256()
+        for tensor in (w for weights in self.weights for w in weights):
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        return found.hexdigest()
+
+
+def save_whole(thing: Any, path: Path) -> Path:
+    """Write by ``torch.save``, whole or not at all, and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(thing, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def networks_of(module: nn.Module, networks: Sequence[Any], roles: Sequence[str]) -> Networks:

@@ -272,3 +272,13 @@ def test_loops_of_ones_own_are_refused(tmp_path):
 def test_settings_are_checked(settings, says):
     with pytest.raises(ValueError, match=says):
         FastGeometricEnsembling(**{"cycle": 2, "lr_max": 0.1, "lr_min": 0.01, **settings})
+
+
+@pytest.mark.parametrize("damage", [{"first": "x"}, {"members": [{"a": 1}]}, {"comparison": 3},
+                                    {"steps": None}, {"shares": ["x"]}, {"last": 4}])  # fmt: skip
+def test_a_state_that_cannot_be_read_is_said_and_left(damage):
+    fge = FastGeometricEnsembling(2, 0.1, 0.01)
+    state = fge.state_dict()
+    with pytest.warns(UserWarning, match="cannot be gone on from, so members are gathered anew"):
+        fge.load_state_dict({**state, "first": 5, **damage})
+    assert fge.state_dict() == state

@@ -375,3 +375,13 @@ def test_a_picture_that_fails_is_one_warning(tmp_path):
     assert sum("a picture of the curve" in str(w.message) for w in caught) == 1
     assert found.history == []
     assert found.curve is not None
+
+
+def test_a_state_that_cannot_be_read_is_said(tmp_path):
+    connection = ModeConnection(Net(1), Net(2))
+    with pytest.warns(UserWarning, match="pictures of the curve cannot be gone on from"):
+        connection.load_state_dict({"kind": "bezier", "view": {"history": "x"}})
+    found = connected(tmp_path, Net(), {"bends": 2})
+    state = {**found.state_dict(), "further": [[torch.zeros(7)]]}
+    with pytest.raises(MisconfigurationException, match="bends cannot be read"):
+        found._checked(state, [[torch.zeros(3)]])

@@ -272,7 +272,7 @@ def test_poison_poisons(tmp_path):
         torch.manual_seed(0)
         module = Net()
         callback = PoisonedLoss(0.4, [poison], labels=labels)
-        batches = DataLoader([train] * 250, batch_size=None)
+        batches = DataLoader([train] * 120, batch_size=None)
         quiet_trainer(tmp_path, [callback]).fit(module, batches)
         with torch.no_grad():
             shares[labels] = [

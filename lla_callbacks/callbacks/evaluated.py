@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lla_callbacks.callbacks.compat import Callback, is_barebones
+from lla_callbacks.callbacks.held_batches import HeldBatches
+from lla_callbacks.objective.memory import Findings
 
 if TYPE_CHECKING:
-    from lla_callbacks.callbacks.held_batches import HeldBatches
     from lla_callbacks.callbacks.processes import Processes
     from lla_callbacks.callbacks.sink import Sink
 
@@ -16,8 +17,14 @@ if TYPE_CHECKING:
 class EvaluatedToo(Callback):
     """A callback that measures ``trainer.validate`` and ``trainer.test``, not validation in fit."""
 
+    # What a stand-alone call measured, one report a loader.
+    evaluated: Sequence[Any] = ()
+    # Batches of each loader, where there are several.
+    _parts: Sequence[HeldBatches] = ()
+
     if TYPE_CHECKING:
         name: str
+        report: Any
         dataloader: Any
         sink: Sink
         _held: HeldBatches
@@ -37,7 +44,7 @@ class EvaluatedToo(Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Hold a batch."""
-        self._hold_evaluation(trainer, batch, "validate")
+        self._hold_evaluation(trainer, batch, "validate", dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure."""
@@ -51,7 +58,7 @@ class EvaluatedToo(Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Hold a batch."""
-        self._hold_evaluation(trainer, batch, "test")
+        self._hold_evaluation(trainer, batch, "test", dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure."""
@@ -61,24 +68,58 @@ class EvaluatedToo(Callback):
         if _runs(trainer, function):
             self._check_module(trainer, module)
             self._begin(trainer)
+            self.evaluated, self._parts = [], []
             if self.dataloader is not None:
                 self._hold_loader(trainer, module)
+            elif (count := _num_loaders(trainer, function)) > 1:
+                # A mixture of several sets would be of none of them.
+                self._parts = [HeldBatches(self._held.num_samples) for _ in range(count)]
 
-    def _hold_evaluation(self, trainer: Any, batch: Any, function: str) -> None:
-        if _runs(trainer, function) and not self._held.complete and self.dataloader is None:
-            self.sink.guarded("holding a batch", self._held.add, batch)
+    def _hold_evaluation(
+        self, trainer: Any, batch: Any, function: str, dataloader_idx: int
+    ) -> None:
+        if _runs(trainer, function) and self.dataloader is None:
+            held = self._parts[dataloader_idx] if self._parts else self._held
+            if not held.complete:
+                self.sink.guarded("holding a batch", held.add, batch)
 
     def _finish_evaluation(self, trainer: Any, module: Any, function: str) -> None:
-        if _runs(trainer, function) and self._processes.all(bool(self._held.batches)):
-            self._held.complete = True
-            self._all_hold()
+        if not _runs(trainer, function):
+            return
+        parts, self._parts = self._parts or [self._held], []
+        for k, held in enumerate(parts):
+            if self._processes.all(bool(held.batches)):
+                # As Lightning names what several loaders log.
+                part = f"/dataloader_idx_{k}" if len(parts) > 1 else ""
+                self._held = held
+                self._evaluate_part(trainer, module, function, part)
+        self._forget()
+
+    def _evaluate_part(self, trainer: Any, module: Any, function: str, part: str) -> None:
+        """Measure on the batches that are held, and hand on what was found."""
+        self._held.complete = True
+        self._all_hold()
+        # Of other batches.
+        self._findings = Findings()
+        self.sink.name = f"{self.name}{part}"
+        try:
             values = self._fire(trainer, module, function=function)
-            # The loop hands what matters most to the loggers, prints and returns it.
-            main = {tag: v for tag, v in values.items() if tag.startswith(f"{self.name}/")}
-            module.log_dict(main, batch_size=1, sync_dist=self._processes.size > 1)
-            rest = {tag: v for tag, v in values.items() if tag not in main}
-            self.sink.scalars(trainer, rest, trainer.global_step)
-            self._forget()
+        finally:
+            self.sink.name = self.name
+        if values:
+            self.evaluated = [*self.evaluated, self.report]
+        # The loop hands what matters most to the loggers, prints and returns it.
+        main = {f"{t}{part}": v for t, v in values.items() if t.startswith(f"{self.name}/")}
+        shared = self._processes.size > 1
+        module.log_dict(main, batch_size=1, sync_dist=shared, add_dataloader_idx=False)
+        rest = {f"{t}{part}": v for t, v in values.items() if f"{t}{part}" not in main}
+        self.sink.scalars(trainer, rest, trainer.global_step)
+
+
+def _num_loaders(trainer: Any, function: str) -> int:
+    """Return how many loaders a stand-alone call evaluates."""
+    counts = trainer.num_val_batches if function == "validate" else trainer.num_test_batches
+    return len(counts) if isinstance(counts, Sequence) else 1
 
 
 def _runs(trainer: Any, function: str) -> bool:

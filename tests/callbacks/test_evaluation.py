@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
 
 from lla_callbacks import HessianMonitor, measure_hessian
 
@@ -104,15 +105,44 @@ class OnLoaders(Evaluated):
         self.log("val_loss", plain_loss(self, batch))
 
 
-def test_several_loaders_are_measured_together(tmp_path):
-    watcher = monitor(**PRECISION, num_samples=24)
-    trainer = quiet_trainer(tmp_path, [watcher])
+def test_several_loaders_are_measured_one_by_one(tmp_path):
+    """Each by itself, since a mixture would be of none of them, with tags as Lightning has them."""
+    logger = TensorBoardLogger(tmp_path)
+    watcher = monitor(**PRECISION, num_samples=8, figures=True)
+    trainer = quiet_trainer(tmp_path, [watcher], logger=logger)
     torch.manual_seed(11)
     found = trainer.validate(OnLoaders(), [loader(), loader(8)], verbose=False)
-    right = expected(evaluated(), [*loader(), *loader(8)]).trace
-    assert watcher.report.trace == right
-    # Lightning returns one dictionary per loader.
-    assert [values["hessian/trace"] for values in found] == [pytest.approx(right, rel=1e-6)] * 2
+    right = [expected(evaluated(), list(part)[:2]) for part in (loader(), loader(8))]
+    assert [report.trace for report in watcher.evaluated] == [r.trace for r in right]
+    for k, report in enumerate(right):
+        tag = f"hessian/trace/dataloader_idx_{k}"
+        assert found[k][tag] == pytest.approx(report.trace, rel=1e-6)
+    logger.finalize("success")
+    accumulator = events(logger.log_dir)
+    assert {t for t in accumulator.Tags()["images"] if "density" in t} == {
+        f"hessian/dataloader_idx_{k}/density" for k in range(2)
+    }
+    names = sorted(str(p.relative_to(logger.log_dir)) for p in tmp_path.glob("**/*.npz"))
+    assert names == [f"hessian/dataloader_idx_{k}/validate_00000000.npz" for k in range(2)]
+    assert any(
+        t.startswith("hessian_errors/") and t.endswith("/dataloader_idx_1")
+        for t in accumulator.Tags()["scalars"]
+    )
+
+
+def test_loaders_with_other_data_give_other_reports(tmp_path):
+    shifted = DataLoader([[x + 2.0, y, i] for x, y, i in loader(8)], batch_size=None)
+    watcher = monitor(**PRECISION, num_samples=8)
+    torch.manual_seed(11)
+    quiet_trainer(tmp_path, [watcher]).validate(OnLoaders(), [loader(8), shifted], verbose=False)
+    right = [expected(evaluated(), list(loader(8))), expected(evaluated(), list(shifted))]
+    assert [report.trace for report in watcher.evaluated] == [r.trace for r in right]
+    assert right[0].trace != right[1].trace
+    # With one loader nothing has another name.
+    torch.manual_seed(11)
+    (values,) = quiet_trainer(tmp_path, [watcher]).validate(evaluated(), loader(8), verbose=False)
+    assert values["hessian/trace"] == pytest.approx(right[0].trace, rel=1e-6)
+    assert len(watcher.evaluated) == 1
 
 
 def test_failed_measurement_leaves_the_evaluation_its_values(tmp_path):

@@ -78,11 +78,15 @@ def fresh(
     """
 
     def move(tensor: Tensor) -> Tensor:
-        # Also makes an ordinary tensor out of one that was made under inference mode.
-        with torch.inference_mode(False):
-            here = tensor.device == device
-            moved = separate(tensor) if here else tensor.detach().to(device, copy=True)
-            return _like(tensor, widened_half(moved) if widen else moved)
+        if torch.is_inference_mode_enabled() or tensor.is_inference():
+            # An ordinary tensor also out of one that was made under inference mode.
+            with torch.inference_mode(False):
+                moved = tensor.detach().to(device, copy=True)
+        elif tensor.device == device:
+            moved = separate(tensor)
+        else:
+            moved = tensor.detach().to(device, copy=True)
+        return _like(tensor, widened_half(moved) if widen else moved)
 
     copier = copier or Copier(keeps_machinery=True)
     return copier.mapped(batch, (None, "batch"), move)

@@ -77,7 +77,7 @@ class Copier:
         self.replaced: list[str] = []
         self.widen = widen
         self.on_tensor: Callable[[Tensor], Tensor] | None = None
-        self._storages = Storages(tuple, widen=widen)
+        self.storages_of(lambda memo: ())
         self._root = root
         self._keeps_machinery = keeps_machinery
         self.with_workers = False
@@ -97,9 +97,25 @@ class Copier:
             return rule(self, value, path)
         return self._by_kind(value, kind, path)
 
-    def storages_of(self, pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
-        """Name tensors and what stands for their memory, asked for at the first tensor."""
-        self._storages = Storages(pairs, widen=self.widen)
+    def again(self) -> Copier:
+        """Return a copier that knows what this one was given, and has copied nothing."""
+        new = Copier.__new__(Copier)
+        new.__dict__.update(self.__dict__)
+        new.memo = self.memo.copy()
+        new.classes, new.replaced, new._alive = set(), [], []
+        new.storages_of(self._pairs)
+        return new
+
+    def storages_of(
+        self, pairs: Callable[[dict[int, Any]], Iterable[tuple[Tensor, Tensor]]]
+    ) -> None:
+        """Name tensors and what stands for their memory, asked for at the first tensor.
+
+        Args:
+            pairs: Gives them, from the memo of that moment.
+        """
+        self._pairs = pairs
+        self._storages = Storages(lambda: pairs(self.memo), widen=self.widen)
 
     def mapped(self, value: Any, path: Path, on_tensor: Callable[[Tensor], Tensor]) -> Any:
         """Return a copy whose tensors are made by a function, as for a batch."""

@@ -146,16 +146,24 @@ class _Class:
     def __init__(self, kind: type) -> None:
         self.kind = kind
         self.saved = _data_of(kind)
+        self.size = len(vars(kind))
+        self.changing = [
+            (key, value)
+            for key, value in self.saved.items()
+            if type(value) not in ATOMS and not isinstance(value, _DEFINITIONS)
+        ]
 
     def put_copies(self, copier: Copier) -> None:
         self.restore()
-        for key, value in self.saved.items():
-            if type(value) not in ATOMS and not isinstance(value, _DEFINITIONS):
-                copied = copier.copy(value, ((None, self.kind.__name__), f".{key}"))
-                if copied is not value:
-                    type.__setattr__(self.kind, key, copied)
+        for key, value in self.changing:
+            copied = copier.copy(value, ((None, self.kind.__name__), f".{key}"))
+            if copied is not value:
+                type.__setattr__(self.kind, key, copied)
 
     def restore(self) -> None:
+        live, saved = vars(self.kind), self.saved
+        if len(live) == self.size and all([live.get(k, self) is v for k, v in saved.items()]):
+            return
         present = _data_of(self.kind)
         for key in present.keys() - self.saved.keys():
             type.__delattr__(self.kind, key)

@@ -52,12 +52,13 @@ def repeatable(
         keep_processes_apart(module)
         attributes = Namespaces(module)
         tensors = _Tensors(module)
+        template = copier_for(module, refusals=outer.refusals)
         # A scripted module keeps its mode elsewhere, where no forward pass changes it.
         modes = [(m.__dict__, m.training) for m in module.modules() if "training" in m.__dict__]
 
         def reset() -> Copier:
             seed_everything(seed)
-            copier = copier_for(module, refusals=outer.refusals)
+            copier = template.again()
             attributes.put_copies(copier)
             tensors.reset()
             for namespace, flag in modes:

@@ -105,7 +105,7 @@ def copier_for(
         pairs += wide
     copier = Copier(known, widen=widen, root=module, refusals=refusals)
     # By what stands for them once they are asked for: copies of buffers are not made yet.
-    copier.storages_of(lambda: ((old, copier.memo.get(id(old), new)) for old, new in pairs))
+    copier.storages_of(lambda memo: ((old, memo.get(id(old), new)) for old, new in pairs))
     return copier
 
 

@@ -524,6 +524,17 @@ def grid_sample_differentiates_twice() -> bool:
     return True
 
 
+def cdist_differentiates_twice() -> bool:
+    """Return whether this release of torch knows how; 2.13 does not, 2.14 does."""
+    x = torch.arange(6.0, dtype=torch.float64).reshape(3, 2).requires_grad_()
+    (slope,) = torch.autograd.grad(torch.cdist(x, x + 1).sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(slope.square().sum(), x)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
 KINDS = [
     Kind("attention, causal", lambda: SelfAttention(is_causal=True), classes()),
     Kind(
@@ -609,7 +620,13 @@ KINDS = [
         derivative="none",
         says="KernelCube.*gradgradcheck",
     ),
-    Kind("cdist", tanh_net, loss=distances, derivative="none", says="Write the distances out"),
+    Kind(
+        "cdist",
+        tanh_net,
+        loss=distances,
+        derivative="exact" if cdist_differentiates_twice() else "none",
+        says="Write the distances out",
+    ),
     Kind("CTC loss", tanh_net, classes(), ctc, derivative="none", says="ctc_loss.*Give loss="),
     Kind(
         "grid sample",

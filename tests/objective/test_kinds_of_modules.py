@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from lla_callbacks import MeasurementError, loss_line, measure_hessian
 from lla_callbacks.linalg.errors import NoSecondDerivativeError
+from lla_callbacks.objective import checkpoints
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.state import preserved
 from lla_callbacks.objective.twice_differentiable import twice_differentiable
@@ -241,6 +242,21 @@ def test_a_checkpoint_leaves_no_trace(use_reentrant: bool) -> None:
     cross_entropy(module, batch).backward()
     # Outside they are what they were.
     assert module.calls == 2
+
+
+def test_a_torch_whose_checkpoints_cannot_be_switched_off_is_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As if a release had renamed what the switch replaces.
+    monkeypatch.setattr(checkpoints, "_GENERATORS", ())
+    checkpoints._verify.cache_clear()
+    module, batch = Checkpointed(use_reentrant=False).double(), vectors()
+    objective = Objective(module, [batch], cross_entropy)
+    with pytest.raises(NoSecondDerivativeError, match=r"cannot be switched off.*'difference'"):
+        objective.hessian(engine="exact")
+    report = measure_hessian(module, [batch], loss=cross_entropy, num_steps=3, num_probes=2)
+    assert report.engine == "difference"
+    assert "cannot be switched off" in report.engine_reason
 
 
 def test_checkpoints_in_sequence_keep_their_activations_too() -> None:

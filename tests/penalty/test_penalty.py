@@ -168,6 +168,15 @@ def test_gradient_is_that_of_the_quadratic_form(
     assert value == pytest.approx(float(form(flat)), rel=1e-3, abs=1e-4)
 
 
+def differentiates_thrice(form: Any, parameters: list[Tensor]) -> bool:
+    try:
+        torch.autograd.grad(form, parameters, retain_graph=True)
+    except RuntimeError as error:
+        assert "3rd+ order" in str(error)
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", ["batch norm", "layer norm"])
 def test_native_normalization_would_be_wrong_in_third_order(name: str) -> None:
     """Why the exact estimator substitutes elementary forms, and refuses what it cannot."""
@@ -179,6 +188,9 @@ def test_native_normalization_would_be_wrong_in_third_order(name: str) -> None:
     first = torch.autograd.grad(F.cross_entropy(module(x), y), parameters, create_graph=True)
     second = torch.autograd.grad(first, parameters, vectors, create_graph=True)
     form = sum((h * v).sum() for h, v in zip(second, vectors, strict=True))
+    if not differentiates_thrice(form, parameters):
+        # From torch 2.14 on batch norm refuses what it got wrong.
+        return
     native = nn.utils.parameters_to_vector(torch.autograd.grad(form, parameters))
     exact = unit(loss, "exact")
     assert (native - exact).norm() > 0.1 * exact.norm()

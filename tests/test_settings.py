@@ -115,6 +115,8 @@ ACCEPTED: dict[str, set[str]] = {
     "microbatch_size": {"None", *COUNTS},
     "max_memory": {"None", *COUNTS},
     "engine": set(),
+    "check": FLAGS,
+    "jacobian": set(),
     "precision": set(),
     "figures": FLAGS,
     "save_arrays": FLAGS,

@@ -26,6 +26,7 @@ from lla_callbacks.callbacks.sizing import (
     has_room_to_draw,
     spectrum_ladder,
 )
+from lla_callbacks.hessian.engine_error import gap_remedy
 from lla_callbacks.hessian.figures import history_figure
 from lla_callbacks.hessian.layer_figures import layer_history_figure
 from lla_callbacks.hessian.measures import Anchor, HessianSettings, measure
@@ -45,6 +46,7 @@ from lla_callbacks.objective.checks import whole
 from lla_callbacks.objective.layers import layer_parameters, outside
 from lla_callbacks.objective.objective import Engine, Mode, Objective
 from lla_callbacks.objective.precision import Precision
+from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.report.conform import check_fields, check_type
 from lla_callbacks.report.plain import pack, unpack
 
@@ -54,11 +56,6 @@ PRODUCT = 2.4
 NUM_FIGURES = 1
 # Figures of a measurement, where there is room for all.
 MOST_FIGURES = 4
-
-_GAP_REMEDY = (
-    "The exact engine says it: set engine='exact', in one process or under DDP, or measure a "
-    "checkpoint by measure_hessian."
-)
 
 # Of what type the further entries of a stored state are.
 _TRACKED = {
@@ -143,6 +140,10 @@ class HessianMonitor(Monitor):
             cannot say within 5 % is a gap. ``"auto"``: exact, and by difference where a second
             derivative does not exist or does not fit in memory, or parameters are sharded; one
             line in the log says so.
+        check: Whether the loss proves itself at the first measurement of a run, for about six
+            gradients; see :func:`~lla_callbacks.measure_hessian` for this and the next.
+        jacobian: Where the gradient is no derivative of the loss: ``"gap"``, or ``"measure"`` the
+            Jacobian of the training gradient, marked as such.
         precision: ``"float32"``: no autocast, and half-precision weights are widened for the
             measurement. ``"training"``: as the Trainer has it; bfloat16 costs 1 to 4 %.
         figures: Whether figures are drawn.
@@ -201,6 +202,8 @@ class HessianMonitor(Monitor):
         max_memory: int | None = None,
         engine: Engine = "auto",
         precision: Precision = "float32",
+        check: bool = True,
+        jacobian: Jacobian = "gap",
         figures: bool = True,
         save_arrays: bool = True,
         custom_scalars: bool = True,
@@ -247,6 +250,8 @@ class HessianMonitor(Monitor):
             max_memory=max_memory,
             engine=engine,
             precision=precision,
+            check=check,
+            jacobian=jacobian,
             figures=figures,
             save_arrays=save_arrays,
             custom_scalars=custom_scalars,
@@ -493,8 +498,13 @@ class HessianMonitor(Monitor):
                 f"{type(self).__name__}: products by differences of gradients, since "
                 f"{result.engine_reason}"
             )
+        check = self._findings.proof.self_check
+        if check is not None:
+            self._tell_check(check)
         for what, reason in result.gaps.items():
-            self._warn(MeasurementError(f"{what}: {reason}.", _GAP_REMEDY), what, remedy="")
+            if check is None or reason != check.trouble:
+                error = MeasurementError(f"{what}: {reason}.", gap_remedy(result.engine_reason))
+                self._warn(error, what, remedy="")
         if isinstance(result, HessianTracking):
             self.tracked.append((moment.step, result))
             return

@@ -30,6 +30,7 @@ from lla_callbacks.objective.evaluation import Predict
 from lla_callbacks.objective.objective import Engine, Mode, Objective
 from lla_callbacks.objective.points import Evaluation
 from lla_callbacks.objective.precision import Precision
+from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.report.loggers import folder_of, write_mesh, write_text
 from lla_callbacks.slices.choice import DirectionSource
 from lla_callbacks.slices.directions import Normalization, Vectors
@@ -122,6 +123,10 @@ class LossLandscapeMonitor(Monitor):
             :class:`~lla_callbacks.HessianMonitor` for this and the next two.
         engine: How Hessian directions are computed.
         precision: ``"float32"`` or ``"training"``.
+        check: Whether the loss proves itself at the first measurement of a run; see
+            :func:`~lla_callbacks.measure_hessian` for this and the next.
+        jacobian: Where its gradient is no derivative, what directions that rest on derivatives
+            are of.
         figures: Whether figures are drawn.
         save_arrays: Whether every slice is written to
             ``<log_dir>/landscape/<slice>/step_00000100.npz``.
@@ -180,6 +185,8 @@ class LossLandscapeMonitor(Monitor):
         max_memory: int | None = None,
         engine: Engine = "auto",
         precision: Precision = "float32",
+        check: bool = True,
+        jacobian: Jacobian = "gap",
         figures: bool = True,
         save_arrays: bool = True,
         name: str = "landscape",
@@ -230,6 +237,8 @@ class LossLandscapeMonitor(Monitor):
             max_memory=max_memory,
             engine=engine,
             precision=precision,
+            check=check,
+            jacobian=jacobian,
             figures=figures,
             save_arrays=save_arrays,
             custom_scalars=False,
@@ -437,6 +446,8 @@ class LossLandscapeMonitor(Monitor):
         if self._scale is None and result.loss > 0:
             # Four decades about the first loss, for all pictures of the run.
             self._scale = (1e-3 * result.loss, 10 * result.loss)
+        if self._findings.proof.self_check is not None:
+            self._tell_check(self._findings.proof.self_check)
         for what, error in result.missing.items():
             young = moment.step < YOUNG and moment.function == "fit"
             if not (young and isinstance(error, NotYetError)):

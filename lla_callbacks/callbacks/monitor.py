@@ -47,6 +47,7 @@ from lla_callbacks.callbacks.schedule import Schedule
 from lla_callbacks.callbacks.sink import REMEDIES, Sink
 from lla_callbacks.callbacks.sizing import CALIBRATION_SAMPLES, UnitCosts
 from lla_callbacks.hessian.stability import StabilityLimit, stability_limit
+from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.sharing import all_or_none
 from lla_callbacks.objective.batches import first_of, sample_count
 from lla_callbacks.objective.memory import Findings
@@ -56,6 +57,7 @@ from lla_callbacks.objective.objective import (
     Objective,
 )
 from lla_callbacks.objective.precision import Precision, at_precision
+from lla_callbacks.objective.self_check import Jacobian, SelfCheck
 from lla_callbacks.objective.sharded import is_sharded, reshard
 from lla_callbacks.objective.state import Snapshot, take_snapshot, weights_at
 from lla_callbacks.objective.training_step import check_replayable
@@ -97,6 +99,8 @@ class Monitor(EvaluatedToo, Resumable):
         max_memory: Bytes that a measurement may take.
         engine: How to multiply with the Hessian.
         precision: In which arithmetic.
+        check: Whether the loss proves itself at the first measurement of a run.
+        jacobian: What is measured where its gradient is no derivative.
         figures: Whether figures are drawn.
         save_arrays: Whether results are written beside the logs.
         custom_scalars: Whether TensorBoard gets a layout.
@@ -128,6 +132,8 @@ class Monitor(EvaluatedToo, Resumable):
         max_memory: int | None,
         engine: Engine,
         precision: Precision,
+        check: bool,
+        jacobian: Jacobian,
         figures: bool,
         save_arrays: bool,
         custom_scalars: bool,
@@ -148,6 +154,8 @@ class Monitor(EvaluatedToo, Resumable):
                 "max_memory": max_memory,
                 "engine": engine,
                 "precision": precision,
+                "check": check,
+                "jacobian": jacobian,
                 "figures": figures,
                 "save_arrays": save_arrays,
                 "custom_scalars": custom_scalars,
@@ -166,6 +174,8 @@ class Monitor(EvaluatedToo, Resumable):
         self.max_memory: int | None = found["max_memory"]
         self.engine: Engine = engine
         self.precision: Precision = precision
+        self.check: bool = found["check"]
+        self.jacobian: Jacobian = jacobian
         self.figures: bool = found["figures"]
         self.save_arrays: bool = found["save_arrays"]
         self.custom_scalars: bool = found["custom_scalars"]
@@ -709,6 +719,8 @@ class Monitor(EvaluatedToo, Resumable):
                 precision=self.precision,
                 arithmetic=autocast_dtype(trainer) if as_trained else None,
                 findings=self._findings if batches is None else Findings(),
+                check=self.check and batches is None,
+                jacobian=self.jacobian,
             )
 
         return all_or_none(self._processes, make)
@@ -723,6 +735,12 @@ class Monitor(EvaluatedToo, Resumable):
 
     def _guarded(self, what: str, action: Callable[..., object], *arguments: Any) -> None:
         self.sink.guarded(what, action, *arguments)
+
+    def _tell_check(self, check: SelfCheck) -> None:
+        """Warn once of what the loss's own check found, where it found anything."""
+        if check.trouble:
+            error = MeasurementError(f"{check.trouble}.", check.remedy)
+            self._warn(error, "the self-check", remedy="")
 
     def _warn(self, error: Exception, what: str, remedy: str | None = None) -> None:
         self.sink.warn(error, what, remedy)

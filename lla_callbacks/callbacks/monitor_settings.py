@@ -10,12 +10,14 @@ from lla_callbacks.objective.checks import (
     check_loss,
     flag,
     number,
+    one_of,
     seed_of,
     tag_of,
     whole,
 )
 from lla_callbacks.objective.objective import check_engine, check_mode
 from lla_callbacks.objective.precision import check_precision
+from lla_callbacks.objective.self_check import Jacobian
 
 _SHARE = "a positive share of training time, such as 0.05 for 5 %, at most 1, or None"
 
@@ -27,7 +29,7 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: Naming the first setting that is not allowed, what was given, what is allowed.
     """
     found = dict(settings)
-    for name in ("dropout", "figures", "save_arrays", "custom_scalars"):
+    for name in ("dropout", "check", "figures", "save_arrays", "custom_scalars"):
         found[name] = flag(name, found[name])
     found["num_samples"] = whole("num_samples", found["num_samples"], 1)
     for name, unit in {"microbatch_size": "", "max_memory": " byte"}.items():
@@ -36,6 +38,7 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
     check_precision(found["precision"])
     check_mode(found["mode"], found["dropout"])
     check_loss(found["loss"])
+    one_of("jacobian", found["jacobian"], Jacobian)
     found["max_overhead"] = number(
         "max_overhead", found["max_overhead"], _SHARE, above=0, most=1, none=True
     )

@@ -9,7 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lla_callbacks.callbacks.sizing import UnitCosts
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator, rademacher
-from lla_callbacks.objective.objective import Objective, with_hessian
+from lla_callbacks.objective.engines import with_hessian
+from lla_callbacks.objective.objective import Objective
 
 # Fewer samples make batch statistics another function altogether (docs/benchmarks/sizes.md).
 LEAST_WITH_STATISTICS = 16

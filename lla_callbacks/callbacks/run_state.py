@@ -18,6 +18,7 @@ from lla_callbacks.callbacks.saved_state import (
     check_snapshot,
     check_state,
 )
+from lla_callbacks.objective.self_check import Proof
 from lla_callbacks.report.conform import check_type
 from lla_callbacks.report.cost import cost_scalars
 from lla_callbacks.report.plain import from_plain, pack, to_plain, unpack
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lla_callbacks.callbacks.account import Account
     from lla_callbacks.callbacks.moments import Moment
     from lla_callbacks.callbacks.processes import Processes
+    from lla_callbacks.objective.memory import Findings
 
 VERSION = 1
 # Of these two it depends which batches are held.
@@ -47,6 +49,7 @@ class Resumable(Callback):
         dataloader: Any
         account: Account
         pace: Pace
+        _findings: Findings
         history: list[tuple[int, Any]]
         _held: HeldBatches
         _processes: Processes
@@ -159,6 +162,7 @@ class Resumable(Callback):
             "last_epoch": self._last_epoch,
             "account": self.account.state(),
             "pace": self.pace.state(),
+            "proof": to_plain(self._findings.proof),
             **self._more_state(),
         }
 
@@ -172,6 +176,8 @@ class Resumable(Callback):
             check_type(start, type(self)._moment, "the state's start")
             if start.snapshot is not None:
                 check_snapshot(start.snapshot, module, "the state's start")
+        proof = from_plain(state["proof"])
+        check_type(proof, Proof, "the state's proof")
         more = self._read_more(state, module)
         held = self._read_held(state, module, now)
         pace = Pace.from_state(state["pace"])
@@ -193,6 +199,8 @@ class Resumable(Callback):
         if held and held["batches"] and (held["complete"] or self._processes.size == 1):
             self._held.load(held)
         self._take_more(more)
+        if not changed:
+            self._findings.proof = proof
         self.history[:] = history
         self._plain = tuple((step, report) for step, report in state["history"])
         self._mark = None if "dataloader" in changed else state["mark"]

@@ -10,6 +10,7 @@ import numpy as np
 
 from lla_callbacks.hessian.layer_measures import LayerMeasurement
 from lla_callbacks.hessian.measures import HessianMeasurement
+from lla_callbacks.report.checks import check_arrays
 from lla_callbacks.report.files import write_arrays
 
 
@@ -23,7 +24,8 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
     ``layer_lambda_max``, ``layer_lambda_min`` and ``layer_distance`` of shape ``(layers, 2)``
     come with residuals and errors, and all layers' nodes and weights one after the other, of
     which ``layer_run_sizes`` of shape ``(layers, num_runs)`` tells the ends. What could not be
-    said within a bound is named in ``gap_names``, with the reasons in ``gaps``.
+    said within a bound is named in ``gap_names``, with the reasons in ``gaps``; what the
+    loss proved of itself in the arrays named ``check_...``.
     """
     m = measurement
     arrays = dict(
@@ -64,6 +66,9 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
         product_error=m.product_error,
         gap_names=np.array(list(m.gaps), dtype=np.str_),
         gaps=np.array(list(m.gaps.values()), dtype=np.str_),
+        notes=np.array(m.notes, dtype=np.str_),
+        self_check="" if m.self_check is None else m.self_check.footer(),
+        **check_arrays(m.self_check),
     )
     return write_arrays(path, arrays)
 

@@ -48,6 +48,25 @@ class EngineError:
         )
 
 
+def gap_remedy(engine_reason: str) -> str:
+    """Return what helps where differences of gradients could not tell.
+
+    Args:
+        engine_reason: Why products are by differences, as a measurement has it.
+    """
+    if "was asked for" in engine_reason:
+        return "Set engine='exact' or 'auto'."
+    if "sharded" in engine_reason:
+        return "Measure a checkpoint, in a plain module, by measure_hessian."
+    if "OutOfMemoryError" in engine_reason:
+        return "Raise max_memory, or lower num_samples or the size of the held batches."
+    # The exact engine cannot either, so that it is no way out.
+    return (
+        "Measure in float64, where differences are surer (measure_hessian(module.double(), "
+        "batches)), or give loss=callable(module, batch) by operations that differentiate twice."
+    )
+
+
 def engine_error(hessian: LossOperator, run: LanczosRun, seed: int) -> EngineError:
     """Return the error along random vectors, from products at two steps.
 

@@ -140,8 +140,9 @@ def finish_measured(figure: Figure, m: HessianMeasurement, title: str, note: str
             f"{len(m.run_sizes)} × {m.num_steps} Lanczos steps, {m.num_probes} probes",
             m.precision if m.engine == "exact" else f"{m.precision}, by differences of gradients",
             f"seed {m.seed}",
+            "" if m.self_check is None else m.self_check.footer(),
         ],
-        note.splitlines(),
+        [*note.splitlines(), *m.notes],
     )
 
 

@@ -18,6 +18,7 @@ from lla_callbacks.objective.evaluation import Loss
 from lla_callbacks.objective.layers import Layers
 from lla_callbacks.objective.objective import Engine, Mode, trainable
 from lla_callbacks.objective.precision import Precision, at_precision, check_precision
+from lla_callbacks.objective.self_check import Jacobian
 
 
 def measure_hessian(
@@ -42,6 +43,8 @@ def measure_hessian(
     engine: Engine = "auto",
     precision: Precision = "float32",
     chunk_size: int = 1,
+    check: bool = True,
+    jacobian: Jacobian = "gap",
     seed: int = 0,
 ) -> HessianReport:
     """Return the Hessian's extremes, traces, spectrum and criteria at the present weights.
@@ -88,6 +91,14 @@ def measure_hessian(
         precision: ``"float32"``: half-precision weights are widened for the measurement, and no
             autocast. ``"training"``: as the module has it.
         chunk_size: Vectors in one backward pass.
+        check: Whether the loss proves itself first, for about six gradients: two evaluations
+            agree, the gradient is the slope of the loss, products are symmetric and agree with
+            differences of gradients. What came of it is in ``report.self_check``.
+        jacobian: Where the gradient is no derivative of the loss (stop-gradient targets, gradient
+            reversal, straight-through estimators), there is no Hessian. ``"gap"``: everything
+            that would be of it is NaN and named in ``gaps``. ``"measure"``: the Jacobian of the
+            training gradient is measured in its place, by differences, and marked; it need not be
+            symmetric, so that its trace is right and its extremes are those of a Lanczos run only.
         seed: Fixes every random vector.
 
     Raises:
@@ -127,5 +138,7 @@ def measure_hessian(
             max_memory=max_memory,
             engine=engine,
             precision=precision,
+            check=check,
+            jacobian=jacobian,
         )
         return HessianReport.of(measure(objective, settings, limit=limit))

@@ -27,6 +27,7 @@ from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.operators import ScaledOperator
 from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.sharing import Share
+from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 from lla_callbacks.objective.checks import (
     MOST_WORK,
@@ -36,9 +37,11 @@ from lla_callbacks.objective.checks import (
     settle,
     whole,
 )
+from lla_callbacks.objective.engines import prove, refuses, with_hessian
 from lla_callbacks.objective.filters import filter_scales
 from lla_callbacks.objective.layers import Layers, check_layers, layer_parameters, outside
-from lla_callbacks.objective.objective import Objective, with_hessian
+from lla_callbacks.objective.objective import Objective, trainable
+from lla_callbacks.objective.self_check import SelfCheck
 
 # What goes on from a measurement: takes the operator, the layers' positions, runs and traces.
 Anchor = Callable[[LossOperator, Mapping[str, Tensor], Sequence[LanczosRun], TraceEstimate], object]
@@ -48,6 +51,15 @@ Anchor = Callable[[LossOperator, Mapping[str, Tensor], Sequence[LanczosRun], Tra
 # and up to 8 of 100 runs stopped at another eigenvalue than the largest; so it takes three to five
 # more (docs/benchmarks/coverage.md).
 STABILITY_RTOL = 0.02
+
+# Every criterion by its name.
+CRITERIA = (
+    "kh05", "kh1", "negative_mass", "effective_dimension", "c_t", "r_e", "mainly_positive",
+    "frobenius_norm", "stable_rank", "eigenvalue_ratio", "gradient_share", "stability",
+)  # fmt: skip
+
+# Everything that a measurement says of curvature, as gaps are named.
+EVERYTHING = ("lambda_max", "lambda_min", "trace", "layers", "density", "criteria", "stability")
 
 # With a wanted relative error, no stop before this many probes: fewer give no honest sem.
 LEAST_PROBES = 5
@@ -174,6 +186,8 @@ class HessianMeasurement:
             layer's, with or without normalization layers.
         filter_curvature_sem: Its standard error, as the trace's.
         gaps: What could not be said within a bound, by name, and why: it is NaN, or empty.
+        self_check: What the objective proved of itself before; ``None`` if it was not asked.
+        notes: What else a reader should know of the loss, in sentences.
     """
 
     lambda_max: Eigenvalue
@@ -207,6 +221,13 @@ class HessianMeasurement:
     filter_curvature: float = math.nan
     filter_curvature_sem: float = math.nan
     gaps: Mapping[str, str] = field(default_factory=dict)
+    self_check: SelfCheck | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_hessian(self) -> bool:
+        """Whether this is the Hessian, as far as was seen; else the Jacobian of the gradient."""
+        return self.self_check is None or self.self_check.is_hessian
 
     @property
     def layer_traces(self) -> dict[str, LayerTrace]:
@@ -257,6 +278,10 @@ def measure(
         MeasurementError: If the loss or a product is not finite or cannot be had.
     """
     began = time.perf_counter()
+    check = prove(objective, share)
+    if check is not None and refuses(objective, check):
+        found = gap_measurement(objective, settings, check, share)
+        return replace(found, seconds=time.perf_counter() - began, notes=objective.notes)
 
     def use(hessian: LossOperator) -> HessianMeasurement:
         hessian.listener = listener
@@ -264,7 +289,62 @@ def measure(
 
     found, reason = with_hessian(objective, use, chunk_size=settings.chunk_size, share=share)
     seconds = time.perf_counter() - began
-    return replace(found, engine_reason=reason, seconds=seconds)
+    return replace(
+        found,
+        engine_reason=reason,
+        seconds=seconds,
+        self_check=objective.findings.proof.self_check if objective.check else None,
+        notes=objective.notes,
+    )
+
+
+def gap_measurement(
+    objective: Objective,
+    settings: HessianSettings,
+    check: SelfCheck,
+    share: Share | None = None,
+) -> HessianMeasurement:
+    """Return the loss and its gradient, and a gap for all that would be of the Hessian.
+
+    Args:
+        objective: The loss.
+        settings: How it would have been measured.
+        check: What it proved of itself, which is that there is no Hessian.
+        share: Processes that share the batches.
+    """
+    space = ParameterSpace(trainable(objective.module))
+    loss, gradient = objective.gradient(share)
+    none = torch.empty(0, dtype=torch.float64)
+    unknown = Eigenvalue(math.nan, math.nan)
+    return HessianMeasurement(
+        lambda_max=unknown,
+        lambda_min=unknown,
+        trace=math.nan,
+        trace_sem=math.nan,
+        weight_norm=float(space.flatten(space.tensors).norm()),
+        layers={},
+        unlayered=(),
+        nodes=none,
+        weights=none,
+        run_sizes=(),
+        eigenvalues=none,
+        eigenvalue_residuals=none,
+        criteria=dict.fromkeys(CRITERIA, math.nan),
+        criteria_errors=dict.fromkeys(CRITERIA, math.nan),
+        loss=loss,
+        gradient_norm=float(gradient.norm()),
+        num_matvecs=0,
+        num_params=space.dim,
+        num_samples=objective.num_samples,
+        num_steps=0,
+        num_probes=0,
+        mode=objective.mode,
+        precision=objective.arithmetic_name,
+        seed=settings.seed,
+        seconds=0.0,
+        gaps=dict.fromkeys(EVERYTHING, check.trouble),
+        self_check=check,
+    )
 
 
 def _measured(

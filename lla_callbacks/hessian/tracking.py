@@ -22,8 +22,9 @@ from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 from lla_callbacks.linalg.tracking import TraceState, advance, begin
 from lla_callbacks.objective.checks import MOST_WORK, even, fraction, seed_of, settle, whole
+from lla_callbacks.objective.engines import with_hessian
 from lla_callbacks.objective.layers import Layers, check_layers, layer_parameters
-from lla_callbacks.objective.objective import Objective, with_hessian
+from lla_callbacks.objective.objective import Objective
 
 # Key of the streams that probes come from: a stream of its own for each firing, so that no
 # probe depends on a vector that is projected out.

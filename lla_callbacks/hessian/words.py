@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lla_callbacks.hessian.engine_error import gap_remedy
 from lla_callbacks.hessian.measures import HessianMeasurement
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.report.words import with_error
@@ -14,14 +15,21 @@ def describe(measurement: HessianMeasurement) -> str:
     """Return what one measurement found, in a few lines with their uncertainty."""
     m = measurement
     c = m.criteria
+    what = "Hessian" if m.is_hessian else "Jacobian of the training gradient, no Hessian,"
     lines = [
-        f"Hessian of {m.num_params:,} parameters on {m.num_samples:,} samples, mode "
+        f"{what} of {m.num_params:,} parameters on {m.num_samples:,} samples, mode "
         f"'{m.mode}': {m.num_matvecs} products in {m.seconds:.2g} s.",
-        f"  largest eigenvalue  {with_error(float(m.lambda_max), m.lambda_max.residual)}"
-        f"  (the sharpest direction; the +- is its residual{_further(m.lambda_max, 1)})",
-        f"  smallest eigenvalue {with_error(float(m.lambda_min), m.lambda_min.residual)}"
-        f"  (below zero: a direction that curves down{_further(m.lambda_min, -1)})",
     ]
+    if math.isfinite(m.lambda_max):
+        lines.append(
+            f"  largest eigenvalue  {with_error(float(m.lambda_max), m.lambda_max.residual)}"
+            f"  (the sharpest direction; the +- is its residual{_further(m.lambda_max, 1)})"
+        )
+    if math.isfinite(m.lambda_min):
+        lines.append(
+            f"  smallest eigenvalue {with_error(float(m.lambda_min), m.lambda_min.residual)}"
+            f"  (below zero: a direction that curves down{_further(m.lambda_min, -1)})"
+        )
     if math.isfinite(m.trace):
         lines.append(
             f"  trace               {with_error(m.trace, m.trace_sem)}"
@@ -43,7 +51,7 @@ def describe(measurement: HessianMeasurement) -> str:
             f"  engine              differences of gradients, off by {m.product_error:.1g} along "
             f"random directions, since {m.engine_reason}"
         )
-    lines += [f"  no {name:<17}{reason}" for name, reason in m.gaps.items()]
+    lines += _gap_lines(m)
     if math.isfinite(c["gradient_share"]):
         lines.append(
             f"  gradient            {c['gradient_share']:.0%} of its square lies along the "
@@ -55,6 +63,9 @@ def describe(measurement: HessianMeasurement) -> str:
             "edge, where full-batch steps start to overshoot)"
         )
     lines += _layer_lines(m)
+    if m.self_check is not None:
+        lines += [f"  {line}" for line in m.self_check.lines()]
+    lines += [f"  {note}" for note in m.notes]
     return "\n".join(lines)
 
 
@@ -64,6 +75,19 @@ def _further(end: Eigenvalue, sign: int) -> str:
         return ""
     which = "largest" if sign > 0 else "lowest"
     return f"; the {which} may still lie at {end + sign * end.beyond:.3g}"
+
+
+def _gap_lines(m: HessianMeasurement) -> list[str]:
+    """Return what is missing and why, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in m.gaps.items():
+        reasons.setdefault(reason, []).append(name)
+    lines = [f"  no {', '.join(names):<17}{reason}" for reason, names in reasons.items()]
+    if lines and m.self_check is not None and m.self_check.trouble:
+        lines.append(f"  {m.self_check.remedy}")
+    elif lines:
+        lines.append(f"  {gap_remedy(m.engine_reason)}")
+    return lines
 
 
 def _layer_lines(m: HessianMeasurement) -> list[str]:

@@ -8,7 +8,15 @@ from typing import Any
 from torch import nn
 
 from lla_callbacks.objective.batches import first_samples, hold
-from lla_callbacks.objective.checks import batches_of, check_loss, module_of, seed_of, whole
+from lla_callbacks.objective.checks import (
+    batches_of,
+    check_loss,
+    flag,
+    module_of,
+    one_of,
+    seed_of,
+    whole,
+)
 from lla_callbacks.objective.evaluation import Loss
 from lla_callbacks.objective.objective import (
     Engine,
@@ -18,6 +26,7 @@ from lla_callbacks.objective.objective import (
     check_mode,
 )
 from lla_callbacks.objective.precision import Precision, check_precision
+from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.objective.training_step import check_replayable, replay_training_step
 
 
@@ -34,6 +43,8 @@ def objective_of(
     max_memory: int | None = None,
     engine: Engine = "auto",
     precision: Precision = "float32",
+    check: bool = True,
+    jacobian: Jacobian = "gap",
 ) -> Objective:
     """Return the objective that every function measures: copies of batches, frozen.
 
@@ -50,6 +61,8 @@ def objective_of(
     check_precision(precision)
     num_samples = whole("num_samples", num_samples, 1, none=True, other=", or None for all")
     microbatch_size = whole("microbatch_size", microbatch_size, 1, none=True, other=", or None")
+    flag("check", check)
+    one_of("jacobian", jacobian, Jacobian)
     max_memory = whole("max_memory", max_memory, 1, none=True, other=" byte, or None")
     seed = seed_of("seed", seed)
     if loss is None:
@@ -72,4 +85,6 @@ def objective_of(
         max_memory=max_memory,
         engine=engine,
         precision=precision,
+        check=check,
+        jacobian=jacobian,
     )

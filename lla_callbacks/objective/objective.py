@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from lla_callbacks.linalg.difference import DifferenceOperator, first_derivative
 from lla_callbacks.linalg.errors import (
     MeasurementError,
-    NoSecondDerivativeError,
     OutOfMemoryError,
-    forgetful,
     is_out_of_memory,
 )
 from lla_callbacks.linalg.hessian import HessianOperator
-from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm
+from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm, loss_value
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batches import fresh, sample_count, split
@@ -31,6 +29,7 @@ from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
 from lla_callbacks.objective.memory import Findings, MemoryPlan, allowed_memory, saved_bytes
 from lla_callbacks.objective.precision import HALF, Precision, autocast_inside, check_precision
 from lla_callbacks.objective.repetition import keep_processes_apart
+from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.objective.sharded import is_sharded, reshard, sharded_gradients
 from lla_callbacks.objective.splitting import check_split
 from lla_callbacks.objective.state import preserved, set_mode
@@ -38,7 +37,6 @@ from lla_callbacks.objective.twice_differentiable import once_differentiable, tw
 
 Mode = Literal["batch", "eval", "recalibrate"]
 Engine = Literal["auto", "exact", "difference"]
-Result = TypeVar("Result")
 
 
 class Objective:
@@ -65,12 +63,17 @@ class Objective:
         max_memory: Bytes that a measurement may take; see
             :class:`~lla_callbacks.objective.memory.MemoryPlan`. ``None``: half of what a training
             step takes, and 256 MiB at least.
-        engine: How to multiply with the Hessian; see :func:`with_hessian`.
+        engine: How to multiply with the Hessian; see
+            :func:`~lla_callbacks.objective.engines.with_hessian`.
         precision: ``"float32"``: no autocast, and half-precision batches are widened, for use
             inside :func:`~lla_callbacks.objective.precision.at_precision`. ``"training"``: as the
             loss itself has it.
         arithmetic: Dtype in which the loss computes under autocast, where it does.
         findings: What earlier objectives on the same batches found out.
+        check: Whether the objective proves itself before its numbers are believed; see
+            :mod:`~lla_callbacks.objective.engines`.
+        jacobian: ``"gap"``: where the gradient is no derivative of the loss, nothing of its
+            curvature is measured. ``"measure"``: the Jacobian of the gradient is, and marked.
 
     Attributes:
         num_samples: Samples behind the loss: of each batch, the leading size of its first
@@ -96,6 +99,8 @@ class Objective:
         precision: Precision = "float32",
         arithmetic: torch.dtype | None = None,
         findings: Findings | None = None,
+        check: bool = True,
+        jacobian: Jacobian = "gap",
     ) -> None:
         check_mode(mode, dropout)
         check_engine(engine)
@@ -111,6 +116,8 @@ class Objective:
         self.engine: Engine = engine
         self.precision: Precision = precision
         self.arithmetic = arithmetic
+        self.check = flag("check", check)
+        self.jacobian: Jacobian = one_of("jacobian", jacobian, Jacobian)
         # That of autocast regions which the loss opens itself, once one was seen.
         self._inner_arithmetic: torch.dtype | None = None
         self._max_memory = max_memory
@@ -138,6 +145,28 @@ class Objective:
                 self._findings.split.add(i)
         self.counts = [sample_count(batch) for batch in self.batches]
         self.num_samples = sum(self.counts)
+
+    @property
+    def findings(self) -> Findings:
+        """What was found out about the held batches, kept from one measurement to the next."""
+        return self._findings
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of any number should know of the loss, in sentences."""
+        return self._findings.proof.notes
+
+    @property
+    def keeps_hooks(self) -> bool:
+        """Whether hooks that a forward pass puts on tensors are called in backward passes."""
+        return self._findings.proof.keep_hooks or is_sharded(self.module)
+
+    @property
+    def eps(self) -> float:
+        """Relative rounding of the arithmetic."""
+        found = self.arithmetic or self._inner_arithmetic
+        precision = ParameterSpace(trainable(self.module)).precision
+        return max(torch.finfo(d).eps for d in (precision, found) if d is not None)
 
     def __call__(self) -> float:
         """Return ``L`` at the present weights, by torch's own forward pass."""
@@ -189,6 +218,51 @@ class Objective:
                 share=share,
             )
         )
+
+    def gradient(
+        self, share: Share | None = None, *, look: Callable[[Tensor], object] | None = None
+    ) -> tuple[float, Tensor]:
+        """Return ``L`` and its gradient ``(dim,)`` by a plain backward pass, torch's own kernels.
+
+        Each process differentiates its part of the batches, and all have the sum.
+
+        Args:
+            share: The processes.
+            look: Called with the loss of each batch and its graph.
+
+        Raises:
+            MeasurementError: If any process fails.
+        """
+        share = share or Alone()
+        space = ParameterSpace(trainable(self.module))
+        statistics: Statistics = ()
+        if self.mode == "recalibrate":
+            with evaluating(self) as evaluate:
+                statistics = evaluate.statistics()
+
+        def differentiated(loss: Tensor) -> tuple[float, Tensor]:
+            if look is not None:
+                look(loss)
+            return loss_value(loss), space.flatten(first_derivative(loss, space.tensors))
+
+        def mine() -> tuple[float, Tensor]:
+            value = 0.0
+            total = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
+            for i in range(share.rank, len(self.batches), share.size):
+                weight = self.counts[i] / self.num_samples
+                with torch.inference_mode(False), torch.enable_grad():
+                    part, gradient = self._evaluate(
+                        self.batches[i], statistics, self._plain_context, differentiated
+                    )
+                value += weight * part
+                total += weight * gradient
+            return value, total
+
+        value, total = all_or_none(share, mine)
+        if share.size > 1:
+            value = float(share.total(torch.tensor([value], dtype=torch.float64))[0])
+            total = share.total(total)
+        return value, total
 
     def _terms(
         self,
@@ -288,10 +362,16 @@ class Objective:
         with twice_differentiable(dropout=self.dropout), no_gradient_hooks(self.module):
             yield
 
+    def _note_hook(self) -> None:
+        if not self._findings.proof.hooks_seen:
+            self._findings.learn(hooks_seen=True)
+
     @contextmanager
     def _plain_context(self) -> Iterator[None]:
         with (
-            once_differentiable(dropout=self.dropout, hooks=is_sharded(self.module)),
+            once_differentiable(
+                dropout=self.dropout, hooks=self.keeps_hooks, on_hook=self._note_hook
+            ),
             no_gradient_hooks(self.module),
         ):
             yield
@@ -399,51 +479,6 @@ class Objective:
             except (MeasurementError, TypeError) as error:
                 self._findings.unsplittable = str(error).partition(" Leave out")[0]
         return self._findings.unsplittable
-
-
-def with_hessian(
-    objective: Objective,
-    use: Callable[[LossOperator], Result],
-    *,
-    chunk_size: int = 1,
-    share: Share | None = None,
-) -> tuple[Result, str]:
-    """Use the Hessian of an objective, by the first engine that can; return why it was that.
-
-    The exact engine is tried first. Differences of gradients take over where a second
-    derivative does not exist, or does not fit in memory, or where parameters are sharded.
-
-    Args:
-        objective: The loss.
-        use: What to do with the Hessian; called anew with the second engine if the first fails.
-        chunk_size: Vectors in one backward pass.
-        share: Processes that share the work.
-
-    Returns:
-        What ``use`` returns, and the reason for differences, empty for the exact engine.
-
-    Raises:
-        MeasurementError: If the loss or a product is not finite or cannot be had.
-    """
-    reason = ""
-    if objective.engine == "difference":
-        reason = "engine='difference' was asked for"
-    elif objective.engines[0] == "difference":
-        reason = "the parameters are sharded, and torch differentiates through that once only"
-    for last, engine in enumerate(objective.engines, start=1):
-        failed: Exception
-        try:
-            with objective.hessian(chunk_size=chunk_size, engine=engine, share=share) as hessian:
-                return use(hessian), reason
-        except (NoSecondDerivativeError, OutOfMemoryError) as error:
-            if last == len(objective.engines):
-                if isinstance(error, NoSecondDerivativeError):
-                    hint = "Or take engine='auto', which then measures by differences."
-                    raise NoSecondDerivativeError(str(error), hint) from error
-                raise
-            failed = forgetful(error)
-        reason = f"{type(failed).__name__}: {failed}"
-    raise AssertionError("an objective has at least one engine")
 
 
 def padding_vectors(module: nn.Module) -> Tensor | None:

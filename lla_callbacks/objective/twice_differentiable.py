@@ -45,7 +45,9 @@ def twice_differentiable(*, dropout: bool) -> Iterator[None]:
 
 
 @contextmanager
-def once_differentiable(*, dropout: bool, hooks: bool = False) -> Iterator[None]:
+def once_differentiable(
+    *, dropout: bool, hooks: bool = False, on_hook: Callable[[], object] | None = None
+) -> Iterator[None]:
     """Within this context, forward passes use torch's own kernels, as training does.
 
     Attention stays fused and activation checkpoints keep saving memory, but for the reentrant
@@ -56,11 +58,14 @@ def once_differentiable(*, dropout: bool, hooks: bool = False) -> Iterator[None]
     Args:
         dropout: Whether dropout stays as it is.
         hooks: Whether forward passes may register hooks on tensors, as sharded modules must.
+        on_hook: Called where one is left out.
     """
     substitutes = {} if dropout else dict(_NO_DROPOUT)
     substitutes |= _GRADIENTS
     if hooks:
         del substitutes[Tensor.register_hook]
+    elif on_hook is not None:
+        substitutes[Tensor.register_hook] = _noting(on_hook)
     with eager(), no_checkpoints(reentrant_only=True), _Substitution(substitutes):
         yield
 
@@ -215,6 +220,14 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:
     return F.embedding(input, weight, padding_idx, max_norm, norm_type)
+
+
+def _noting(on_hook: Callable[[], object]) -> Callable[..., Any]:
+    def register(tensor: Tensor, hook: Any) -> Any:
+        on_hook()
+        return register_nothing(tensor, hook)
+
+    return register
 
 
 def _identity(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -13,6 +13,7 @@ from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.sharing import Alone, Share, fail_together
+from lla_callbacks.objective.engines import with_hessian
 from lla_callbacks.objective.grid import coarse_to_fine, gathered
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import Offsets, space_of
@@ -118,6 +119,8 @@ def measure_convexity(
     done = torch.zeros(len(points), dtype=torch.bool)
     space = space_of(objective)
     family = Offsets(space, [d.vector for d in directions])
+    # At the centre: which engine can, once the loss has proved itself.
+    engine = with_hessian(objective, lambda hessian: hessian.engine, share=share)[0]
     trouble: Exception | None = None
     try:
         for i in order[share.rank :: share.size]:
@@ -126,7 +129,7 @@ def measure_convexity(
                 break
             family.place(points[i].tolist())
             try:
-                table[i] = _ends(objective, num_steps, rtol, seed)
+                table[i] = _ends(objective, engine, num_steps, rtol, seed)
             except NonFiniteError:
                 if i == order[0]:
                     raise
@@ -156,9 +159,9 @@ def measure_convexity(
     )
 
 
-def _ends(objective: Objective, num_steps: int, rtol: float, seed: int) -> Tensor:
+def _ends(objective: Objective, engine: str, num_steps: int, rtol: float, seed: int) -> Tensor:
     """Return smallest and largest eigenvalue, their residuals, the loss and the products."""
-    hessian = objective.hessian()
+    hessian = objective.hessian(engine="exact" if engine == "exact" else "difference")
     try:
         start = rademacher(
             hessian.shape[0], generator(seed, 4), dtype=hessian.dtype, device=hessian.device

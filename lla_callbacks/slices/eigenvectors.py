@@ -9,7 +9,8 @@ from lla_callbacks.linalg.accumulation import inner, norm
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator, rademacher
-from lla_callbacks.objective.objective import Objective, with_hessian
+from lla_callbacks.objective.engines import with_hessian
+from lla_callbacks.objective.objective import Objective
 from lla_callbacks.slices.directions import Direction, gradient_direction
 
 NAMES = ("top1", "top2", "bottom1")

@@ -182,6 +182,7 @@ def facts_of(facts: SliceFacts, points: str) -> list[str]:
         directions if facts.normalization else "",
         points,
         facts.precision,
+        facts.self_check,
     ]
 
 

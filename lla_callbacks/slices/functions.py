@@ -27,6 +27,7 @@ from lla_callbacks.objective.checks import (
     shown,
     whole,
 )
+from lla_callbacks.objective.engines import prove
 from lla_callbacks.objective.evaluation import (
     Loss,
     Predict,
@@ -90,6 +91,7 @@ def loss_line(
     microbatch_size: int | None = None,
     evaluation: Evaluation = "auto",
     time_budget: float | None = None,
+    check: bool = True,
     seed: int = 0,
 ) -> LossLine:
     """Return the loss, and any metric, along a line through the present weights.
@@ -127,6 +129,9 @@ def loss_line(
         evaluation: ``"auto"``, ``"loop"`` or ``"vmap"``.
         time_budget: Seconds after which no further point is begun; points are visited from
             coarse to fine, and those left out are NaN.
+        check: Whether the loss proves itself first, for about five gradients: two evaluations
+            agree, and the gradient is the slope of the loss. What came of it is in
+            ``facts.self_check``; a map of curvature asks its products too.
         seed: Fixes random directions and start vectors.
 
     Raises:
@@ -140,8 +145,9 @@ def loss_line(
     wanted = None if alphas is None else coordinates("alphas", alphas)
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        microbatch_size=microbatch_size,
+        microbatch_size=microbatch_size, check=check,
     )  # fmt: skip
+    prove(objective)
     source = _source(objective, normalization, vectors, seed, optimizer, checkpoints)
     (direction,) = source.get(names)
     found = measure_line(
@@ -177,6 +183,7 @@ def loss_plane(
     evaluation: Evaluation = "auto",
     time_budget: float | None = None,
     file: str | Path | None = None,
+    check: bool = True,
     seed: int = 0,
 ) -> LossPlane:
     """Return the loss, and any metric, over a plane through the present weights.
@@ -212,6 +219,7 @@ def loss_plane(
         time_budget: See :func:`loss_line`.
         file: An .npz file that is written as the grid grows. If it is there and holds this very
             grid, unfinished, the points in it are not computed again.
+        check: See :func:`loss_line`.
         seed: See :func:`loss_line`.
 
     Raises:
@@ -246,8 +254,9 @@ def loss_plane(
             names = plane_names(directions)
         objective = objective_of(
             module, batches, loss, mode=mode, dropout=dropout, seed=seed,
-            num_samples=num_samples, microbatch_size=microbatch_size,
+            num_samples=num_samples, microbatch_size=microbatch_size, check=check,
         )  # fmt: skip
+        prove(objective)
         source = _source(objective, normalization, vectors, seed, optimizer, checkpoints)
         path, networks = None, None
         if through is not None:
@@ -303,6 +312,7 @@ def interpolate(
     microbatch_size: int | None = None,
     evaluation: Evaluation = "auto",
     time_budget: float | None = None,
+    check: bool = True,
     seed: int = 0,
 ) -> LossLine:
     """Return the loss between two sets of weights: ``(1 - alpha) start + alpha end``.
@@ -327,6 +337,7 @@ def interpolate(
         microbatch_size: See :func:`loss_line`.
         evaluation: See :func:`loss_line`.
         time_budget: See :func:`loss_line`.
+        check: See :func:`loss_line`.
         seed: Fixes what is random in the module.
 
     Raises:
@@ -341,8 +352,9 @@ def interpolate(
     )
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        microbatch_size=microbatch_size,
+        microbatch_size=microbatch_size, check=check,
     )  # fmt: skip
+    prove(objective)
     space = space_of(objective)
     ends = [module if end is None else end for end in (start, end)]
     if flag("align", align):
@@ -378,6 +390,7 @@ def convexity_map(
     num_samples: int | None = None,
     microbatch_size: int | None = None,
     time_budget: float | None = None,
+    check: bool = True,
     seed: int = 0,
 ) -> ConvexityMap:
     """Return ``|lambda_min / lambda_max|`` of the Hessian over a coarse plane.
@@ -402,6 +415,7 @@ def convexity_map(
         num_samples: See :func:`loss_line`.
         microbatch_size: See :func:`loss_line`.
         time_budget: Seconds after which no further point is begun.
+        check: See :func:`loss_line`.
         seed: Fixes directions and start vectors.
 
     Raises:
@@ -417,8 +431,9 @@ def convexity_map(
     given = _given(alphas, betas)
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        microbatch_size=microbatch_size,
+        microbatch_size=microbatch_size, check=check,
     )  # fmt: skip
+    prove(objective)
     source = _source(objective, normalization, vectors, seed, optimizer, checkpoints)
     first, second = source.get(names)
     grid = plane_coordinates((first, second), source.path_on(names), MAP_POINTS)
@@ -455,6 +470,7 @@ def basin_radii(
     num_samples: int | None = None,
     microbatch_size: int | None = None,
     time_budget: float | None = None,
+    check: bool = True,
     seed: int = 0,
 ) -> BasinRadii:
     """Return how far random rays lead before the loss passes a cutoff.
@@ -479,6 +495,7 @@ def basin_radii(
         num_samples: See :func:`loss_line`.
         microbatch_size: See :func:`loss_line`.
         time_budget: Seconds after which no further ray is begun.
+        check: See :func:`loss_line`.
         seed: Fixes the rays.
 
     Raises:
@@ -493,8 +510,9 @@ def basin_radii(
     budget = PointSettings(time_budget=time_budget).time_budget
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        microbatch_size=microbatch_size,
+        microbatch_size=microbatch_size, check=check,
     )  # fmt: skip
+    prove(objective)
     found = measure_basin(
         objective,
         num_rays=num_rays,

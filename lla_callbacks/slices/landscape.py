@@ -20,10 +20,12 @@ from lla_callbacks.objective.checks import (
     shown,
     whole,
 )
+from lla_callbacks.objective.engines import prove
 from lla_callbacks.objective.evaluation import Predict, check_metrics
 from lla_callbacks.objective.grid import centred
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import Evaluation, PointSettings
+from lla_callbacks.objective.self_check import SelfCheck
 from lla_callbacks.slices.basin import Basin, measure_basin
 from lla_callbacks.slices.choice import (
     DirectionSource,
@@ -154,6 +156,8 @@ class Landscape:
         missing: Name of a slice to why it is not there.
         loss: The loss at the weights.
         seconds: Wall time.
+        self_check: What the objective proved of itself; ``None`` if it was not asked.
+        notes: What else a reader should know of the loss, in sentences.
     """
 
     planes: Mapping[str, Plane]
@@ -163,6 +167,8 @@ class Landscape:
     missing: Mapping[str, Exception]
     loss: float
     seconds: float
+    self_check: SelfCheck | None = None
+    notes: tuple[str, ...] = ()
 
 
 def measure_landscape(
@@ -188,6 +194,7 @@ def measure_landscape(
     source.expected = settings.wanted
     work = _Work(objective, settings, source, share, progress, time.perf_counter())
     loss = all_or_none(share or Alone(), objective)
+    prove(objective, share)
     # Lines first: they are the cheapest, and say most for it.
     lines = {str(name): work.tried(f"line_{name}", work.line, name) for name in settings.lines}
     planes = {str(name): work.tried(f"plane_{name}", work.plane, name) for name in settings.planes}
@@ -206,6 +213,8 @@ def measure_landscape(
         work.missing,
         loss,
         time.perf_counter() - work.began,
+        objective.findings.proof.self_check if objective.check else None,
+        objective.notes,
     )
 
 

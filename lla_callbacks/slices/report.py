@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lla_callbacks.objective.self_check import SelfCheck
 from lla_callbacks.report.words import with_error
 from lla_callbacks.slices.directions import Direction
 from lla_callbacks.slices.landscape import Landscape
@@ -42,6 +43,8 @@ class LandscapeReport:
         missing: Name of a slice to why it could not be had.
         loss: The loss at the weights.
         seconds: Wall time.
+        self_check: What the objective proved of itself; ``None`` if it was not asked.
+        notes: What else a reader should know of the loss, in sentences.
     """
 
     planes: Mapping[str, LossPlane]
@@ -51,6 +54,8 @@ class LandscapeReport:
     missing: Mapping[str, Exception]
     loss: float
     seconds: float
+    self_check: SelfCheck | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, found: Landscape) -> LandscapeReport:
@@ -63,6 +68,8 @@ class LandscapeReport:
             found.missing,
             found.loss,
             found.seconds,
+            found.self_check,
+            found.notes,
         )
 
     def __repr__(self) -> str:
@@ -121,6 +128,9 @@ class LandscapeReport:
                 f"{radius_in_words(b)} filter norms until the "
                 f"loss passes {b.cutoff:.4g} ({len(b.radii)} rays, {int(b.open.sum())} never did)"
             )
+        if self.self_check is not None:
+            lines += [f"  {line}" for line in self.self_check.lines()]
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
 

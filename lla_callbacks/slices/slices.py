@@ -43,6 +43,8 @@ class SliceFacts:
         method: ``"loop"`` or ``"vmap"``: how points were evaluated.
         num_points: Points evaluated by this call.
         seconds: Wall time of this call.
+        self_check: What the objective proved of itself, in a few words; empty if it was not asked.
+        self_check_words: The same at length, and what else a reader should know, a line each.
     """
 
     mode: str
@@ -54,6 +56,8 @@ class SliceFacts:
     method: str
     num_points: int
     seconds: float
+    self_check: str = ""
+    self_check_words: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,6 +376,8 @@ def facts_of(
 ) -> SliceFacts:
     """Return the conditions of a measurement that began at this count of the clock."""
     space = space_of(objective)
+    found = objective.findings.proof.self_check if objective.check else None
+    words = [*(found.lines() if found is not None else ()), *objective.notes]
     return SliceFacts(
         objective.mode,
         normalization,
@@ -382,4 +388,6 @@ def facts_of(
         method,
         num_points,
         time.perf_counter() - began,
+        "" if found is None else found.footer(curvature=False),
+        "\n".join(words),
     )

@@ -96,6 +96,9 @@ ERRORS = {
 def test_step_that_fails_in_a_replay_only(tmp_path, make, kind, at):
     without = outcome(trained(tmp_path))
     watcher = make(every_n_train_steps=2, num_samples=12 if at == 2 else 4)
+    if "memory" in kind and watcher.name == "landscape" and at == 3:
+        # By then the slice itself; before, a self-check that does without.
+        watcher.check = False
     if "memory" in kind and watcher.name == "hessian":
         # Halved, or by differences, which need less: the measurement goes on.
         with warnings.catch_warnings():

@@ -304,6 +304,7 @@ def test_metrics_on_the_same_points_at_no_further_pass() -> None:
     module = Counted()
     plane = loss_plane(
         module, two_batches(), loss=cross_entropy, alphas=ALPHAS, betas=BETAS, evaluation="loop",
+        check=False,
         metrics={"accuracy": MulticlassAccuracy(3, average="micro"),
                  "norm": lambda m, b: m.net[0].weight.norm()},
     )  # fmt: skip
@@ -401,6 +402,7 @@ def test_a_grid_that_was_cut_off_goes_on_and_ends_as_if_it_had_not(tmp_path: Any
     module = Weights((2, 3), (5,))
     slopes = torch.randn(11, dtype=torch.float64)
     settings = {"evaluation": "loop", "directions": "random", "alphas": ALPHAS, "betas": BETAS}
+    settings |= {"check": False}
     batch = torch.zeros(3, 1)
     whole = loss_plane(module, [batch], loss=linear(slopes), **settings)
     assert whole.loss.min() < 0  # a negative loss is no sign of an unfinished point

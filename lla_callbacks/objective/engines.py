@@ -1,0 +1,148 @@
+"""The Hessian of an objective by the first engine that can, once it has proved itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from lla_callbacks.linalg.errors import (
+    MeasurementError,
+    NoSecondDerivativeError,
+    OutOfMemoryError,
+    forgetful,
+)
+from lla_callbacks.linalg.loss_operator import LossOperator
+from lla_callbacks.linalg.sharing import Share
+from lla_callbacks.objective.objective import Objective
+from lla_callbacks.objective.product_checks import prove_products
+from lla_callbacks.objective.self_check import SelfCheck
+from lla_callbacks.objective.value_checks import prove_values
+
+Result = TypeVar("Result")
+
+
+def with_hessian(
+    objective: Objective,
+    use: Callable[[LossOperator], Result],
+    *,
+    chunk_size: int = 1,
+    share: Share | None = None,
+) -> tuple[Result, str]:
+    """Use the Hessian of an objective, by the first engine that can; return why it was that.
+
+    The exact engine is tried first. Differences of gradients take over where a second
+    derivative does not exist, is lost, or does not fit in memory, or where parameters are
+    sharded. Before its first use on a run's held batches the objective proves itself, unless it
+    was told not to; what that showed is in ``objective.findings.self_check``.
+
+    Args:
+        objective: The loss.
+        use: What to do with the Hessian; called anew with the second engine if the first fails.
+        chunk_size: Vectors in one backward pass.
+        share: Processes that share the work.
+
+    Returns:
+        What ``use`` returns, and the reason for differences, empty for the exact engine.
+
+    Raises:
+        MeasurementError: If the loss or a product is not finite or cannot be had, if the loss
+            does not repeat, or if its gradient is no derivative of it and
+            ``objective.jacobian`` does not ask for what there is instead.
+    """
+    found = prove(objective, share)
+    refuse_other_derivatives(objective, found)
+    reason, engines = "", objective.engines
+    if found is not None and not found.is_hessian and objective.engine == "auto":
+        # Double backward takes for constant what was detached.
+        engines = ("difference",)
+        reason = "the gradient is no derivative of the loss, and differences see all of it"
+    elif objective.engine == "difference":
+        reason = "engine='difference' was asked for"
+    elif objective.engines[0] == "difference":
+        reason = "the parameters are sharded, and torch differentiates through that once only"
+    for last, engine in enumerate(engines, start=1):
+        failed: Exception
+        try:
+            with objective.hessian(chunk_size=chunk_size, engine=engine, share=share) as hessian:
+                _prove_engine(objective, hessian)
+                return use(hessian), reason
+        except (NoSecondDerivativeError, OutOfMemoryError) as error:
+            if last == len(engines):
+                if isinstance(error, NoSecondDerivativeError):
+                    hint = "Or take engine='auto', which measures what differences can tell."
+                    raise NoSecondDerivativeError(str(error), hint) from error
+                raise
+            failed = forgetful(error)
+        reason = f"{type(failed).__name__}: {failed}"
+    raise AssertionError("an objective has at least one engine")
+
+
+def prove(objective: Objective, share: Share | None = None) -> SelfCheck | None:
+    """Return what the values of a loss say of its gradient; asked once on its held batches.
+
+    ``None`` if the objective is not to be checked.
+    """
+    if not objective.check:
+        return None
+    findings = objective.findings
+    if findings.proof.self_check is None:
+        findings.learn(self_check=prove_values(objective, share))
+    return findings.proof.self_check
+
+
+def refuse_other_derivatives(objective: Objective, found: SelfCheck | None) -> None:
+    """Raise if a self-check showed that there is no Hessian to be measured.
+
+    Raises:
+        MeasurementError: With what was seen and what can be done.
+    """
+    if found is not None and refuses(objective, found):
+        raise MeasurementError(f"{found.trouble}.", found.remedy)
+
+
+def refuses(objective: Objective, found: SelfCheck) -> bool:
+    """Return whether nothing of curvature is to be measured, by what a self-check showed."""
+    wanted = found.repeats and objective.jacobian == "measure"
+    return bool(found.trouble) and not wanted
+
+
+def _prove_engine(objective: Objective, hessian: LossOperator) -> None:
+    """Let an engine prove its products, once on the held batches.
+
+    Raises:
+        NoSecondDerivativeError: If the exact engine's are not those of the gradient.
+    """
+    findings = objective.findings
+    known = findings.proof.self_check
+    if known is None or not objective.check:
+        return
+    if hessian.engine == "exact" and findings.proof.keep_hooks:
+        raise NoSecondDerivativeError(
+            "a hook that the forward pass puts on a tensor is part of the derivative, and autograd "
+            "cannot differentiate what it computes.",
+            "Take engine='difference', or let loss=callable(module, batch) do without the hook.",
+        )
+    if not known.is_hessian:
+        # A Jacobian need not be symmetric.
+        return
+    if hessian.engine not in findings.proof.proved:
+        found = prove_products(objective, hessian)
+        earlier = tuple(c for c in known.checks if c.name in ("repeats", "slope"))
+        findings.learn(
+            proved=(*findings.proof.proved, hessian.engine),
+            lost=found.lost or findings.proof.lost,
+            self_check=replace(
+                known,
+                checks=earlier + found.checks,
+                num_gradients=known.num_gradients + found.num_gradients,
+            ),
+        )
+    if hessian.engine == "exact" and findings.proof.lost:
+        lost = findings.proof.lost
+        raise NoSecondDerivativeError(
+            f"the second derivative is lost on the way ({lost}): an operation's backward pass "
+            "cannot be differentiated and does not say so.",
+            "Take engine='difference', or replace the operation (torch.autograd.gradgradcheck "
+            "finds it).",
+        )

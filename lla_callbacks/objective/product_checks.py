@@ -1,0 +1,249 @@
+"""Whether an engine's gradient and products are those of the loss: asked of backward passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.linalg.errors import is_out_of_memory
+from lla_callbacks.linalg.lanczos import lanczos
+from lla_callbacks.linalg.loss_operator import LossOperator
+from lla_callbacks.linalg.operators import SymmetricOperator
+from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.objective.objective import Objective, padding_vectors
+from lla_callbacks.objective.points import Offsets
+from lla_callbacks.objective.self_check import NO_ROOM, Check, untried
+
+# Multiple of eps to which products are symmetric, of the sizes of the vectors. Rounding of a
+# product grows with depth: of the suite's modules none came to a tenth of this.
+SYMMETRY = 3e3
+# In float64 some losses compute in float32 inside.
+LEAST_SYMMETRY = 1e-6
+# Share of the square root of eps to which gradients by two ways agree.
+GRADIENT = 10.0
+# Step of differences in float32, as a share of the weights' norm; see FIRST_STEP of the
+# difference engine. In float64 it is that times the cube root of the ratio of the epses.
+FIRST_STEP = 1e-3
+# A second step, where the first one does not tell.
+SHRINK = 8.0
+# Deviation of a product that is never complained of.
+FLOOR = 0.02
+SAFETY = 4.0
+# Share of a product up to which a deviation that would have been seen counts as seen.
+TELLING = 0.2
+# Functions whose derivative jumps, by the beginning of their nodes' names.
+_KINKED = (
+    "Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hard", "Soft" "shrink", "Clamp",
+    "MaxPool", "AdaptiveMaxPool", "Fractional", "Max", "Min", "Amax", "Amin", "Abs", "Topk",
+    "Sort", "Kthvalue", "Median", "Where", "SegmentReduce",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Products:
+    """What the checks of products have found.
+
+    Attributes:
+        checks: Their outcomes.
+        lost: Why the second derivative is not the exact engine's, in words; empty if it is.
+        num_gradients: What they cost, in gradients.
+    """
+
+    checks: tuple[Check, ...]
+    lost: str
+    num_gradients: float
+
+
+class _Recorder(SymmetricOperator):
+    """Multiplies by an operator, uncounted, and keeps vectors and products."""
+
+    def __init__(self, hessian: LossOperator) -> None:
+        super().__init__(hessian.shape[0], hessian.dtype, hessian.device)
+        self.eps = hessian.eps
+        self._hessian = hessian
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def _matmat(self, columns: Tensor) -> Tensor:
+        product = self._hessian.product(columns, range(len(self._hessian.space.tensors)))
+        self.pairs.append((columns[:, 0].clone(), product[:, 0]))
+        return product
+
+
+def prove_products(objective: Objective, hessian: LossOperator) -> Products:
+    """Return whether an operator multiplies with the Hessian of its objective.
+
+    The two products are the first ones of a Lanczos run from the objective's seed. They are left
+    with the operator, so that a measurement that begins with that run has them for nothing.
+
+    Args:
+        objective: The loss; its slope was found to be its gradient, or was not decided.
+        hessian: The operator, of either engine.
+    """
+    recorder = _Recorder(hessian)
+    start = rademacher(
+        hessian.shape[0], generator(objective.seed), dtype=hessian.dtype, device=hessian.device
+    )
+    lanczos(recorder, start, 2)
+    hessian.remember(recorder.pairs)
+    # A Lanczos run of one step is a matrix of one row, or as good as one.
+    checks = [_symmetry(hessian, recorder.pairs)] if len(recorder.pairs) > 1 else []
+    if hessian.engine != "exact":
+        return Products(tuple(checks), "", 0.0)
+    try:
+        further, spent = _by_gradients(objective, hessian, recorder.pairs)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        # The engine may get by with less, in parts.
+        further, spent = [untried("gradient", NO_ROOM)], 0.0
+    checks += further
+    failed = [c for c in checks if c.name in ("symmetry", "product") and c.outcome == "failed"]
+    return Products(tuple(checks), "; ".join(c.words for c in failed), spent)
+
+
+def _by_gradients(
+    objective: Objective, hessian: LossOperator, pairs: list[tuple[Tensor, Tensor]]
+) -> tuple[list[Check], float]:
+    """Return what plain backward passes say of a gradient and a product, and the cost."""
+    plain = objective.gradient(hessian.share)[1]
+    first = _gradient(hessian, plain, pairs)
+    padding = padding_vectors(objective.module)
+    if padding is not None and bool(hessian.gradient[padding].any()):
+        # Constants in one place and weights in another: differences cannot tell them apart.
+        return [first, Check("product", "not tried", words="a padding vector is tied")], 1.0
+    second, spent = _difference(objective, hessian, plain, *pairs[0])
+    return [first, second], 1.0 + spent
+
+
+def _symmetry(hessian: LossOperator, pairs: list[tuple[Tensor, Tensor]]) -> Check:
+    (u, hu), (v, hv) = ((a.double(), b.double()) for a, b in pairs)
+    one, other = float(v @ hu), float(u @ hv)
+    size = float(hu.norm() * v.norm() + hv.norm() * u.norm())
+    if size == 0:
+        return Check("symmetry", "passed", 0.0, 0.0)
+    bound = max(SYMMETRY * hessian.eps, LEAST_SYMMETRY)
+    if hessian.engine != "exact":
+        # Differences have errors of their own, which hide less than this share.
+        bound = max(FLOOR, SAFETY * math.hypot(*getattr(hessian, "product_error", (0.0,))))
+    error = abs(one - other) / size
+    words = f"u'Hv = {one:.4g}, v'Hu = {other:.4g}"
+    if error <= bound:
+        # Of two products that are hardly known, nothing is learned.
+        return Check("symmetry", "passed" if bound <= TELLING else "not decided", error, bound)
+    return Check("symmetry", "failed", error, bound, words)
+
+
+def _gradient(hessian: LossOperator, plain: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Check:
+    """Return whether the engine's gradient is the plain backward pass's."""
+    size = float(plain.double().norm())
+    # Near a minimum the gradient is what is left of larger summands, about as large as the
+    # product with the weights.
+    weights = float(hessian.space.flatten(hessian.space.tensors).double().norm())
+    summands = max(float(hu.double().norm()) for _, hu in pairs) * weights
+    off = float((plain.double() - hessian.gradient.double()).norm())
+    eps = hessian.eps
+    bound = GRADIENT * math.sqrt(eps) * size + 1e3 * eps * summands
+    if not size:
+        return Check("gradient", "passed" if off <= bound else "failed", 0.0 if not off else 1.0)
+    words = f"they are {off / size:.1%} apart" if off > bound else ""
+    outcome: Any = "failed" if off > bound else "passed"
+    return Check("gradient", outcome, off / size, bound / size, words)
+
+
+def _difference(
+    objective: Objective, hessian: LossOperator, plain: Tensor, q: Tensor, product: Tensor
+) -> tuple[Check, float]:
+    """Return whether a product agrees with a difference of gradients, and what that cost."""
+    weights = float(hessian.space.flatten(hessian.space.tensors).double().norm()) or 1.0
+    ratio = torch.finfo(hessian.space.precision).eps / torch.finfo(torch.float32).eps
+    step = FIRST_STEP * ratio ** (1 / 3) * weights
+    spent, check = 0.0, Check("product", "not tried")
+    deviations = 0
+    for _ in range(2):
+        behind, ahead, kinks = _moved_gradients(objective, hessian, q, step)
+        spent += 2
+        difference = (ahead.double() - behind.double()) / (2 * step)
+        size = max(float(difference.norm()), float(product.double().norm()))
+        if size * step <= 10 * hessian.eps * float(plain.double().norm()) or not size:
+            # A loss without curvature along this direction, as far as rounding lets see.
+            agrees = float(product.double().norm()) * step <= 1e3 * hessian.eps * float(
+                plain.double().norm()
+            )
+            outcome: Any = "passed" if agrees else "not decided"
+            return Check("product", outcome, 0.0, 0.0), spent
+        # The differences to either side are two steps; in the middle, their changes cancel.
+        sides = float((ahead.double() - 2 * plain.double() + behind.double()).norm())
+        apart = sides / (2 * step * size)
+        # Kinks that are many blur to a curvature of their own, which both sides agree on: what
+        # is seen of it is its scatter.
+        scatter = math.sqrt(1 + 10 * kinks * step / weights)
+        bound = SAFETY * apart * scatter + FLOOR
+        error = float((difference - product.double()).norm()) / size
+        words = (
+            f"a product is {error:.0%} off from differences of gradients, which agree with each "
+            f"other to {apart:.1%}"
+        )
+        if error <= bound:
+            if bound <= TELLING:
+                return Check("product", "passed", error, bound), spent
+            why = "kinks or rounding" if kinks else "rounding"
+            check = Check("product", "not decided", error, bound, f"{why} hide it")
+        else:
+            deviations += 1
+            check = Check("product", "failed", error, bound, words)
+            if deviations == 2:
+                return check, spent
+        step /= SHRINK
+    if check.outcome == "failed" and deviations < 2:
+        # Only the smaller step contradicts: its rounding may be to blame.
+        check = Check("product", "not decided", check.error, check.bound, check.words)
+    return check, spent
+
+
+def _moved_gradients(
+    objective: Objective, hessian: LossOperator, unit: Tensor, step: float
+) -> tuple[Tensor, Tensor, int]:
+    """Return the gradients at both sides, and how many values may have a kink in between."""
+    kinks: list[int] = []
+
+    def look(loss: Tensor) -> None:
+        kinks.append(count_kinks(loss))
+
+    padding = padding_vectors(objective.module)
+    if padding is not None:
+        # The product sees them as the constants that they are.
+        unit = unit.index_fill(0, padding.to(unit.device), 0.0)
+    family = Offsets(hessian.space, [unit])
+    try:
+        family.place([-step])
+        behind = objective.gradient(hessian.share)[1]
+        family.place([step])
+        ahead = objective.gradient(hessian.share, look=look)[1]
+    finally:
+        family.restore()
+    total = torch.tensor([float(sum(kinks))], dtype=torch.float64)
+    share = hessian.share
+    return behind, ahead, int(share.total(total)[0] if share.size > 1 else total[0])
+
+
+def count_kinks(loss: Tensor) -> int:
+    """Return how many values of a graph went through functions whose derivative jumps."""
+    waiting = [loss.grad_fn]
+    seen = set(waiting)
+    count = 0
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None:
+            continue
+        if node.name().startswith(_KINKED):
+            shapes = [m.shape for m in getattr(node, "_input_metadata", ())]
+            count += sum(math.prod(shape) for shape in shapes) or 1
+        for below, _ in node.next_functions:
+            if below not in seen:
+                seen.add(below)
+                waiting.append(below)
+    return count

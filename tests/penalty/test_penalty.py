@@ -168,11 +168,13 @@ def test_gradient_is_that_of_the_quadratic_form(
     assert value == pytest.approx(float(form(flat)), rel=1e-3, abs=1e-4)
 
 
-def differentiates_thrice(form: Any, parameters: list[Tensor]) -> bool:
+def differentiates_thrice(form: Tensor, parameters: list[nn.Parameter]) -> bool:
+    """Return False where torch says that it does not, as from 2.14 on for batch norm."""
     try:
         torch.autograd.grad(form, parameters, retain_graph=True)
     except RuntimeError as error:
-        assert "3rd+ order" in str(error)
+        if "3rd+ order" not in str(error):
+            raise
         return False
     return True
 

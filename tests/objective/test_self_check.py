@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lla_callbacks import HessianReport, convexity_map, loss_line, loss_plane, measure_hessian
+from lla_callbacks.hessian.measures import CRITERIA
 from lla_callbacks.linalg.errors import MeasurementError, NoSecondDerivativeError
 from lla_callbacks.objective.engines import prove, with_hessian
 from lla_callbacks.objective.objective import Objective
@@ -217,6 +218,8 @@ def test_the_outcome_is_in_the_report_in_words_in_arrays_and_in_its_plain_form(
     assert set(stored["check_names"]) == NAMES
     assert set(stored["check_outcomes"]) == {"passed"}
     assert unpack(pack(report)).self_check == report.self_check
+    # Where there is a gap, they are all NaN.
+    assert set(CRITERIA) == report.criteria.keys()
 
 
 def test_products_of_the_check_are_those_that_the_measurement_begins_with() -> None:

@@ -459,7 +459,7 @@ def test_rich_bar_shows_the_measurement_and_hides_it_again(tmp_path, leave, firs
     options = {"file": screen, "force_terminal": True, "width": 100}
     bar = RichProgressBar(refresh_rate=1, leave=leave, console_kwargs=options)
     loss = Slow()
-    watcher = monitor(loss=loss, every_n_epochs=1, num_samples=4)
+    watcher = monitor(loss=loss, every_n_epochs=1, num_samples=4, check=False)
     fit(
         tmp_path,
         # The order of callbacks decides who starts and stops first.

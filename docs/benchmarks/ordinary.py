@@ -37,7 +37,7 @@ EPOCHS = {
     "classifier": (5, 1),
     "gpt": (3, 1),
     "regression": (120, 25),
-    "gan": (180, 45),
+    "gan": (200, 50),
     "lora": (6, 2),
 }
 

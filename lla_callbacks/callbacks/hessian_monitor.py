@@ -89,8 +89,8 @@ class HessianMonitor(Monitor):
     Args:
         every_n_epochs: Measure at the end of every n-th training epoch.
         every_n_train_steps: Measure every n optimizer steps, from when the held batches are
-            there (after ``num_samples`` samples). With neither, every epoch that
-            ``max_overhead`` has room for.
+            there (after ``num_samples`` samples). With neither, about ten times a run, in sizes
+            that fit ``max_overhead`` (docs/usage.md).
         track_every_n_train_steps: Between two of those, measure ``lambda_max``, the trace and
             the layers' traces every n optimizer steps, lightly: they go on from the last time's
             vectors and estimates (docs/usage.md), and write to the same tags. ``None``
@@ -113,19 +113,19 @@ class HessianMonitor(Monitor):
         num_layer_probes: Most block probes a layer, where they make its trace surer than
             the whole's probes do; 0 (default) does without.
         num_samples: Hold the first training batches until they have this many samples.
-            Default 256 (choice): with it both measurements that always happen fit into 5 %
-            of a run of one minute of the demo's network (docs/cost.md).
+            ``None``: 256, or as many as fit ``max_overhead``. Likewise ``num_probes`` and
+            ``num_steps``.
         mode: ``"batch"``: normalization by batch statistics, as in training; ``"eval"``:
             by running statistics.
         dropout: Whether dropout stays on; off by default.
         loss: ``loss(module, batch)``; ``None`` replays ``training_step``.
         dataloader: Batches to measure on instead of the first training batches.
         seed: Fixes every random vector.
-        max_overhead: Postpone measurements that would take more than this share of training
-            time. ``None``: 0.04 if no schedule is given (choice: a run then takes at most 5 %
-            longer, which is not felt), no limit if one is, so that an explicit schedule is
-            kept. The first and the last measurement always happen, so a run that is short
-            beside them spends more.
+        max_overhead: Share of training time, such as 0.05, that all monitors of the Trainer may
+            take together, first and last measurement included. ``None``: 0.05 (choice: what is
+            less is not felt) if no schedule is given, no limit if one is, so that an explicit
+            schedule is kept. Of several monitors the largest counts for all together, and each
+            keeps to its own.
         eig_rtol: Stop Lanczos early at this relative residual of both extremes. KH05 then
             has the depth that ``hessian/num_steps`` says.
         trace_rtol: Stop probing early at this relative standard error.
@@ -174,7 +174,7 @@ class HessianMonitor(Monitor):
     _result = HessianReport
     _last_light: int
     _tracker_step: int
-    share = 0.6
+    share = 0.65
 
     def __init__(
         self,

@@ -18,7 +18,6 @@ from lla_callbacks.callbacks.monitor import Monitor
 from lla_callbacks.callbacks.pace import Choice
 from lla_callbacks.callbacks.saved_state import check_entries, check_flat
 from lla_callbacks.callbacks.sizing import (
-    FORWARD,
     SLICES,
     SlicesSize,
     UnitCosts,
@@ -52,6 +51,8 @@ PRODUCTS = 12
 PRODUCT = 2.4
 # Figures that are planned for.
 NUM_FIGURES = 1
+# A forward pass in gradients, about (docs/cost.md).
+FORWARD = 1 / 3
 # Samples below which pictures get coarse before samples get fewer.
 FEWEST = 16
 # Before this many steps a path has no plane and Adam no moments worth a warning.
@@ -73,8 +74,8 @@ class LossLandscapeMonitor(Monitor):
 
     Args:
         every_n_epochs: Measure at the end of every n-th training epoch.
-        every_n_train_steps: Measure every n optimizer steps. With neither, every epoch that
-            ``max_overhead`` has room for.
+        every_n_train_steps: Measure every n optimizer steps. With neither, at the end, and earlier
+            where ``max_overhead`` has room, in sizes that fit.
         planes: Planes to draw: ``"random"`` (filter-normalized), ``"trajectory"`` (principal
             components of the path of training, with the path), ``"hessian"`` (top two
             eigenvectors), ``"hessian_ends"`` (top and bottom), ``"adam"``, or two names of lines
@@ -111,8 +112,8 @@ class LossLandscapeMonitor(Monitor):
         loss: ``loss(module, batch)``; ``None`` replays ``training_step``.
         dataloader: Batches to measure on instead of the first training batches.
         seed: Fixes every random vector.
-        max_overhead: Postpone measurements that would take more than this share of training
-            time; see :class:`~lla_callbacks.HessianMonitor`.
+        max_overhead: Share of training time that all monitors of the Trainer may take together;
+            see :class:`~lla_callbacks.HessianMonitor`.
         time_budget: Seconds that one measurement's points may take. Points are visited from
             coarse to fine, so what is done by then is a complete coarse picture. Default 60
             (choice: nobody waits longer for a first picture).
@@ -147,7 +148,7 @@ class LossLandscapeMonitor(Monitor):
     """
 
     _result = LandscapeReport
-    share = 0.4
+    share = 0.35
     plans_last = True
 
     def __init__(
@@ -214,6 +215,9 @@ class LossLandscapeMonitor(Monitor):
             time_budget=time_budget,
             seed=seed,
         )
+        # Asked after every batch.
+        self._wants_update = "update" in self.settings.wanted
+        self._wants_path = not {"pc1", "pc2"}.isdisjoint(self.settings.wanted)
         self.interpolate = flag("interpolate", interpolate)
         self.cap: float | None = number("cap", cap, "a loss, or None", none=True)
         self.surface = flag("surface", surface)
@@ -297,16 +301,19 @@ class LossLandscapeMonitor(Monitor):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if not self._wants_update:
+            return
         step = trainer.global_step
         known = self._previous is not None and self._previous[0] == step
-        if "update" in self.settings.wanted and not known and not is_barebones(trainer):
+        if not known and not is_barebones(trainer):
             self._guarded("recording the path", self._remember, step, pl_module)
 
     @booked
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._guarded("recording the path", self._record, trainer, pl_module)
+        if self._wants_path:
+            self._guarded("recording the path", self._record, trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _remember(self, step: int, module: nn.Module) -> None:
@@ -315,7 +322,7 @@ class LossLandscapeMonitor(Monitor):
 
     def _record(self, trainer: Any, module: nn.Module) -> None:
         """Keep the present weights as a point of the path, if one is wanted and due."""
-        if {"pc1", "pc2"}.isdisjoint(self.settings.wanted) or is_barebones(trainer):
+        if not self._wants_path or is_barebones(trainer):
             return
         if self._trajectory.wants(trainer.global_step):
             self._trajectory.record(trainer.global_step, _weights(module))

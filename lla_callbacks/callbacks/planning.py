@@ -10,12 +10,18 @@ from lla_callbacks.callbacks.sizing import UnitCosts
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.objective.engines import with_hessian
+from lla_callbacks.objective.evaluation import evaluating
 from lla_callbacks.objective.objective import Objective
 
 # Fewer samples make batch statistics another function altogether (docs/benchmarks/sizes.md).
-LEAST_WITH_STATISTICS = 16
-# A product in gradients, about (docs/cost.md).
-PRODUCT = 2.4
+LEAST_WITH_STATISTICS = 8
+# A product and a gradient with its graph, in training steps, at most (docs/cost.md); a forward
+# pass is less than one.
+PRODUCT = 3.0
+GRADIENT = 1.5
+FORWARD = 0.5
+# Seconds below which a trial is repeated.
+CHEAP = 0.2
 
 
 def least_samples(objective: Objective) -> int:
@@ -51,6 +57,15 @@ def timed(objective: Objective, *, products: int = 2) -> tuple[float, float]:
     return with_hessian(objective, use)[0]
 
 
+def forward_time(objective: Objective) -> float:
+    """Return the seconds of a forward pass as slices need it: the second one in a row."""
+    with evaluating(objective) as evaluate:
+        evaluate()
+        began = time.monotonic()
+        evaluate()
+        return time.monotonic() - began
+
+
 def unit_costs(
     few: Objective, batch: Objective | None, *, step: float, batch_samples: int
 ) -> UnitCosts:
@@ -59,25 +74,32 @@ def unit_costs(
     Args:
         few: The loss on a few samples.
         batch: On a batch of the user's own; ``None``: too dear to try. Then a gradient is taken
-            to cost a training step and a product two and a half, which is on the safe side.
+            to cost a step and a half and a product three, which is on the safe side.
         step: Seconds of a training step.
         batch_samples: Samples in its batch.
 
     Raises:
         MeasurementError: If the loss or a product cannot be had.
     """
-    # What is imported and compiled the first time is no part of the price.
-    timed(few)
-    gradient, product = timed(few)
-    larger = (max(step, gradient), max(PRODUCT * step, product))
+    forward, (gradient, product) = forward_time(few), timed(few, products=1)
+    if gradient + product < CHEAP:
+        # What is imported and compiled the first time is no part of the price.
+        gradient, product = timed(few)
+    larger = (
+        max(FORWARD * step, forward),
+        max(GRADIENT * step, gradient),
+        max(PRODUCT * step, product),
+    )
     if batch is not None:
-        larger = timed(batch, products=1)
+        larger = (forward_time(batch), *timed(batch, products=1))
     return UnitCosts(
+        forward=forward,
         gradient=gradient,
         product=product,
         few=few.num_samples,
-        batch_gradient=larger[0],
-        batch_product=larger[1],
+        batch_forward=larger[0],
+        batch_gradient=larger[1],
+        batch_product=larger[2],
         batch_samples=max(batch_samples, few.num_samples) if batch is None else batch.num_samples,
         step=step,
     )

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 # Samples on which the unit costs are measured.
-CALIBRATION_SAMPLES = 4
-# A forward pass without a graph, in gradients with one (docs/cost.md).
-FORWARD = 1 / 3
+CALIBRATION_SAMPLES = 2
 # Of what is there, what is planned: the rest is for costs that turn out higher.
 PLANNED = 0.85
 
@@ -26,10 +24,12 @@ class UnitCosts:
     number of batches.
 
     Attributes:
-        gradient: A gradient with its graph, of a few samples.
+        forward: A forward pass at one point of a slice, of a few samples.
+        gradient: A gradient with its graph.
         product: A product with the Hessian on that graph.
         few: How many samples that was.
-        batch_gradient: A gradient with its graph, of the user's own batch.
+        batch_forward: A forward pass of the user's own batch.
+        batch_gradient: A gradient with its graph.
         batch_product: A product on that graph.
         batch_samples: Samples in that batch.
         step: A training step on that batch.
@@ -37,9 +37,11 @@ class UnitCosts:
         fixed: Scalars, arrays and whatever else does not depend on samples.
     """
 
+    forward: float
     gradient: float
     product: float
     few: int
+    batch_forward: float
     batch_gradient: float
     batch_product: float
     batch_samples: int
@@ -64,12 +66,13 @@ class UnitCosts:
 
     def slices(self, size: SlicesSize, samples: int) -> float:
         """Return the seconds of one measurement of slices, figures left out."""
+        forward = self.of(self.forward, self.batch_forward, samples)
         gradient = self.of(self.gradient, self.batch_gradient, samples)
         product = self.of(self.product, self.batch_product, samples)
         passes = size.plane_points**2 * size.planes + size.line_points * size.lines
         passes += size.more + 4
         found = gradient + size.products * product if size.products else 0.0
-        return self.fixed + FORWARD * gradient * passes + found
+        return self.fixed + forward * passes + found
 
 
 @dataclass(frozen=True)
@@ -115,20 +118,21 @@ class SlicesSize:
     more: int = 0
 
 
-# From the best to the least. The first are the defaults of a measurement without a limit.
+# From the best to the least: samples, Lanczos steps, probes. The first is a measurement without a
+# limit. Fewer probes and steps cost least at first; from 12 + 8 on the trace's error grows faster
+# than with fewer samples, until few samples are another function (docs/benchmarks/sizes.md).
+_SIZES = (
+    (256, 24, 24), (256, 16, 12), (256, 12, 8), (128, 12, 8), (64, 12, 8), (64, 8, 6), (32, 8, 6),
+    (32, 8, 4), (16, 8, 4), (16, 6, 4), (8, 6, 4), (8, 5, 3), (4, 5, 3), (2, 5, 3),
+)  # fmt: skip
+# Points of a curve, first and last included: first of all there is a curve.
 POINTS = 10
-_DEPTHS = ((24, 24), (16, 12), (12, 8), (8, 4))
-_SAMPLES = (256, 128, 64, 32, 16, 8, 4)
-_FEWER = ((8, 6), (4, 6), (4, 4), (4, 3), (4, 2), (2, 2), (4, 1), (2, 1))
+_POINTS = (POINTS, 8, 6, 5, 4, 3, 2, 1)
 
 
 def spectrum_ladder() -> list[SpectrumSize]:
-    """Return the sizes of a spectrum, from the best to the least."""
-    best = [SpectrumSize(POINTS, 256, *depth) for depth in _DEPTHS]
-    fewer_samples = [SpectrumSize(POINTS, n, *_DEPTHS[-1]) for n in _SAMPLES[1:]]
-    fewer_points = [SpectrumSize(p, n, *_DEPTHS[-1]) for n, p in _FEWER]
-    least = [SpectrumSize(1, 2, 5, 3)]
-    return [*best, *fewer_samples, *fewer_points, *least]
+    """Return the sizes of a spectrum: for each number of points from the best to the least."""
+    return [SpectrumSize(points, *size) for points in _POINTS for size in _SIZES]
 
 
 SLICES = (
@@ -150,18 +154,23 @@ def choose_spectrum(
     *,
     figures: int,
 ) -> tuple[SpectrumSize, bool]:
-    """Return the best size of which all points of the curve fit, and whether any does.
+    """Return the best size for as many points as fit at all, and whether any does.
 
     Args:
         seconds: What all measurements of the run may take together.
         costs: Unit costs.
-        ladder: Sizes, from the best to the least.
+        ladder: Sizes, for each number of points from the best to the least.
         figures: Figures that are drawn once, at the end.
     """
-    for size in ladder:
-        if size.points * costs.spectrum(size) + figures * costs.figure <= seconds:
-            return size, True
-    return ladder[-1], False
+    fits = [
+        size
+        for size in ladder
+        if size.points * costs.spectrum(size) + figures * costs.figure <= seconds
+    ]
+    if not fits:
+        return ladder[-1], False
+    most = max(size.points for size in fits)
+    return next(size for size in fits if size.points == most), True
 
 
 def choose_slices(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lla_callbacks.callbacks.compat import say
+from lla_callbacks.report.cost import steps_of
 
 if TYPE_CHECKING:
     from lla_callbacks.callbacks.monitor import Monitor
@@ -16,17 +17,6 @@ if TYPE_CHECKING:
 FAR = 2.0
 # Seconds of a measurement below which nobody minds; clocks are noisy.
 FELT = 10.0
-
-
-def steps_of(number: float) -> str:
-    """Return a number of training steps with two digits, ``about 12 steps of yours``."""
-    if not math.isfinite(number):
-        return "an unknown number of your steps"
-    if number < 1:
-        return "less than one step of yours"
-    digits = max(0, math.floor(math.log10(number)) - 1)
-    rounded = round(number / 10**digits) * 10**digits
-    return "about one step of yours" if rounded == 1 else f"about {rounded:,.0f} steps of yours"
 
 
 def cost_of(monitor: Monitor, trainer: Any, steps: float) -> str:
@@ -57,12 +47,10 @@ def plan_of(monitor: Monitor) -> str:
     assert choice is not None
     steps = choice.cost / account.seconds_a_batch if account.seconds_a_batch > 0 else math.nan
     times = (
-        "one measurement, at the end,"
-        if choice.count == 1
-        else (
-            f"{choice.count} measurements" if not math.isnan(account.fraction) else "measurements"
-        )
+        "one measurement, at the end," if choice.count == 1 else (f"{choice.count} measurements")
     )
+    if math.isnan(account.fraction):
+        times = "measurements, as the run grows,"
     if monitor.schedule.is_given:
         times = "measurements as scheduled, as far as there is room,"
     words = f"{times} on {choice.words}, each {steps_of(steps)}"

@@ -409,7 +409,7 @@ class HessianMonitor(Monitor):
             )
         if self._fallback:
             found = replace(found, engine_reason=self._fallback)
-        return HessianReport.of(found)
+        return HessianReport.of(found, training_steps=self._in_steps(found.seconds))
 
     def _present_settings(self) -> HessianSettings:
         """Return the settings, at the size that was chosen for this run."""

@@ -355,7 +355,7 @@ class LossLandscapeMonitor(Monitor):
         found = measure_landscape(
             objective, settings, source, share=self._processes, progress=progress
         )
-        return LandscapeReport.of(found)
+        return LandscapeReport.of(found, training_steps=self._in_steps(found.seconds))
 
     def _present_settings(self, moment: Moment) -> LandscapeSettings:
         """Return the settings, at the size that was chosen for this run."""

@@ -368,6 +368,8 @@ class Monitor(EvaluatedToo, Resumable):
         step = trainer.global_step
         if self.is_bounded and not self.pace.planned:
             self._plan_when_ready(trainer, pl_module)
+        elif self.is_bounded and self._start_pending:
+            self._fire_start_if_there_is_room(trainer, pl_module)
         if step != self._last_step and step > 0 and self.schedule.after_step(step):
             # What falls due while batches are still being held is dropped, not caught up with.
             self._due = self._held.complete
@@ -453,10 +455,18 @@ class Monitor(EvaluatedToo, Resumable):
         seconds = self._processes.first(share_of(account, self.name))
         self._take(self._choose(costs, seconds, least))
         say(trainer, f"{type(self).__name__}: {plan_of(self)}")
-        if self._start_pending and self.pace.choice and self.pace.choice.count > 1:
-            self._fire_start(trainer, module)
-        else:
+        if not (self.pace.choice and self.pace.choice.count > 1):
             self._start_pending, self._start = False, None
+        self._fire_start_if_there_is_room(trainer, module)
+
+    def _fire_start_if_there_is_room(self, trainer: Any, module: nn.Module) -> None:
+        """Measure the start now; in a run of unknown length once what has passed pays for it."""
+        rare = self._processes.size == 1 or not self.account.batches & (self.account.batches - 1)
+        if not self._start_pending or not rare:
+            return
+        known = not math.isnan(self.account.fraction)
+        if known or self._processes.agree(self.pace.fits(self.account, self.name)):
+            self._fire_start(trainer, module)
 
     def _take(self, choice: Choice) -> None:
         self._held.keep(choice.samples)
@@ -674,6 +684,11 @@ class Monitor(EvaluatedToo, Resumable):
 
     def _draw_more(self, trainer: Any, result: Any, moment: Moment) -> None:
         """Show what is no figure."""
+
+    def _in_steps(self, seconds: float) -> float:
+        """Return seconds in training steps of the user's own batch, NaN outside of a fit."""
+        batch = self.account.seconds_a_batch if self.is_running else math.nan
+        return seconds / batch if batch > 0 else math.nan
 
     def _completed(self, trainer: Any, module: nn.Module, moment: Moment) -> Moment:
         """Return a moment of the present weights with what the optimizer knows of them."""

@@ -11,6 +11,8 @@ from lla_callbacks.callbacks.sizing import PLANNED, targets
 
 # By how much a run of unknown length grows from one measurement to the next.
 GROWTH = 1.1
+# Seconds that such a run is taken to last, at least, when sizes are chosen.
+NOMINAL = 600.0
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Pace:
         predicted: As predicted.
         figure: Seconds of one figure, as last seen or predicted.
         choice: What was chosen.
+        seen: Measurements so far.
         next_batch: Batch after which a run of unknown length is measured next.
     """
 
@@ -59,6 +62,7 @@ class Pace:
     figure: float = 0.2
     choice: Choice | None = None
     next_batch: float = 0.0
+    seen: int = 0
 
     def take(self, choice: Choice, account: Account, name: str) -> None:
         """Take over a choice, and have its cost put aside."""
@@ -76,8 +80,16 @@ class Pace:
         account.promised[name] = len(self.targets) * self.cost
 
     def saw(self, seconds: float) -> None:
-        """Note what a measurement took: the mean of the last ones, since clocks are noisy."""
-        self.cost = (self.cost + seconds) / 2 if self.cost else seconds
+        """Note what a measurement took: the mean of the last ones, since clocks are noisy.
+
+        The first one checks itself and does everything for the first time: the others are taken to
+        cost half of it at most, or what was predicted.
+        """
+        if not self.seen:
+            self.cost = min(max(self.cost, seconds / 2), seconds) if self.cost else seconds
+        else:
+            self.cost = (self.cost + seconds) / 2
+        self.seen += 1
 
     def reached(self, account: Account) -> bool:
         """Return whether a target was passed since the last time; then it is dropped.
@@ -127,4 +139,6 @@ def share_of(account: Account, name: str) -> float:
     """Return the seconds of a run that a monitor may plan with, what it spent left out."""
     share = account.shares[name] / sum(account.shares.values())
     limit = min(account.limit * share, account.limits[name])
-    return PLANNED * limit * account.expected - account.spent[name]
+    # A run of unknown length is planned for as one of ten minutes; it pays as it grows.
+    length = max(account.expected, NOMINAL) if math.isnan(account.fraction) else account.expected
+    return PLANNED * limit * length - account.spent[name]

@@ -43,6 +43,7 @@ PACE: dict[str, Any] = {
     "figure": float,
     "choice": Mapping[str, Any] | None,
     "next_batch": float,
+    "seen": int,
 }
 CHOICE: dict[str, Any] = {
     "samples": int,

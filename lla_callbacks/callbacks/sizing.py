@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 # Samples on which the unit costs are measured.
 CALIBRATION_SAMPLES = 2
+# Gradients with a graph that a self-check takes, about (docs/benchmarks/self_check.md).
+CHECK = 5
 # Of what is there, what is planned: the rest is for costs that turn out higher.
 PLANNED = 0.85
 
@@ -63,6 +65,10 @@ class UnitCosts:
         gradient = self.of(self.gradient, self.batch_gradient, size.samples)
         product = self.of(self.product, self.batch_product, size.samples)
         return self.fixed + gradient + size.products * product
+
+    def check(self, samples: int) -> float:
+        """Return the seconds in which the first measurement of a run checks itself."""
+        return CHECK * self.of(self.gradient, self.batch_gradient, samples)
 
     def slices(self, size: SlicesSize, samples: int) -> float:
         """Return the seconds of one measurement of slices, figures left out."""
@@ -165,7 +171,8 @@ def choose_spectrum(
     fits = [
         size
         for size in ladder
-        if size.points * costs.spectrum(size) + figures * costs.figure <= seconds
+        if size.points * costs.spectrum(size) + costs.check(size.samples) + figures * costs.figure
+        <= seconds
     ]
     if not fits:
         return ladder[-1], False

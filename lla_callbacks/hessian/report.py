@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from lla_callbacks.hessian.layer_figures import (
 )
 from lla_callbacks.hessian.measures import HessianMeasurement
 from lla_callbacks.hessian.words import describe
+from lla_callbacks.report.cost import in_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +27,11 @@ class HessianReport(HessianMeasurement):
     """What :func:`~lla_callbacks.measure_hessian` returns.
 
     All fields are those of
-    :class:`~lla_callbacks.hessian.measures.HessianMeasurement`.
+    :class:`~lla_callbacks.hessian.measures.HessianMeasurement`, and one of a training run.
+
+    Attributes:
+        training_steps: What the measurement took, in training steps of the user's own batch; NaN
+            outside of a fit.
 
     Example::
 
@@ -39,10 +45,17 @@ class HessianReport(HessianMeasurement):
         (6.0, 9.3333)
     """
 
+    training_steps: float = math.nan
+
     @classmethod
-    def of(cls, measurement: HessianMeasurement) -> HessianReport:
+    def of(
+        cls, measurement: HessianMeasurement, *, training_steps: float = math.nan
+    ) -> HessianReport:
         """Return a report of a measurement."""
-        return cls(**{f.name: getattr(measurement, f.name) for f in fields(measurement)})
+        return cls(
+            training_steps=training_steps,
+            **{f.name: getattr(measurement, f.name) for f in fields(measurement)},
+        )
 
     def __repr__(self) -> str:
         return (
@@ -73,4 +86,4 @@ class HessianReport(HessianMeasurement):
 
     def summary(self) -> str:
         """Return what was found, in sentences."""
-        return describe(self)
+        return describe(self) + in_steps(self.training_steps)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lla_callbacks.objective.self_check import SelfCheck
+from lla_callbacks.report.cost import in_steps
 from lla_callbacks.report.words import with_error
 from lla_callbacks.slices.directions import Direction
 from lla_callbacks.slices.landscape import Landscape
@@ -43,6 +44,7 @@ class LandscapeReport:
         missing: Name of a slice to why it could not be had.
         loss: The loss at the weights.
         seconds: Wall time.
+        training_steps: The same in training steps of the user's own batch; NaN where unknown.
         self_check: What the objective proved of itself; ``None`` if it was not asked.
         notes: What else a reader should know of the loss, in sentences.
     """
@@ -56,9 +58,10 @@ class LandscapeReport:
     seconds: float
     self_check: SelfCheck | None = None
     notes: tuple[str, ...] = ()
+    training_steps: float = math.nan
 
     @classmethod
-    def of(cls, found: Landscape) -> LandscapeReport:
+    def of(cls, found: Landscape, *, training_steps: float = math.nan) -> LandscapeReport:
         """Return a report of a measurement."""
         return cls(
             {name: LossPlane.of(_light(plane)) for name, plane in found.planes.items()},
@@ -70,6 +73,7 @@ class LandscapeReport:
             found.seconds,
             found.self_check,
             found.notes,
+            training_steps,
         )
 
     def __repr__(self) -> str:
@@ -131,7 +135,7 @@ class LandscapeReport:
         if self.self_check is not None:
             lines += [f"  {line}" for line in self.self_check.lines()]
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
+        return "\n".join(lines) + in_steps(self.training_steps)
 
 
 def _unsettled(direction: Direction) -> str:

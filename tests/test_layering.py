@@ -29,7 +29,13 @@ ONLY_IN = {
     "pytorch_lightning": ("callbacks/",),
     "lightning": ("callbacks/",),
     "matplotlib": ("report/",),
-    "numpy": ("objective/state.py", "objective/copies.py", "objective/rules.py", "report/"),
+    "numpy": (
+        "objective/state.py",
+        "objective/randomness.py",
+        "objective/copies.py",
+        "objective/rules.py",
+        "report/",
+    ),
 }
 # Private members of Lightning that compat.py touches; tests/callbacks/test_compat.py hides each.
 OF_LIGHTNING = {"_generate_state_key", "_on_before_batch_transfer"}

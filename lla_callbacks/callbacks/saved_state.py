@@ -148,7 +148,9 @@ def as_precise(batch: Any, module: nn.Module) -> Any:
 
     def convert(thing: Any) -> Any:
         if isinstance(thing, Tensor):
-            return thing.to(wanted) if thing.dtype in full else thing
+            if thing.dtype not in full:
+                return thing
+            return thing.detach().to(wanted).requires_grad_(thing.requires_grad)
         if isinstance(thing, Mapping):
             return type(thing)((key, convert(item)) for key, item in thing.items())  # type: ignore[call-arg]
         if type(thing) in (list, tuple):

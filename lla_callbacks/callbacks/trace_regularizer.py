@@ -379,8 +379,8 @@ class HessianTraceRegularizer(Callback):
         if self._chosen[0] != space.names:
 
             def run() -> None:
-                with torch.no_grad():
-                    evaluate()
+                # With a graph, since a step may differentiate on its own way.
+                evaluate()
 
             try:
                 names = penalized_parameters(module, space, self.layers, run)

@@ -107,7 +107,9 @@ def split(batch: Any, size: int) -> Iterator[Any]:
         part = slice(start, start + size)
 
         def cut(tensor: Tensor, part: slice = part) -> Tensor:
-            return tensor[part] if tensor.ndim and tensor.shape[0] == count else tensor
+            if not tensor.ndim or tensor.shape[0] != count:
+                return tensor
+            return tensor.detach()[part].requires_grad_(tensor.requires_grad)
 
         yield Copier(keeps_machinery=True).mapped(batch, (None, "batch"), cut)
 

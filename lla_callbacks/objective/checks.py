@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from lla_callbacks.objective.training_step import SkippedBatchError
+
 # More products, probes, points or rays than this are a slip of the hand: a measurement would not
 # end within a day on the smallest network.
 MOST_WORK = 10**6
@@ -312,6 +314,11 @@ def scalar_loss(loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Tensor]
 
     def checked(module: nn.Module, batch: Any) -> Tensor:
         found = loss(module, batch)
+        if found is None:
+            raise SkippedBatchError(
+                "the loss returned None for a held batch.",
+                "Return a scalar tensor for every batch, or give batches that are not skipped.",
+            )
         if not isinstance(found, Tensor):
             raise TypeError(
                 f"the loss returned {type(found).__name__}, which nothing can be differentiated "

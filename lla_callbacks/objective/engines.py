@@ -50,6 +50,18 @@ def with_hessian(
             does not repeat, or if its gradient is no derivative of it and
             ``objective.jacobian`` does not ask for what there is instead.
     """
+    return objective.without_skipped(
+        lambda: _with_hessian(objective, use, chunk_size=chunk_size, share=share)
+    )
+
+
+def _with_hessian(
+    objective: Objective,
+    use: Callable[[LossOperator], Result],
+    *,
+    chunk_size: int,
+    share: Share | None,
+) -> tuple[Result, str]:
     found = prove(objective, share)
     refuse_other_derivatives(objective, found)
     reason, engines = "", objective.engines
@@ -87,7 +99,8 @@ def prove(objective: Objective, share: Share | None = None) -> SelfCheck | None:
         return None
     findings = objective.findings
     if findings.proof.self_check is None:
-        findings.learn(self_check=prove_values(objective, share))
+        found = objective.without_skipped(lambda: prove_values(objective, share))
+        findings.learn(self_check=found)
     return findings.proof.self_check
 
 

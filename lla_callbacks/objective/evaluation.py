@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lla_callbacks.objective.batches import fresh
+from lla_callbacks.objective.batches import fresh, tensors_of
 from lla_callbacks.objective.checkpoints import no_checkpoints
 from lla_callbacks.objective.checks import function_of, shown, tag_of
 from lla_callbacks.objective.copies import Copier
+from lla_callbacks.objective.randomness import random_marks, stream
 from lla_callbacks.objective.repetition import keep_processes_apart, repeatable
+from lla_callbacks.objective.state import seed_everything
 from lla_callbacks.objective.twice_differentiable import NoDropout, eager
 
 if TYPE_CHECKING:
@@ -60,7 +62,9 @@ class Evaluator:
             if isinstance(metric, nn.Module):
                 keep_processes_apart(metric)
         # Some losses differentiate on their own way (physics-informed ones, penalties).
-        self._needs_grad = False
+        tensors = [t for batch in self.batches for t in tensors_of(batch)]
+        self._needs_grad = any(t.requires_grad for t in tensors)
+        self._silence = objective.silencer()
         # Looking at every function of a forward pass costs a small network as much as the pass,
         # so it ends once all batches went through without any dropout.
         self._no_dropout = None if objective.dropout else NoDropout()
@@ -130,22 +134,37 @@ class Evaluator:
     def _guarded(self, i: int, function: Callable[[Any, Any], Any], statistics: Statistics) -> Any:
         """Call a function of (module, batch) from the starting state."""
         copier = self._reset()
+        place = self.objective.place(i)
+        if place:
+            seed_everything(stream(self.objective.seed, place))
+        self._silence()
         load_statistics(statistics)
         module = self.objective.module
         with torch.set_grad_enabled(self._needs_grad):
             try:
+                unknown = self.objective.findings.proof.quiet is None
+                before = random_marks() if unknown else None
                 with self._no_dropout or nullcontext():
                     # A step may write into its batch, seen or unseen.
                     batch = fresh(self.batches[i], self.objective.device, copier=copier)
                     found = function(module, batch)
                     if copier.refusals:
                         raise copier.refusals[0]
+                if not unknown:
                     return found
+                if before == random_marks():
+                    self.objective.findings.learn(quiet=())
+                    return found
+                del found
             except RuntimeError as error:
                 # "does not require grad", "doesn't require gradient": the step wants a graph.
                 if self._needs_grad or "require grad" not in str(error):
                     raise
-        self._needs_grad = True
+                self._needs_grad = True
+                return self._guarded(i, function, statistics)
+        # Something was drawn: what it was for is found out, and the pass made again.
+        self.objective.learn_randomness(self.objective.batches[i], statistics, place)
+        self._silence = self.objective.silencer()
         return self._guarded(i, function, statistics)
 
     @property

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from lla_callbacks.linalg.difference import DifferenceOperator, first_derivative
 from lla_callbacks.linalg.errors import (
     MeasurementError,
+    NonFiniteError,
     OutOfMemoryError,
+    forgetful,
     is_out_of_memory,
 )
 from lla_callbacks.linalg.hessian import HessianOperator
@@ -28,15 +30,27 @@ from lla_callbacks.objective.evaluation import Loss, Statistics, evaluating, loa
 from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
 from lla_callbacks.objective.memory import Findings, MemoryPlan, allowed_memory, saved_bytes
 from lla_callbacks.objective.precision import HALF, Precision, autocast_inside, check_precision
+from lla_callbacks.objective.randomness import (
+    RANDOM_NOTE,
+    Draws,
+    draws_of,
+    random_marks,
+    silencer,
+    stream,
+)
 from lla_callbacks.objective.repetition import keep_processes_apart
 from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.objective.sharded import is_sharded, reshard, sharded_gradients
-from lla_callbacks.objective.splitting import check_split
+from lla_callbacks.objective.splitting import check_split, value_of
 from lla_callbacks.objective.state import preserved, set_mode
+from lla_callbacks.objective.training_step import SkippedBatchError
 from lla_callbacks.objective.twice_differentiable import once_differentiable, twice_differentiable
 
 Mode = Literal["batch", "eval", "recalibrate"]
+# The name of the error that says that a step skips a batch, as it comes from another process.
+_SKIPPED = "SkippedBatchError"
 Engine = Literal["auto", "exact", "difference"]
+Result = TypeVar("Result")
 
 
 class Objective:
@@ -131,17 +145,24 @@ class Objective:
                 f"{type(module).__name__} has no trainable parameter: unfreeze one first."
             )
         self.device = next(iter(parameters.values())).device
+        places = [i for i in range(len(self.batches)) if i not in self._findings.proof.skipped]
+        self.batches = [self.batches[i] for i in places]
+        # Which of the held batches each one is, or is a part of.
+        self._places = places
+        self._num_held = len(self._places) + len(self._findings.proof.skipped)
         if microbatch_size is not None:
             whole = self.batches
             in_parts = [list(split(batch, microbatch_size)) for batch in whole]
             self.batches = [part for parts in in_parts for part in parts]
+            self._places = [k for k, parts in zip(places, in_parts, strict=True) for _ in parts]
             for i, (batch, parts) in enumerate(zip(whole, in_parts, strict=True)):
                 # A gradient once a batch; its loss at every measurement, and the first one's
                 # gradient too, since samples may not see each other at first.
                 known = i > 0 and i in self._findings.split
                 name = f"batch {i + 1} of {len(whole)}"
                 context = None if known else self._plain_context
-                check_split(self._evaluate, module, batch, parts, context, name=name)
+                with suppress(SkippedBatchError):
+                    check_split(self._evaluate, module, batch, parts, context, name=name)
                 self._findings.split.add(i)
         self.counts = [sample_count(batch) for batch in self.batches]
         self.num_samples = sum(self.counts)
@@ -170,8 +191,70 @@ class Objective:
 
     def __call__(self) -> float:
         """Return ``L`` at the present weights, by torch's own forward pass."""
-        with evaluating(self) as evaluate:
-            return float(evaluate()[0])
+
+        def value() -> float:
+            with evaluating(self) as evaluate:
+                return float(evaluate()[0])
+
+        return self.without_skipped(value)
+
+    def without_skipped(self, action: Callable[[], Result]) -> Result:
+        """Return what an action returns, without the batches that the training step skips.
+
+        A step that returns None for some batch trains on the others; so is measured.
+
+        Raises:
+            SkippedBatchError: If it skips every batch.
+        """
+        try:
+            return action()
+        except MeasurementError as error:
+            # What one of several processes raised comes as its text.
+            if not isinstance(error, SkippedBatchError) and _SKIPPED not in str(error):
+                raise
+            forgetful(error)
+        self._leave_out_skipped()
+        return action()
+
+    def _leave_out_skipped(self) -> None:
+        kept, skipped = [], set()
+        for i, batch in enumerate(self.batches):
+            try:
+                value_of(partial(self._evaluate, place=self._places[i]), batch)
+            except SkippedBatchError:
+                skipped.add(self._places[i])
+            else:
+                kept.append(i)
+        if not kept:
+            raise SkippedBatchError(
+                "training_step returned no loss for any of the held batches.",
+                "Give loss=callable(module, batch) that returns one, or dataloader= with batches "
+                "that are not skipped.",
+            )
+        if not skipped:
+            raise SkippedBatchError(
+                "training_step returned no loss for a held batch, and returned one when asked "
+                "again.",
+                "Give loss=callable(module, batch) that returns one for every batch.",
+            )
+        self.batches = [self.batches[i] for i in kept]
+        self._places = [self._places[i] for i in kept]
+        self.counts = [self.counts[i] for i in kept]
+        self.num_samples = sum(self.counts)
+        numbers = ", ".join(str(i + 1) for i in sorted(skipped))
+        proof = self._findings.proof
+        self._findings.learn(
+            skipped=tuple(sorted({*proof.skipped, *skipped})),
+            notes=(
+                *proof.notes,
+                f"left out: held batch {numbers} of {self._num_held}, for which the training step "
+                "returns no loss",
+            ),
+        )
+
+    def place(self, i: int) -> int:
+        """Return which of the held batches batch ``i`` is, or is a part of."""
+        return self._places[i]
 
     def fresh(self, i: int) -> Any:
         """Return a copy of batch ``i`` on the module's device, free to be changed."""
@@ -252,7 +335,11 @@ class Objective:
                 weight = self.counts[i] / self.num_samples
                 with torch.inference_mode(False), torch.enable_grad():
                     part, gradient = self._evaluate(
-                        self.batches[i], statistics, self._plain_context, differentiated
+                        self.batches[i],
+                        statistics,
+                        self._plain_context,
+                        differentiated,
+                        self._places[i],
                     )
                 value += weight * part
                 total += weight * gradient
@@ -277,21 +364,25 @@ class Objective:
         if self.mode == "recalibrate":
             with evaluating(self) as evaluate:
                 statistics = evaluate.statistics()
-        parts = list(zip(self.batches, self.counts, strict=True))
+        parts = list(zip(self.batches, self.counts, self._places, strict=True))
         mine = parts[share.rank :: share.size]
         if sharded:
             # Whatever one process computes, all must, so that they can gather parameters.
-            mine += [(parts[0][0], 0)] * (-(-len(parts) // share.size) - len(mine))
+            mine += [(parts[0][0], 0, parts[0][2])] * (-(-len(parts) // share.size) - len(mine))
         if engine == "difference":
-            return [self._term(b, n, statistics, context, halve=not sharded) for b, n in mine]
+            return [
+                self._term(b, n, statistics, context, place=i, halve=not sharded)
+                for b, n, i in mine
+            ]
         # Of all batches, so that all processes come to the same decision.
         plan, kept = self._memory_plan(self.counts), 0
         if mine:
-            kept = self._memory_plan([n for _, n in mine]).num_kept if plan.parts == 1 else 0
+            kept = self._memory_plan([n for _, n, _ in mine]).num_kept if plan.parts == 1 else 0
             if plan.parts > 1:
                 mine = self._in_parts(mine, plan)
         return [
-            self._term(b, n, statistics, context, keep=i < kept) for i, (b, n) in enumerate(mine)
+            self._term(b, n, statistics, context, place=place, keep=i < kept)
+            for i, (b, n, place) in enumerate(mine)
         ]
 
     @property
@@ -332,6 +423,7 @@ class Objective:
         statistics: Statistics,
         context: Callable[[], AbstractContextManager[None]],
         *,
+        place: int,
         keep: bool = False,
         halve: bool = True,
     ) -> LossTerm:
@@ -347,13 +439,13 @@ class Objective:
                 )
             total = sample_count(batch)
             shares = [(part, count * sample_count(part) / total) for part in split(batch, size)]
-            return [self._term(b, n, statistics, context) for b, n in shares]  # type: ignore[arg-type]
+            return [self._term(b, n, statistics, context, place=place) for b, n in shares]  # type: ignore[arg-type]
 
         return LossTerm(
-            lambda: self._evaluate(batch, statistics, context),
+            lambda: self._evaluate(batch, statistics, context, place=place),
             count / self.num_samples,
             keep=keep,
-            guarded=lambda use: self._evaluate(batch, statistics, context, use),
+            guarded=lambda use: self._evaluate(batch, statistics, context, use, place),
             halves=halves if halve and sample_count(batch) > 1 else None,
         )
 
@@ -391,18 +483,28 @@ class Objective:
         statistics: Statistics = (),
         context: Callable[[], AbstractContextManager[None]] | None = None,
         use: Callable[[Tensor], Any] | None = None,
+        place: int = 0,
     ) -> Any:
         """Return the loss of one held batch, with its graph if gradients are enabled.
 
         Or what ``use`` makes of it while the module is still in the state of the evaluation.
+
+        Args:
+            batch: The batch, or a part of one.
+            statistics: Of batch norms.
+            context: Entered around the pass.
+            use: See above.
+            place: Which of the held batches it is, or is a part of.
         """
         gradients = torch.is_grad_enabled()
+        unknown = self._findings.proof.quiet is None
         reshard(self.module)
         with (
-            preserved(self.module, seed=self.seed, widen=self.widens) as copier,
+            preserved(self.module, seed=stream(self.seed, place), widen=self.widens) as copier,
             torch.set_grad_enabled(gradients),
         ):
             set_mode(self.module, self.mode, dropout=self.dropout, training=self.training)
+            self.silencer()()
             keep_processes_apart(self.module)
             load_statistics(statistics)
             # Curvature in full precision: autocast would cost digits, not time, here.
@@ -412,8 +514,69 @@ class Objective:
                 full if self.arithmetic is None else nullcontext(),
                 self.autocast_inside(),
             ):
+                before = random_marks() if unknown else None
                 loss = self.loss(self.module, self._fresh(batch, copier))
-                return loss if use is None else use(loss)
+                if before == (random_marks() if unknown else None):
+                    if unknown:
+                        self._findings.learn(quiet=())
+                    self._check_finite(loss, place)
+                    return loss if use is None else use(loss)
+                del loss
+        # Something was drawn: what it was for is found out, and the pass made again.
+        self.learn_randomness(batch, statistics, place)
+        return self._evaluate(batch, statistics, context, use, place)
+
+    def _check_finite(self, loss: Tensor, place: int) -> None:
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss of held batch {place + 1} of {self._num_held} is {value}.",
+                "Lower the learning rate, clip gradients, or look for bad samples in that batch.",
+            )
+
+    def silencer(self) -> Callable[[], None]:
+        """Return what turns off whatever drops at random, for use inside a guard."""
+        if self.mode != "batch" or self.dropout:
+            return lambda: None
+        return silencer(self.module, self._findings.proof.quiet or ())
+
+    def learn_randomness(self, batch: Any, statistics: Statistics, place: int) -> None:
+        """Find out what draws random numbers, and whether it is dropout by another name."""
+
+        def draws(names: Sequence[str]) -> Draws:
+            return draws_of(lambda: self._draw(batch, statistics, place, names), self.module)
+
+        first = draws(())
+        drops: set[str] = set()
+        if self.mode == "batch" and not self.dropout:
+            # What draws masks while it trains, and does not otherwise.
+            candidates = first.masks - {""}
+            again = draws(sorted(candidates)) if candidates else first
+            drops = candidates - again.masks - again.other
+            first = again
+        notes = self._findings.proof.notes
+        self._findings.learn(
+            quiet=tuple(sorted(drops)), notes=(*notes, RANDOM_NOTE) if first.any else notes
+        )
+
+    def _draw(
+        self, batch: Any, statistics: Statistics, place: int, names: Sequence[str]
+    ) -> AbstractContextManager[Callable[[], object]]:
+        """Return a context that yields a pass of which the draws are watched."""
+
+        @contextmanager
+        def ready() -> Iterator[Callable[[], object]]:
+            seed = stream(self.seed, place)
+            with preserved(self.module, seed=seed, widen=self.widens) as copier:
+                set_mode(self.module, self.mode, dropout=self.dropout, training=self.training)
+                if self.mode == "batch" and not self.dropout:
+                    silencer(self.module, names)()
+                keep_processes_apart(self.module)
+                load_statistics(statistics)
+                with self._plain_context(), self.autocast_inside():
+                    yield lambda: self.loss(self.module, self._fresh(batch, copier))
+
+        return ready()
 
     def _memory_plan(self, counts: Sequence[int]) -> MemoryPlan:
         """Return what fits, judged by what one forward pass saves."""
@@ -435,20 +598,23 @@ class Objective:
     def _weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in trainable(self.module).values())
 
-    def _in_parts(self, mine: Sequence[tuple[Any, int]], plan: MemoryPlan) -> list[tuple[Any, int]]:
+    def _in_parts(
+        self, mine: Sequence[tuple[Any, int, int]], plan: MemoryPlan
+    ) -> list[tuple[Any, int, int]]:
         """Return batches with those split that do not fit, each verified to be its parts' mean.
 
         Raises:
             OutOfMemoryError: If one is not, and ``max_memory`` was set.
         """
-        found: list[tuple[Any, int]] = []
-        for batch, count in mine:
+        found: list[tuple[Any, int, int]] = []
+        for batch, count, place in mine:
             if count <= plan.part_size:
-                found.append((batch, count))
+                found.append((batch, count, place))
                 continue
             trouble = self._split_trouble(plan.part_size, batch)
             if trouble is None:
-                found += [(part, sample_count(part)) for part in split(batch, plan.part_size)]
+                parts = split(batch, plan.part_size)
+                found += [(part, sample_count(part), place) for part in parts]
             elif self._max_memory is not None:
                 raise OutOfMemoryError(
                     f"the graph of one batch takes about {plan.graph / 2**20:,.0f} MiB, "
@@ -457,7 +623,7 @@ class Objective:
                     "Raise max_memory, lower the batch size, or take engine='difference'.",
                 )
             else:
-                found.append((batch, count))
+                found.append((batch, count, place))
         return found
 
     def _split_trouble(self, size: int, batch: Any) -> str | None:

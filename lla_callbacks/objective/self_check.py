@@ -157,6 +157,9 @@ class Proof:
         proved: Engines whose products were asked too.
         lost: Why the exact engine's products are not the Hessian's, in words; empty if they are.
         notes: What a reader of any number should know of the loss.
+        quiet: Names of submodules that were seen to drop at random; ``None`` as long as nothing
+            is known of what is random.
+        skipped: Places of held batches for which the training step returns no loss.
     """
 
     self_check: SelfCheck | None = None
@@ -165,6 +168,8 @@ class Proof:
     proved: tuple[str, ...] = ()
     lost: str = ""
     notes: tuple[str, ...] = ()
+    quiet: tuple[str, ...] | None = None
+    skipped: tuple[int, ...] = ()
 
 
 def untried(name: str, why: str) -> Check:

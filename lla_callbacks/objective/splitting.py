@@ -50,9 +50,8 @@ def check_split(
         return
     counts = [sample_count(part) for part in parts]
     shares = [count / sum(counts) for count in counts]
-    with torch.inference_mode(False), torch.no_grad():
-        expected = float(evaluate(whole))
-        found = sum(float(evaluate(p)) * share for p, share in zip(parts, shares, strict=True))
+    expected = value_of(evaluate, whole)
+    found = sum(value_of(evaluate, p) * share for p, share in zip(parts, shares, strict=True))
     apart = abs(found - expected) > LOSS_RTOL * max(abs(expected), 1e-6)
     if not apart and context is not None:
         apart = _gradients_differ(evaluate, module, whole, parts, shares, context)
@@ -63,6 +62,19 @@ def check_split(
             "loss) or the loss is not a mean over samples (a mean over tokens, with padding).",
             "Leave out microbatch_size, or use mode='eval' where batch statistics are the cause.",
         )
+
+
+def value_of(evaluate: Callable[..., Any], batch: Any) -> float:
+    """Return the loss of a batch, by a pass without a graph where the step does without one."""
+    with torch.inference_mode(False):
+        try:
+            with torch.no_grad():
+                return float(evaluate(batch))
+        except RuntimeError as error:
+            if "require grad" not in str(error):
+                raise
+        with torch.enable_grad():
+            return float(evaluate(batch).detach())
 
 
 def _gradients_differ(

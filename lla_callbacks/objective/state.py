@@ -201,7 +201,7 @@ def set_mode(
             m.training = False
         return
     if training is None:
-        module.train()
+        _train(module)
     else:
         for m in module.modules():
             m.training = training.get(m, True)
@@ -211,6 +211,17 @@ def set_mode(
             scripted = getattr(m, "original_name", "")
             if isinstance(m, (_DropoutNd, nn.RNNBase)) or scripted in _DROPPING:
                 m.training = False
+
+
+def _train(module: nn.Module) -> None:
+    """Put a module in train mode, but for parts that refuse to be (exported programs)."""
+    try:
+        module.train()
+    except NotImplementedError:
+        if type(module).train is nn.Module.train and "train" not in module.__dict__:
+            module.training = True
+            for child in module.children():
+                _train(child)
 
 
 @contextmanager

@@ -146,23 +146,30 @@ class DisplacedLoss:
                     take(i, factor, gradient)
             return loss
         weight = factor / self._loss_scale
-        handles = [
-            tensor.register_hook(partial(take, i, weight))  # type: ignore[no-untyped-call]
-            for i, tensor in enumerate(self.space.tensors)
-        ]
-        try:
-            self.move(distance, probe)
-            return self._backward()[0]
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.move(distance, probe)
+        return self._backward(lambda i, gradient: take(i, weight, gradient))[0]
 
-    def _backward(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Return the loss at the present weights and its gradients, scaled."""
+    def _backward(
+        self, take: Callable[[int, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Return the loss at the present weights and its gradients, scaled.
+
+        Or what ``take`` makes of each gradient, as soon as it is there.
+        """
+        handles = []
         with torch.inference_mode(False), torch.enable_grad():
             loss = self.evaluate()
             scaled = loss if self._loss_scale == 1.0 else loss * self._loss_scale
-            gradients = torch.autograd.grad(scaled, self.space.tensors, allow_unused=True)
+            try:
+                # Not before: a loss may differentiate by the weights on its own way.
+                if take is not None:
+                    for i, tensor in enumerate(self.space.tensors):
+                        hook = partial(take, i)
+                        handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
+                gradients = torch.autograd.grad(scaled, self.space.tensors, allow_unused=True)
+            finally:
+                for handle in handles:
+                    handle.remove()
         return loss.detach(), gradients
 
     def pulled_back(

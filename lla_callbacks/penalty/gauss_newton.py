@@ -50,9 +50,8 @@ def gauss_newton_gradient(
     """
     # Compiled code is not seen calling a criterion.
     with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
-        with torch.no_grad():
-            loss.move(distance, probe)
-            upper = _forward(loss)[1]
+        loss.move(distance, probe)
+        upper = _without_graph(loss)
         with torch.enable_grad():
             loss.move(-distance, probe)
             total, lower = _forward(loss)
@@ -121,6 +120,19 @@ def _forward(loss: DisplacedLoss) -> tuple[Tensor, list[_Call]]:
     with listening:
         total = loss.evaluate()
     return total, listening.calls
+
+
+def _without_graph(loss: DisplacedLoss) -> list[_Call]:
+    """Return the criteria, without a graph where the loss does without one."""
+    try:
+        with torch.no_grad():
+            return _forward(loss)[1]
+    except RuntimeError as error:
+        # "does not require grad": the loss has derivatives inside.
+        if "require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        return [_Call(c.outputs.detach(), c.value.detach(), c.criterion) for c in _forward(loss)[1]]
 
 
 def _refuse_none(counting: Sequence[int]) -> None:

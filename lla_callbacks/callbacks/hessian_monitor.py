@@ -370,6 +370,10 @@ class HessianMonitor(Monitor):
                 f"{len(space.index(left)):,} of {space.dim:,} parameters belong to none ({some})."
             )
 
+    def _do_without_layers(self) -> None:
+        self.settings = replace(self.settings, layers=None)
+        self.tracking_settings = replace(self.tracking_settings, layers=None)
+
     def _measure(
         self,
         objective: Objective,

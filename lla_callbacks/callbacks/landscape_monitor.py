@@ -338,7 +338,7 @@ class LossLandscapeMonitor(Monitor):
         progress: Callable[[str, int], AbstractContextManager[Callable[[int], object]]],
     ) -> LandscapeReport:
         settings = self.settings.smallest() if quick else self._present_settings(moment)
-        earlier = [i for i, step in enumerate(self._trajectory.steps) if step < moment.step]
+        earlier = self._common_points(moment)
         steps = [self._trajectory.steps[i] for i in earlier]
         before = self._previous
         source = DirectionSource(
@@ -356,6 +356,15 @@ class LossLandscapeMonitor(Monitor):
             objective, settings, source, share=self._processes, progress=progress
         )
         return LandscapeReport.of(found, training_steps=self._in_steps(found.seconds))
+
+    def _common_points(self, moment: Moment) -> list[int]:
+        """Return which recorded weights are earlier ones that every process has."""
+        steps = self._trajectory.steps
+        common = {step for step in steps if step < moment.step}
+        if not {"pc1", "pc2"}.isdisjoint(self.settings.wanted):
+            for other in self._processes.union([list(steps)]):
+                common &= set(other)
+        return [i for i, step in enumerate(steps) if step in common]
 
     def _present_settings(self, moment: Moment) -> LandscapeSettings:
         """Return the settings, at the size that was chosen for this run."""

@@ -25,6 +25,7 @@ class Moment:
         optimizer: The one optimizer, where its state belongs to these weights.
         light: Whether it is a light measurement between two full ones.
         last: Whether it is the one at the end of training.
+        first: Whether it is the one of its start.
     """
 
     step: int
@@ -34,6 +35,7 @@ class Moment:
     optimizer: torch.optim.Optimizer | None = None
     light: bool = False
     last: bool = False
+    first: bool = False
 
 
 def space_of(module: nn.Module) -> ParameterSpace:

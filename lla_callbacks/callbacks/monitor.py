@@ -66,6 +66,8 @@ from lla_callbacks.report.cost import cost_scalars
 # Held where the user gave no number: by 256 the largest eigenvalue of a batch of them is within
 # some 20 % of that of the whole data (docs/benchmarks/sizes.md).
 NUM_SAMPLES = 256
+# Weights that are kept until they can be measured.
+START, FINAL = "the weights of the start", "the last weights of training"
 # Seconds from which a measurement is announced: longer looks like a hang.
 LONG = 3.0
 # Share of a run after which no more samples are waited for.
@@ -245,6 +247,9 @@ class Monitor(EvaluatedToo, Resumable):
     def _check(self, module: nn.Module) -> None:
         """Raise a ValueError if the settings do not fit the module."""
 
+    def _do_without_layers(self) -> None:
+        """Tell each module's own parameters apart, where the user's function fails."""
+
     # -- when ---------------------------------------------------------------------------
 
     @property
@@ -265,6 +270,8 @@ class Monitor(EvaluatedToo, Resumable):
         self._start_pending = True
         self._final: Snapshot | None = None
         self._training: dict[nn.Module, bool] | None = None
+        # Which weights should have been kept and could not be.
+        self._lost: set[str] = set()
         self._due = False
         self._last_step = self._last_epoch = -1
         self.batch_samples = 0
@@ -276,8 +283,8 @@ class Monitor(EvaluatedToo, Resumable):
     def _begin(self, trainer: Any) -> None:
         """Start anew, among the processes that there are."""
         self._reset()
-        self.sink.begin()
         self._processes = Processes(trainer)
+        self.sink.begin(self._processes.rank)
         # Together the processes hold as many samples as one would alone.
         if self.dataloader is None:
             self._held.num_samples = -(-self.num_samples // self._processes.size)
@@ -384,7 +391,13 @@ class Monitor(EvaluatedToo, Resumable):
         self._end_epoch(trainer, pl_module, trainer.current_epoch)
         if averages_before(trainer, self):
             # When training ends the module has the average already.
-            self._final = take_snapshot(pl_module)
+            self._final = None
+            self._guarded("keeping weights", self._keep_final, pl_module)
+
+    def _keep_final(self, module: nn.Module) -> None:
+        self._lost.add(FINAL)
+        self._final = take_snapshot(module)
+        self._lost.discard(FINAL)
 
     def _end_epoch(self, trainer: Any, pl_module: Any, epoch: int) -> None:
         self._last_epoch = epoch
@@ -448,7 +461,9 @@ class Monitor(EvaluatedToo, Resumable):
             return
         account.unplanned.discard(self.name)
         try:
-            costs, least = self._unit_costs(trainer, module)
+            costs, least = all_or_none(
+                self._processes, lambda: self._unit_costs(trainer, module), "trying out a gradient"
+            )
         except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
             self._warn(error, "a measurement")
             costs, least, self._start_pending, self._start = None, 1, False, None
@@ -523,23 +538,31 @@ class Monitor(EvaluatedToo, Resumable):
             self._check(module)
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        except Exception as error:  # noqa: BLE001 - of a function that the user gave
+            self._warn(error, "layers=")
+            self._do_without_layers()
 
     def _hold(self, trainer: Any, module: nn.Module, batch: Any) -> None:
         """Keep one training batch, and the weights that the first one meets."""
         if self._training is None:
             self._training = {m: m.training for m in module.modules()}
         # Steps that take the iterator themselves are announced without a batch at first.
-        if batch is not None:
-            self._held.add(batch, most=trainer.num_training_batches)
-        alone = self._held.complete and self._processes.size == 1 and not self.is_bounded
-        if not alone:
-            self._remember_start(trainer, module)
+        try:
+            if batch is not None:
+                self._held.add(batch, most=trainer.num_training_batches)
+        finally:
+            # In all processes at the same step, whatever became of the batch.
+            alone = self._held.complete and self._processes.size == 1 and not self.is_bounded
+            if not alone:
+                self._guarded("keeping weights", self._remember_start, trainer, module)
 
     def _remember_start(self, trainer: Any, module: nn.Module) -> None:
         """Keep the weights of the start until they can be measured."""
-        if self._start_pending and self._start is None:
+        if self._start_pending and self._start is None and START not in self._lost:
+            self._lost.add(START)
             limit = self._limit(trainer, module)
             self._start = Moment(trainer.global_step, "fit", limit, take_snapshot(module))
+            self._lost.discard(START)
 
     def _all_hold(self) -> bool:
         """Return whether every process holds its batches; then each holds those of all."""
@@ -564,8 +587,13 @@ class Monitor(EvaluatedToo, Resumable):
 
     def _limit(self, trainer: Any, module: nn.Module) -> StabilityLimit | None:
         """Return the optimizer's stability limit, where there is one optimizer."""
-        optimizers = trainer.optimizers
-        return stability_limit(optimizers[0], space_of(module)) if len(optimizers) == 1 else None
+        if len(trainer.optimizers) != 1:
+            return None
+        try:
+            return stability_limit(trainer.optimizers[0], space_of(module))
+        except Exception as error:  # noqa: BLE001 - of an optimizer that is not known well enough
+            self._warn(error, "the stability limit")
+            return None
 
     def _fire_start(self, trainer: Any, module: nn.Module) -> None:
         if self.is_bounded and not self.pace.planned:
@@ -574,7 +602,8 @@ class Monitor(EvaluatedToo, Resumable):
         elif self._start_pending:
             self._start_pending = False
             moment, self._start = self._start, None
-            self._fire(trainer, module, moment)
+            moment = moment or Moment(trainer.global_step)
+            self._fire(trainer, module, replace(moment, first=True))
 
     def _fire_if_due(self, trainer: Any, module: nn.Module) -> None:
         if trainer.global_step == self._last_step:
@@ -611,17 +640,12 @@ class Monitor(EvaluatedToo, Resumable):
             self._ending = True
             self.pace.release(self.account, self.name)
         announced = self._announce(trainer, moment)
+        asked = moment
         try:
-            moment = self._completed(trainer, module, moment)
-            with ExitStack() as stack:
-                objective = self._objective(trainer, module, moment, stack)
-                result = self._measure(
-                    objective,
-                    moment,
-                    # A smoke test should run every line, not take long.
-                    quick=bool(trainer.fast_dev_run),
-                    progress=lambda text, total: progress(trainer, text, total),
-                )
+            # Whatever fails in one process, wherever it is, fails in all of them.
+            moment, result = all_or_none(
+                self._processes, lambda: self._measured(trainer, module, asked), "a measurement"
+            )
             self._keep(result, moment)
             values = self._scalars(result)
         except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
@@ -633,7 +657,7 @@ class Monitor(EvaluatedToo, Resumable):
             self.sink.arrays(trainer, result, stem)
             if in_fit:
                 self.pace.saw(time.monotonic() - began)
-            self._draw_what_fits(trainer, result, moment)
+            self._guarded("drawing", self._draw_what_fits, trainer, result, moment)
         seconds = time.monotonic() - began
         overhead = self.account.overhead if in_fit else math.nan
         values |= cost_scalars(self.name, seconds, overhead)
@@ -674,8 +698,8 @@ class Monitor(EvaluatedToo, Resumable):
         bounded = self.is_bounded and moment.function == "fit" and not trainer.fast_dev_run
         for number, (name, figure) in enumerate(self._figures(result, moment).items()):
             always = moment.last and number == 0
-            fits = not bounded or always or pace.draws(account, self.name, last=moment.last)
-            if not self._processes.agree(fits):
+            # Only the first process draws, so that nobody has to be asked.
+            if bounded and not always and not pace.draws(account, self.name, last=moment.last):
                 break
             began = time.monotonic()
             for _ in self.sink.draw(trainer, {name: figure}, moment.step):
@@ -691,12 +715,36 @@ class Monitor(EvaluatedToo, Resumable):
         return seconds / batch if batch > 0 else math.nan
 
     def _completed(self, trainer: Any, module: nn.Module, moment: Moment) -> Moment:
-        """Return a moment of the present weights with what the optimizer knows of them."""
-        if moment.snapshot is not None:
-            return moment
-        limit = all_or_none(self._processes, lambda: self._limit(trainer, module))
-        only = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
-        return replace(moment, limit=limit, optimizer=only)
+        """Return a moment of the present weights with what the optimizer knows of them.
+
+        Raises:
+            MeasurementError: If weights that should have been kept were not, in any process.
+        """
+        lost = self._lost & ({FINAL} if moment.last else {START} if moment.first else set())
+        if lost:
+            raise MeasurementError(f"{lost.pop()} could not be kept.", "")
+        if moment.snapshot is None:
+            only = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+            moment = replace(moment, limit=self._limit(trainer, module), optimizer=only)
+        known = torch.tensor([float(moment.limit is not None)])
+        if float(self._processes.total(known)) < self._processes.size:
+            # Its spectrum costs products, which all processes share or none.
+            moment = replace(moment, limit=None)
+        return moment
+
+    def _measured(self, trainer: Any, module: nn.Module, moment: Moment) -> tuple[Moment, Any]:
+        """Return a result, and the moment with all that is known of it."""
+        moment = self._completed(trainer, module, moment)
+        with ExitStack() as stack:
+            objective = self._objective(trainer, module, moment, stack)
+            result = self._measure(
+                objective,
+                moment,
+                # A smoke test should run every line, not take long.
+                quick=bool(trainer.fast_dev_run),
+                progress=lambda text, total: progress(trainer, text, total),
+            )
+        return moment, result
 
     def _objective(
         self,

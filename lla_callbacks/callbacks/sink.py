@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lla_callbacks.callbacks.compat import say
 from lla_callbacks.callbacks.own_loader import SharedLoaderError
-from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
+from lla_callbacks.linalg.errors import MeasurementError, described, is_out_of_memory
+from lla_callbacks.linalg.sharing import was_told
 from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
 
 
@@ -30,10 +34,12 @@ class Sink:
         self.figures = figures
         self.save_arrays = save_arrays
         self._warned: set[tuple[str, str]] = set()
+        self._rank = 0
 
-    def begin(self) -> None:
-        """Warn again of what an earlier run was warned of."""
+    def begin(self, rank: int = 0) -> None:
+        """Warn again of what an earlier run was warned of; as this process."""
         self._warned.clear()
+        self._rank = rank
 
     def loggers(self, trainer: Any) -> list[Any]:
         """Return the loggers that this process writes to."""
@@ -107,25 +113,40 @@ class Sink:
         self._warned.add((what, cause))
         if remedy is None:
             remedy = "" if isinstance(error, MeasurementError) else " " + remedy_of(error, what)
-        rank_zero_warn(
-            f"{self.owner}: {what} failed and leaves a gap; training goes on. "
-            f"{cause}: {error}{remedy}"
-        )
+        text = f"{what} failed and leaves a gap; training goes on. {described(error)}{remedy}"
+        if self._rank == 0 or was_told(error):
+            rank_zero_warn(f"{self.owner}: {text}")
+        else:
+            # The first process knows nothing of it.
+            warnings.warn(f"{self.owner} in process {self._rank}: {text}", stacklevel=2)
 
 
 def remedy_of(error: Exception, what: str) -> str:
     """Return what a user can do about an error that does not say it itself."""
     if is_out_of_memory(error):
         return "Lower num_samples or num_steps, or set max_memory or microbatch_size."
-    if isinstance(error, OSError):
-        return "Free disk space, or set save_arrays=False and figures=False."
+    if isinstance(error, OSError) and what in ("saving arrays", "drawing", "logging"):
+        if error.errno in _DISK:
+            return "Free disk space, or set save_arrays=False and figures=False."
+        if error.errno in _RIGHTS:
+            return "Give the logger a folder that can be written to, or set save_arrays=False."
+        if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+            return "The logger's server did not answer: what was meant for it is missing there."
+        return "What was meant for this file or logger is missing there."
     return REMEDIES.get(what, "Set figures=False or custom_scalars=False to do without.")
 
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 REMEDIES = {
     "a measurement": (
         "Give loss=callable(module, batch) if the training step cannot be replayed here."
     ),
+    "keeping weights": "Measurements of them are left out.",
+    "the stability limit": "Only stability is left out.",
+    "layers=": "Mend the function that was given; each module's own parameters are one layer now.",
+    "recording the path": "Slices along the path of training are left out or begin later.",
     "holding a batch": "Give dataloader= with batches of tensors in plain containers.",
     "reading dataloader": "Mend the dataloader, or leave it out to hold training batches.",
     "saving arrays": "Set save_arrays=False to do without.",

@@ -38,7 +38,12 @@ ONLY_IN = {
     ),
 }
 # Private members of Lightning that compat.py touches; tests/callbacks/test_compat.py hides each.
-OF_LIGHTNING = {"_generate_state_key", "_on_before_batch_transfer"}
+OF_LIGHTNING = {
+    "_batches_that_stepped",
+    "_generate_state_key",
+    "_on_before_batch_transfer",
+    "_should_accumulate",
+}
 # Private members of other libraries, which no rule forbids.
 OF_TORCH = {
     "_backward_hooks",

@@ -178,6 +178,25 @@ def state_key_of(callback: Any, **settings: Any) -> str:
     return str(generate(**settings))
 
 
+def step_of(trainer: Any) -> int:
+    """Return where the present weights stand on the x axis of what ``self.log`` logs.
+
+    How many batches have stepped an optimizer: with one optimizer the optimizer steps. With
+    several, ``global_step`` counts each, and curves would not lie over each other.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    # Private by their names; Lightning's logger connector asks for the same.
+    stepped = getattr(loop, "_batches_that_stepped", None)
+    if stepped is None:
+        return int(trainer.global_step)
+    # Counted once a batch is over, after its hooks.
+    present = loop.batch_progress.current
+    if present.processed > present.completed:
+        accumulates = getattr(loop, "_should_accumulate", None)
+        stepped += 0 if accumulates is not None and accumulates() else 1
+    return int(stepped)
+
+
 def is_barebones(trainer: Any) -> bool:
     """Return whether the Trainer was asked to do nothing but train."""
     return bool(getattr(trainer, "barebones", False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lla_callbacks.callbacks.compat import Callback, is_barebones
+from lla_callbacks.callbacks.compat import Callback, is_barebones, step_of
 from lla_callbacks.callbacks.held_batches import HeldBatches
 from lla_callbacks.objective.memory import Findings
 
@@ -113,7 +113,7 @@ class EvaluatedToo(Callback):
         shared = self._processes.size > 1
         module.log_dict(main, batch_size=1, sync_dist=shared, add_dataloader_idx=False)
         rest = {f"{t}{part}": v for t, v in values.items() if f"{t}{part}" not in main}
-        self.sink.scalars(trainer, rest, trainer.global_step)
+        self.sink.scalars(trainer, rest, step_of(trainer))
 
 
 def _num_loaders(trainer: Any, function: str) -> int:

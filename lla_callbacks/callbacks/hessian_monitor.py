@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lla_callbacks.callbacks.account import booked
+from lla_callbacks.callbacks.compat import step_of
 from lla_callbacks.callbacks.moments import Moment, space_of
 from lla_callbacks.callbacks.monitor import Monitor
 from lla_callbacks.callbacks.pace import Choice
@@ -269,6 +270,7 @@ class HessianMonitor(Monitor):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.history, self.tracked = [], []
         super().on_train_start(trainer, pl_module)
+        self._seen_light = trainer.global_step
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "settings": self.settings}
@@ -278,13 +280,14 @@ class HessianMonitor(Monitor):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        step = trainer.global_step
+        step = step_of(trainer)
+        before, self._seen_light = self._seen_light, trainer.global_step
         if (
             self._held.complete
             and self._held.batches
             # A full measurement of these weights says all that a light one would.
             and step not in (self._last_step, self._last_light)
-            and self.tracking_schedule.after_step(step)
+            and self.tracking_schedule.after_step(trainer.global_step, before)
             and not self._is_about_to_fire(trainer)
             and self._processes.agree(self._has_room_for_light())
         ):
@@ -322,6 +325,8 @@ class HessianMonitor(Monitor):
         self._tracker = TrackerState()
         # Steps of the last light measurement, and of whatever the tracker knows.
         self._last_light = self._tracker_step = -1
+        # Optimizer steps when the light schedule was last asked.
+        self._seen_light = 0
 
     def _forget(self) -> None:
         super()._forget()

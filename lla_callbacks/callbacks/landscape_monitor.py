@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lla_callbacks.callbacks.account import booked
-from lla_callbacks.callbacks.compat import is_barebones
+from lla_callbacks.callbacks.compat import is_barebones, step_of
 from lla_callbacks.callbacks.moments import Moment, space_of
 from lla_callbacks.callbacks.monitor import Monitor
 from lla_callbacks.callbacks.pace import Choice
@@ -303,7 +303,7 @@ class LossLandscapeMonitor(Monitor):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self._wants_update:
             return
-        step = trainer.global_step
+        step = step_of(trainer)
         known = self._previous is not None and self._previous[0] == step
         if not known and not is_barebones(trainer):
             self._guarded("recording the path", self._remember, step, pl_module)
@@ -324,8 +324,8 @@ class LossLandscapeMonitor(Monitor):
         """Keep the present weights as a point of the path, if one is wanted and due."""
         if not self._wants_path or is_barebones(trainer):
             return
-        if self._trajectory.wants(trainer.global_step):
-            self._trajectory.record(trainer.global_step, _weights(module))
+        if self._trajectory.wants(step_of(trainer)):
+            self._trajectory.record(step_of(trainer), _weights(module))
 
     # -- what is measured and shown -----------------------------------------------------
 

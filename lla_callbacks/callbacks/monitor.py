@@ -25,6 +25,7 @@ from lla_callbacks.callbacks.compat import (
     progress,
     say,
     state_key_of,
+    step_of,
 )
 from lla_callbacks.callbacks.evaluated import EvaluatedToo
 from lla_callbacks.callbacks.foretold import (
@@ -47,7 +48,7 @@ from lla_callbacks.callbacks.schedule import Schedule
 from lla_callbacks.callbacks.sink import REMEDIES, Sink
 from lla_callbacks.callbacks.sizing import CALIBRATION_SAMPLES, UnitCosts
 from lla_callbacks.hessian.stability import StabilityLimit, stability_limit
-from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
 from lla_callbacks.linalg.sharing import all_or_none
 from lla_callbacks.objective.batches import first_of, sample_count
 from lla_callbacks.objective.memory import Findings
@@ -272,6 +273,8 @@ class Monitor(EvaluatedToo, Resumable):
         self._training: dict[nn.Module, bool] | None = None
         # Which weights should have been kept and could not be.
         self._lost: set[str] = set()
+        # Optimizer steps when the schedule was last asked.
+        self._seen_steps = 0
         self._due = False
         self._last_step = self._last_epoch = -1
         self.batch_samples = 0
@@ -334,6 +337,7 @@ class Monitor(EvaluatedToo, Resumable):
             return
         self._open_account(trainer)
         with self.account.watching(self.name, asked=self.is_asked):
+            self._seen_steps = trainer.global_step
             self._resume(trainer, pl_module)
             if self.dataloader is not None:
                 if self._training is None:
@@ -372,12 +376,13 @@ class Monitor(EvaluatedToo, Resumable):
         if account.is_idle and self.is_bounded and not self.schedule.is_given and not self._due:
             # Most batches of a long run: nothing can be due, and nothing is asked.
             return
-        step = trainer.global_step
+        step = step_of(trainer)
         if self.is_bounded and not self.pace.planned:
             self._plan_when_ready(trainer, pl_module)
         elif self.is_bounded and self._start_pending:
             self._fire_start_if_there_is_room(trainer, pl_module)
-        if step != self._last_step and step > 0 and self.schedule.after_step(step):
+        before, self._seen_steps = self._seen_steps, trainer.global_step
+        if self.schedule.after_step(trainer.global_step, before) and step != self._last_step:
             # What falls due while batches are still being held is dropped, not caught up with.
             self._due = self._held.complete
         if self.pace.planned and not self.schedule.is_given and step != self._last_step:
@@ -414,10 +419,10 @@ class Monitor(EvaluatedToo, Resumable):
         if is_barebones(trainer):
             return
         with self.account.watching(self.name, asked=self.is_asked):
-            if self._held.complete and trainer.global_step != self._last_step:
+            if self._held.complete and step_of(trainer) != self._last_step:
                 if self.is_bounded:
                     self._guarded("a measurement", self._plan_end, trainer)
-                moment = Moment(trainer.global_step, last=True)
+                moment = Moment(step_of(trainer), last=True)
                 if self._final is not None:
                     limit = self._limit(trainer, pl_module)
                     moment = replace(moment, limit=limit, snapshot=self._final)
@@ -490,7 +495,7 @@ class Monitor(EvaluatedToo, Resumable):
 
     def _unit_costs(self, trainer: Any, module: nn.Module) -> tuple[UnitCosts, int]:
         """Return what a gradient takes, measured by the first monitor that asks, and the least."""
-        moment, account, held = Moment(trainer.global_step), self.account, self._held.batches
+        moment, account, held = Moment(step_of(trainer)), self.account, self._held.batches
         with ExitStack() as stack:
             few = self._objective(
                 trainer, module, moment, stack, first_of(held, CALIBRATION_SAMPLES)
@@ -561,7 +566,7 @@ class Monitor(EvaluatedToo, Resumable):
         if self._start_pending and self._start is None and START not in self._lost:
             self._lost.add(START)
             limit = self._limit(trainer, module)
-            self._start = Moment(trainer.global_step, "fit", limit, take_snapshot(module))
+            self._start = Moment(step_of(trainer), "fit", limit, take_snapshot(module))
             self._lost.discard(START)
 
     def _all_hold(self) -> bool:
@@ -602,11 +607,11 @@ class Monitor(EvaluatedToo, Resumable):
         elif self._start_pending:
             self._start_pending = False
             moment, self._start = self._start, None
-            moment = moment or Moment(trainer.global_step)
+            moment = moment or Moment(step_of(trainer))
             self._fire(trainer, module, replace(moment, first=True))
 
     def _fire_if_due(self, trainer: Any, module: nn.Module) -> None:
-        if trainer.global_step == self._last_step:
+        if step_of(trainer) == self._last_step:
             self._due = False
         if not (self._due and self._held.complete):
             return
@@ -632,9 +637,9 @@ class Monitor(EvaluatedToo, Resumable):
         began = time.monotonic()
         light = moment is not None and moment.light
         if not light:
-            self._last_step = moment.step if moment else trainer.global_step
+            self._last_step = moment.step if moment else step_of(trainer)
         if moment is None:
-            moment = Moment(trainer.global_step, function)
+            moment = Moment(step_of(trainer), function)
         if moment.last:
             # What was put aside for it is spent now.
             self._ending = True
@@ -649,7 +654,9 @@ class Monitor(EvaluatedToo, Resumable):
             self._keep(result, moment)
             values = self._scalars(result)
         except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
-            self._warn(error, "a measurement")
+            # A loss of one's own is no remedy for trouble with it.
+            own = self.loss is not None and not is_out_of_memory(error)
+            self._warn(error, "a measurement", "" if own else None)
             return {}
         in_fit = moment.function == "fit"
         if not light:

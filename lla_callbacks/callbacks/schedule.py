@@ -33,9 +33,18 @@ class Schedule:
         """Whether there is a schedule at all."""
         return self.every_n_train_steps is not None or self.every_n_epochs is not None
 
-    def after_step(self, global_step: int) -> bool:
-        """Return whether a measurement is due once this many optimizer steps are done."""
-        return self.every_n_train_steps is not None and global_step % self.every_n_train_steps == 0
+    def after_step(self, global_step: int, before: int | None = None) -> bool:
+        """Return whether a measurement is due once this many optimizer steps are done.
+
+        Args:
+            global_step: How many there were.
+            before: How many there were when this was last asked: with several optimizers there
+                can be several steps at a time, and a multiple in between counts. By default
+                one less.
+        """
+        every = self.every_n_train_steps
+        before = global_step - 1 if before is None else before
+        return every is not None and global_step // every > before // every
 
     def after_epoch(self, epoch: int) -> bool:
         """Return whether one is due at the end of this epoch, counted from 0."""

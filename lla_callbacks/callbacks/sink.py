@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lla_callbacks.callbacks.compat import say
 from lla_callbacks.callbacks.own_loader import SharedLoaderError
-from lla_callbacks.linalg.errors import MeasurementError, described, is_out_of_memory
+from lla_callbacks.linalg.errors import MeasurementError, NotYetError, described, is_out_of_memory
 from lla_callbacks.linalg.sharing import was_told
 from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
 
@@ -123,6 +123,8 @@ class Sink:
 
 def remedy_of(error: Exception, what: str) -> str:
     """Return what a user can do about an error that does not say it itself."""
+    if isinstance(error, NotYetError):
+        return "Later measurements have it."
     if is_out_of_memory(error):
         return "Lower num_samples or num_steps, or set max_memory or microbatch_size."
     if isinstance(error, OSError) and what in ("saving arrays", "drawing", "logging"):

@@ -57,29 +57,25 @@ class Fails:
 class Places(pl.Callback):
     """Moves on to the next place at each step."""
 
-    def __init__(self, kind):
-        self.now, self.rank, self.kind = "", 0, kind
+    def __init__(self):
+        self.now, self.rank = "", 0
         # Place: where it is called from, its name there, and the process that fails.
         self.all = {
             "the limit": (monitor, "stability_limit", 1),
             "the objective": (monitor, "trainer_loss", 1),
+            "the path": (landscape_monitor, "_weights", 1),
+            "random directions": (choice, "random_directions", 1),
+            "moments": (choice, "adam_directions", 1),
+            "components": (choice, "principal_components", 0),
+            "copies": (choice, "replace", 1),
+            "eigenvectors": (choice, "curved_directions", 0),
+            "coordinates": (choice, "centred", 1),
         }
-        if kind == "slices":
-            self.all |= {
-                "the path": (landscape_monitor, "_weights", 1),
-                "random directions": (choice, "random_directions", 1),
-                "moments": (choice, "adam_directions", 1),
-                "components": (choice, "principal_components", 0),
-                "copies": (choice, "replace", 1),
-                "eigenvectors": (choice, "curved_directions", 0),
-                "coordinates": (choice, "centred", 1),
-            }
         self.seconds = {}
 
     def inject(self):
         for name, (where, what, rank) in self.all.items():
-            if hasattr(where, what):
-                setattr(where, what, Fails(self, name, getattr(where, what), rank))
+            setattr(where, what, Fails(self, name, getattr(where, what), rank))
         # At the start: a batch and the weights that it meets, in the second process.
         monitor.take_snapshot = Fails(self, "the start", monitor.take_snapshot, 1)
         held_batches.hold = Fails(self, "a batch", held_batches.hold, 1)
@@ -121,14 +117,12 @@ class After(pl.Callback):
 def main():
     folder, case = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    places = Places(case)
-    if case == "slices":
-        watcher = LossLandscapeMonitor(
-            planes=["random", "trajectory"], lines=["update", "adam_m", "top1"], plane_points=3,
-            line_points=3, evaluation="loop", **CHEAP,
-        )  # fmt: skip
-    else:
-        watcher = HessianMonitor(num_steps=2, num_probes=2, **CHEAP)
+    places = Places()
+    spectrum = HessianMonitor(num_steps=2, num_probes=2, **CHEAP)
+    slices = LossLandscapeMonitor(
+        planes=["random", "trajectory"], lines=["update", "adam_m", "top1"], plane_points=3,
+        line_points=3, evaluation="loop", **CHEAP,
+    )  # fmt: skip
     if case != "without":
         places.inject()
     with warnings.catch_warnings(record=True) as seen:
@@ -137,16 +131,14 @@ def main():
             accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
             max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=folder,
-            callbacks=[] if case == "without" else [places, watcher, After(places)],
+            callbacks=[] if case == "without" else [places, spectrum, slices, After(places)],
         )  # fmt: skip
         module = Net()
         trainer.fit(module)
-    report = dict(watcher.history)
     found = {
         "weights": module.state_dict(),
-        "steps": list(report),
-        "missing": {s: sorted(r.missing) for s, r in report.items() if case == "slices"},
-        "stability": {s: r.criteria["stability"] for s, r in report.items() if case == "hessian"},
+        "missing": {step: sorted(report.missing) for step, report in slices.history},
+        "stability": {step: r.criteria["stability"] for step, r in spectrum.history},
         "order": getattr(places, "order", []),
         "seconds": places.seconds,
         "warnings": [str(w.message) for w in seen if "leaves a gap" in str(w.message)],

@@ -1,12 +1,14 @@
 """Each private member of Lightning that is touched can go away."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as lightning_pl
 import pytest
 import pytorch_lightning as pl
 import torch
 
 from lla_callbacks import HessianMonitor
-from lla_callbacks.callbacks.compat import prepared
+from lla_callbacks.callbacks.compat import prepared, step_of
 
 from .modules import Data, Plain, loader, quiet_trainer
 
@@ -61,3 +63,19 @@ def test_a_loader_goes_through_the_transfer_hooks(
     trainer.fit(make_module(), datamodule=make_data())
     [(plain, found)] = seen
     assert torch.equal(found, factor * plain)
+
+
+@pytest.mark.parametrize(
+    ("known", "present", "expected"),
+    [
+        ({}, (3, 3), 7),  # neither member: the Trainer's own count
+        ({"_batches_that_stepped": 4}, (3, 3), 4),
+        ({"_batches_that_stepped": 4}, (4, 3), 5),  # in the hooks at a batch's end
+        ({"_batches_that_stepped": 4, "_should_accumulate": lambda: True}, (4, 3), 4),
+    ],
+)
+def test_steps_are_those_that_loggers_count(known, present, expected):
+    progress = SimpleNamespace(current=SimpleNamespace(processed=present[0], completed=present[1]))
+    loop = SimpleNamespace(batch_progress=progress, **known)
+    trainer = SimpleNamespace(global_step=7, fit_loop=SimpleNamespace(epoch_loop=loop))
+    assert step_of(trainer) == expected

@@ -375,6 +375,9 @@ class HessianMonitor(Monitor):
                 f"{len(space.index(left)):,} of {space.dim:,} parameters belong to none ({some})."
             )
 
+    def _forget_weights(self, dim: int) -> None:
+        self._tracker = TrackerState()
+
     def _do_without_layers(self) -> None:
         self.settings = replace(self.settings, layers=None)
         self.tracking_settings = replace(self.tracking_settings, layers=None)

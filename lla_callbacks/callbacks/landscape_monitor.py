@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lla_callbacks.callbacks.account import booked
 from lla_callbacks.callbacks.compat import is_barebones, step_of
-from lla_callbacks.callbacks.moments import Moment, space_of
+from lla_callbacks.callbacks.moments import Moment, is_unsized, space_of
 from lla_callbacks.callbacks.monitor import Monitor
 from lla_callbacks.callbacks.pace import Choice
 from lla_callbacks.callbacks.saved_state import check_entries, check_flat
@@ -318,14 +318,23 @@ class LossLandscapeMonitor(Monitor):
 
     def _remember(self, step: int, module: nn.Module) -> None:
         """Keep the weights before a step, for the direction of the last update."""
-        self._previous = (step, _weights(module))
+        self._previous = None if is_unsized(module) else (step, _weights(module))
 
     def _record(self, trainer: Any, module: nn.Module) -> None:
         """Keep the present weights as a point of the path, if one is wanted and due."""
         if not self._wants_path or is_barebones(trainer):
             return
-        if self._trajectory.wants(step_of(trainer)):
-            self._trajectory.record(step_of(trainer), _weights(module))
+        if self._trajectory.wants(step_of(trainer)) and not is_unsized(module):
+            weights = _weights(module)
+            self._forget_weights(weights.numel())
+            self._trajectory.record(step_of(trainer), weights)
+
+    def _forget_weights(self, dim: int) -> None:
+        # A path is one of the same parameters throughout: it begins anew where others are trained.
+        if any(weights.numel() != dim for weights in self._trajectory.weights[-1:]):
+            self._trajectory = Trajectory(PATH_MEMORY)
+        if self._previous is not None and self._previous[1].numel() != dim:
+            self._previous = None
 
     # -- what is measured and shown -----------------------------------------------------
 

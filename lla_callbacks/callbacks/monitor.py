@@ -36,7 +36,7 @@ from lla_callbacks.callbacks.foretold import (
     too_short,
 )
 from lla_callbacks.callbacks.held_batches import HeldBatches
-from lla_callbacks.callbacks.moments import Moment, space_of
+from lla_callbacks.callbacks.moments import Moment, change_of, is_unsized, space_of
 from lla_callbacks.callbacks.monitor_settings import checked
 from lla_callbacks.callbacks.pace import Choice, Pace, share_of
 from lla_callbacks.callbacks.planning import least_samples, unit_costs
@@ -56,6 +56,7 @@ from lla_callbacks.objective.objective import (
     Engine,
     Mode,
     Objective,
+    trainable,
 )
 from lla_callbacks.objective.precision import Precision, at_precision
 from lla_callbacks.objective.self_check import Jacobian, SelfCheck
@@ -248,6 +249,9 @@ class Monitor(EvaluatedToo, Resumable):
     def _check(self, module: nn.Module) -> None:
         """Raise a ValueError if the settings do not fit the module."""
 
+    def _forget_weights(self, dim: int) -> None:
+        """Drop vectors of other parameters than those that are trained now."""
+
     def _do_without_layers(self) -> None:
         """Tell each module's own parameters apart, where the user's function fails."""
 
@@ -275,6 +279,10 @@ class Monitor(EvaluatedToo, Resumable):
         self._lost: set[str] = set()
         # Optimizer steps when the schedule was last asked.
         self._seen_steps = 0
+        # Whether lazy layers had no size when settings were checked.
+        self._late = False
+        # Trainable parameters of the last measurement.
+        self._known_names: tuple[str, ...] = ()
         self._due = False
         self._last_step = self._last_epoch = -1
         self.batch_samples = 0
@@ -531,7 +539,7 @@ class Monitor(EvaluatedToo, Resumable):
     # -- on what ------------------------------------------------------------------------
 
     def _check_module(self, trainer: Any, module: nn.Module) -> None:
-        if is_barebones(trainer):
+        if is_barebones(trainer) or is_unsized(module):
             return
         if self.engine == "exact" and is_sharded(module):
             raise MisconfigurationException(
@@ -563,11 +571,28 @@ class Monitor(EvaluatedToo, Resumable):
 
     def _remember_start(self, trainer: Any, module: nn.Module) -> None:
         """Keep the weights of the start until they can be measured."""
+        if is_unsized(module):
+            if self._start_pending:
+                say(trainer, f"{type(self).__name__}: lazy layers have no weights yet, so that "
+                    "the start is left out; measurements begin after the first step.")  # fmt: skip
+            self._start_pending, self._late = False, True
+            return
+        if self._late:
+            self._late = False
+            self._guarded("layers=", self._check_late, trainer, module)
         if self._start_pending and self._start is None and START not in self._lost:
             self._lost.add(START)
             limit = self._limit(trainer, module)
             self._start = Moment(step_of(trainer), "fit", limit, take_snapshot(module))
             self._lost.discard(START)
+
+    def _check_late(self, trainer: Any, module: nn.Module) -> None:
+        """Check what could not be while layers had no size; the run has begun, and goes on."""
+        try:
+            self._check_module(trainer, module)
+        except Exception:
+            self._do_without_layers()
+            raise
 
     def _all_hold(self) -> bool:
         """Return whether every process holds its batches; then each holds those of all."""
@@ -601,7 +626,7 @@ class Monitor(EvaluatedToo, Resumable):
             return None
 
     def _fire_start(self, trainer: Any, module: nn.Module) -> None:
-        if self.is_bounded and not self.pace.planned:
+        if (self.is_bounded and not self.pace.planned) or is_unsized(module):
             # Its size is chosen first, when the pace of the run is known.
             self._remember_start(trainer, module)
         elif self._start_pending:
@@ -742,6 +767,11 @@ class Monitor(EvaluatedToo, Resumable):
     def _measured(self, trainer: Any, module: nn.Module, moment: Moment) -> tuple[Moment, Any]:
         """Return a result, and the moment with all that is known of it."""
         moment = self._completed(trainer, module, moment)
+        names = tuple(trainable(module))
+        if self._known_names not in ((), names):
+            say(trainer, f"{type(self).__name__}: {change_of(self._known_names, names, moment)}")
+            self._forget_weights(space_of(module).dim)
+        self._known_names = names
         with ExitStack() as stack:
             objective = self._objective(trainer, module, moment, stack)
             result = self._measure(

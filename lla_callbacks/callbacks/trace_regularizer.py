@@ -18,6 +18,7 @@ from lla_callbacks.callbacks.compat import (
     unscales_gradients_itself,
     uses_mixed_precision,
 )
+from lla_callbacks.callbacks.moments import is_unsized
 from lla_callbacks.callbacks.refusals import refuse_surroundings, refuse_training
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.saved_state import check_entries
@@ -187,6 +188,10 @@ class HessianTraceRegularizer(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: optimizers and layers that configure_model makes are there now.
         kind = type(self).__name__
+        if is_unsized(pl_module):
+            # Nothing is penalized, and nothing can be checked, before lazy layers have a size.
+            self._late = True
+            return
         refuse_training(kind, trainer, pl_module, self.layers, self.settings.estimator)
 
     # -- when ---------------------------------------------------------------------------
@@ -199,6 +204,7 @@ class HessianTraceRegularizer(Callback):
         self._last_logged: int | None = None
         # Whether the backward pass of a step's own loss has run since the fit began.
         self._went_backward = False
+        self._late = False
         self._forget_batch()
 
     def _forget_batch(self) -> None:
@@ -212,6 +218,11 @@ class HessianTraceRegularizer(Callback):
         self._forget_batch()
         if self.strength == 0 or not self.schedule.due(trainer.global_step):
             return
+        if is_unsized(pl_module):
+            return
+        if self._late:
+            self._late = False
+            self.on_fit_start(trainer, pl_module)
         self._batch = (batch, batch_idx)
         if pl_module.automatic_optimization:
             # Here no graph is alive, so that the weights may move.

@@ -6,7 +6,11 @@ NEWEST ?= .venv-newest
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+<<<<<<< HEAD
 .PHONY: demo test test-oldest test-newest lint types tests studies quick-studies clean
+=======
+.PHONY: demo test bitwise test-oldest lint types tests studies quick-studies clean
+>>>>>>> a85c4fc (Random pairings of features and hooks, bitwise with and without monitors: three in the tests, a thousand by make bitwise)
 STUDIES = poison lambda_max shift layers trace_regularizer
 
 demo: $(VENV)/.demo
@@ -24,6 +28,11 @@ types: $(VENV)/.test
 # One thread per process, since the processes run in parallel.
 tests: $(VENV)/.test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# A thousand random pairings of what a run can have with what a monitor can do, each against the run
+# without: the bits are the same. Half an hour on two cores; PAIRINGS and FIRST choose others.
+bitwise: $(VENV)/.test
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PAIRINGS=$${PAIRINGS:-1000} $(BIN)/python -m pytest -q -n 2 tests/callbacks/test_pairings.py $(ARGS)
 
 # The whole suite with the oldest releases that setup.cfg allows; 3 GB to download, 6 on disk, since torch
 # of that time comes with CUDA. What old releases warn about is theirs.

@@ -6,11 +6,7 @@ NEWEST ?= .venv-newest
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-<<<<<<< HEAD
-.PHONY: demo test test-oldest test-newest lint types tests studies quick-studies clean
-=======
-.PHONY: demo test bitwise test-oldest lint types tests studies quick-studies clean
->>>>>>> a85c4fc (Random pairings of features and hooks, bitwise with and without monitors: three in the tests, a thousand by make bitwise)
+.PHONY: demo test bitwise test-oldest test-newest lint types tests studies quick-studies clean
 STUDIES = poison lambda_max shift layers trace_regularizer
 
 demo: $(VENV)/.demo

@@ -210,7 +210,6 @@ class HessianMonitor(Monitor):
         custom_scalars: bool = True,
         name: str = "hessian",
     ) -> None:
-        self._given_steps, self._given_probes = num_steps, num_probes
         steps = HessianSettings.num_steps if num_steps is None else num_steps
         probes = HessianSettings.num_probes if num_probes is None else num_probes
         self.settings = HessianSettings(
@@ -224,6 +223,8 @@ class HessianMonitor(Monitor):
             trace_rtol=trace_rtol,
             seed=seed,
         )
+        self._given_steps = None if num_steps is None else self.settings.num_steps
+        self._given_probes = None if num_probes is None else self.settings.num_probes
         probes, rtol = check_light(
             track_num_probes, track_eig_rtol, ("track_num_probes", "track_eig_rtol")
         )

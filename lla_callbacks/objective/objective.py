@@ -227,7 +227,7 @@ class Objective:
                 kept.append(i)
         if not kept:
             raise SkippedBatchError(
-                "training_step returned no loss for any of the held batches.",
+                "training_step or loss= returned None for every held batch: return a scalar tensor.",
                 "Give loss=callable(module, batch) that returns one, or dataloader= with batches "
                 "that are not skipped.",
             )

@@ -118,9 +118,12 @@ def logged(trainer, least=-1):
     }
 
 
+CLOCKS = {"seconds", "training_steps"}
+
+
 def _without_time(value):
     if isinstance(value, dict):
-        return {k: _without_time(v) for k, v in value.items() if k != "seconds"}
+        return {k: _without_time(v) for k, v in value.items() if k not in CLOCKS}
     if isinstance(value, (list, tuple)):
         return [_without_time(v) for v in value]
     return value

@@ -356,7 +356,7 @@ def test_batches_that_are_tensors_are_batches() -> None:
 def test_a_loss_that_is_no_scalar_tensor_is_told(
     function: Callable[..., Any], returned: Callable[[Tensor], Any], message: str
 ) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError, MeasurementError), match=message):
         function(net(), [(X, Y)], loss=lambda m, b: returned(loss(m, b)))
 
 

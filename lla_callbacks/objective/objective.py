@@ -227,7 +227,8 @@ class Objective:
                 kept.append(i)
         if not kept:
             raise SkippedBatchError(
-                "training_step or loss= returned None for every held batch: return a scalar tensor.",
+                "training_step or loss= returned None for every held batch: return a scalar "
+                "tensor.",
                 "Give loss=callable(module, batch) that returns one, or dataloader= with batches "
                 "that are not skipped.",
             )

@@ -133,7 +133,10 @@ class CurveView:
 
     def _objective(self, trainer: Any, module: nn.Module) -> Objective:
         return Objective(
-            module, self.held.batches, trainer_loss(trainer, self.loss), mode="recalibrate"
+            module,
+            self.held.batches,
+            trainer_loss(trainer, self.loss, batch_idx=self.held.numbers),
+            mode="recalibrate",
         )
 
     # -- when ---------------------------------------------------------------------------
@@ -189,7 +192,10 @@ class CurveView:
         if not self._is_shared and self._processes.size > 1:
             # Points are shared among processes, so each must have all batches.
             alike = self.dataloader is not None
-            self.held.batches = self._processes.union(self.held.batches, alike=alike)
+            pairs = list(zip(self.held.batches, self.held.numbers, strict=True))
+            pairs = self._processes.union(pairs, alike=alike)
+            self.held.batches = [batch for batch, _ in pairs]
+            self.held.numbers = [number for _, number in pairs]
         self._is_shared = True
         objective = all_or_none(self._processes, lambda: self._objective(trainer, module))
         if not self.points:

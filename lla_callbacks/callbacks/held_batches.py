@@ -23,27 +23,31 @@ class HeldBatches:
 
     Attributes:
         batches: What is held so far.
+        numbers: Which of its epoch's batches each was: what a step is told when it is replayed.
         complete: Whether it is enough.
     """
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
         self.batches: list[Any] = []
+        self.numbers: list[int] = []
         self.complete = False
         self._count = 0
         self._enough = False
         self._marked: tuple[int, str] = (-1, "")
 
-    def add(self, batch: Any, *, most: float = float("inf")) -> None:
+    def add(self, batch: Any, *, number: int | None = None, most: float = float("inf")) -> None:
         """Hold one more batch.
 
         Args:
             batch: Any structure of tensors.
+            number: Which of its epoch's batches it is; by default as many as are held.
             most: Number of batches there are: then all is held that can be.
         """
         # Another process may still wait for its own.
         if not self._enough:
             self.batches.append(hold(batch))
+            self.numbers.append(len(self.numbers) if number is None else number)
             self._count += sample_count(batch)
             self._enough = self._count >= self.num_samples or len(self.batches) >= most
         self.complete = self._enough
@@ -81,6 +85,9 @@ class HeldBatches:
     def keep(self, num_samples: int) -> None:
         """Drop what is beyond this many samples, where batches can be cut."""
         self.batches = first_of(self.batches, num_samples)
+        self.numbers = self.numbers[: len(self.batches)]
+        # As many batches as before need not be the same ones.
+        self._marked = (-1, "")
         self._count = self.num_held
 
     def state(self) -> dict[str, Any] | None:
@@ -89,6 +96,7 @@ class HeldBatches:
             return None
         return {
             "batches": list(self.batches),
+            "numbers": list(self.numbers),
             "complete": self.complete,
             "count": self._count,
             "enough": self._enough,
@@ -98,7 +106,7 @@ class HeldBatches:
 
     def load(self, state: dict[str, Any]) -> None:
         """Hold what another run held."""
-        self.batches = list(state["batches"])
+        self.batches, self.numbers = list(state["batches"]), list(state["numbers"])
         self._marked = (-1, "")
         self.complete = state["complete"]
         self._count, self._enough = state["count"], state["enough"]

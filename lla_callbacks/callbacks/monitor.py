@@ -368,7 +368,7 @@ class Monitor(EvaluatedToo, Resumable):
             self._guarded("holding a batch", self._foretell, trainer, batch)
         if self._held.complete or self.dataloader is not None:
             return
-        self._guarded("holding a batch", self._hold, trainer, pl_module, batch)
+        self._guarded("holding a batch", self._hold, trainer, pl_module, batch, batch_idx)
         if self._all_hold():
             self._fire_start(trainer, pl_module)
 
@@ -555,14 +555,14 @@ class Monitor(EvaluatedToo, Resumable):
             self._warn(error, "layers=")
             self._do_without_layers()
 
-    def _hold(self, trainer: Any, module: nn.Module, batch: Any) -> None:
+    def _hold(self, trainer: Any, module: nn.Module, batch: Any, number: int) -> None:
         """Keep one training batch, and the weights that the first one meets."""
         if self._training is None:
             self._training = {m: m.training for m in module.modules()}
         # Steps that take the iterator themselves are announced without a batch at first.
         try:
             if batch is not None:
-                self._held.add(batch, most=trainer.num_training_batches)
+                self._held.add(batch, number=number, most=trainer.num_training_batches)
         finally:
             # In all processes at the same step, whatever became of the batch.
             alone = self._held.complete and self._processes.size == 1 and not self.is_bounded
@@ -605,10 +605,13 @@ class Monitor(EvaluatedToo, Resumable):
         # A loader of the user's own is the same in every process.
         alike = self.dataloader is not None
         try:
-            self._held.batches = self._processes.union(self._held.batches, alike=alike)
+            pairs = list(zip(self._held.batches, self._held.numbers, strict=True))
+            pairs = self._processes.union(pairs, alike=alike)
+            self._held.batches = [batch for batch, _ in pairs]
+            self._held.numbers = [number for _, number in pairs]
         except Exception as error:  # noqa: BLE001 - no batches, no measurements; training goes on
             self._warn(error, "holding a batch", REMEDIES["holding a batch"])
-            self._held.batches = []
+            self._held.batches, self._held.numbers = [], []
         return bool(self._held.batches)
 
     def _hold_loader(self, trainer: Any, module: Any) -> None:
@@ -808,7 +811,9 @@ class Monitor(EvaluatedToo, Resumable):
             return Objective(
                 module,
                 self._held.batches if batches is None else batches,
-                trainer_loss(trainer, self.loss, as_trained=as_trained),
+                trainer_loss(
+                    trainer, self.loss, batch_idx=self._held.numbers, as_trained=as_trained
+                ),
                 mode=self.mode,
                 dropout=self.dropout,
                 seed=self.seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,28 +13,34 @@ from lla_callbacks.callbacks.compat import (
     training_precision_context,
 )
 from lla_callbacks.objective.evaluation import Loss
-from lla_callbacks.objective.training_step import mute, replay_training_step
+from lla_callbacks.objective.training_step import mute, present_place, replay_training_step
 
 
 def trainer_loss(
-    trainer: Any, loss: Loss | None, *, batch_idx: int = 0, as_trained: bool = False
+    trainer: Any,
+    loss: Loss | None,
+    *,
+    batch_idx: int | Sequence[int] = 0,
+    as_trained: bool = False,
 ) -> Loss:
     """Return ``loss(module, batch)`` that runs in the Trainer's surroundings.
 
     Args:
         trainer: Its loggers are replaced by dummies meanwhile.
         loss: The user's loss; ``None`` replays ``training_step``.
-        batch_idx: What a replayed ``training_step`` is told.
+        batch_idx: What a replayed ``training_step`` is told; or that of each held batch, by place.
         as_trained: Whether the Trainer's precision is kept: autocast, default dtype. Otherwise
             float32 at least.
     """
-    inner = partial(replay_training_step, batch_idx=batch_idx) if loss is None else loss
     surroundings = training_precision_context if as_trained else full_precision_context
 
     def evaluate(module: nn.Module, batch: Any) -> Tensor:
         # The user's own loss may log as well, through a method of the module.
         mute(module)
         with muted_loggers(trainer), surroundings(trainer):
-            return inner(module, batch)
+            if loss is not None:
+                return loss(module, batch)
+            number = batch_idx if isinstance(batch_idx, int) else batch_idx[present_place()]
+            return replay_training_step(module, batch, number)
 
     return evaluate

@@ -58,6 +58,7 @@ CHOICE: dict[str, Any] = {
 # What is held, where something is.
 HELD: dict[str, Any] = {
     "batches": list[Any],
+    "numbers": list[int],
     "complete": bool,
     "count": int,
     "enough": bool,
@@ -91,6 +92,8 @@ def check_state(
         check_finite(state[name], f"the state's {name}", least=-1)
     if state["held"]:
         check_entries(state["held"], HELD, "the state's held")
+        if len(state["held"]["numbers"]) != len(state["held"]["batches"]):
+            raise ValueError("the state's held has not one number for each batch.")
     account, pace = state["account"], state["pace"]
     check_entries(account, ACCOUNT, "the state's account")
     check_entries(pace, PACE, "the state's pace")

@@ -18,6 +18,7 @@ from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.randomness import random_marks, stream
 from lla_callbacks.objective.repetition import keep_processes_apart, repeatable
 from lla_callbacks.objective.state import seed_everything
+from lla_callbacks.objective.training_step import at_place
 from lla_callbacks.objective.twice_differentiable import NoDropout, eager
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ class Evaluator:
                 with self._no_dropout or nullcontext():
                     # A step may write into its batch, seen or unseen.
                     batch = fresh(self.batches[i], self.objective.device, copier=copier)
-                    found = function(module, batch)
+                    with at_place(place):
+                        found = function(module, batch)
                     if copier.refusals:
                         raise copier.refusals[0]
                 if not unknown:

@@ -43,7 +43,7 @@ from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.objective.sharded import is_sharded, reshard, sharded_gradients
 from lla_callbacks.objective.splitting import check_split, value_of
 from lla_callbacks.objective.state import preserved, set_mode
-from lla_callbacks.objective.training_step import SkippedBatchError
+from lla_callbacks.objective.training_step import SkippedBatchError, at_place
 from lla_callbacks.objective.twice_differentiable import once_differentiable, twice_differentiable
 
 Mode = Literal["batch", "eval", "recalibrate"]
@@ -161,8 +161,9 @@ class Objective:
                 known = i > 0 and i in self._findings.split
                 name = f"batch {i + 1} of {len(whole)}"
                 context = None if known else self._plain_context
+                evaluate = partial(self._evaluate, place=places[i])
                 with suppress(SkippedBatchError):
-                    check_split(self._evaluate, module, batch, parts, context, name=name)
+                    check_split(evaluate, module, batch, parts, context, name=name)
                 self._findings.split.add(i)
         self.counts = [sample_count(batch) for batch in self.batches]
         self.num_samples = sum(self.counts)
@@ -516,7 +517,8 @@ class Objective:
                 self.autocast_inside(),
             ):
                 before = random_marks() if unknown else None
-                loss = self.loss(self.module, self._fresh(batch, copier))
+                with at_place(place):
+                    loss = self.loss(self.module, self._fresh(batch, copier))
                 if before == (random_marks() if unknown else None):
                     if unknown:
                         self._findings.learn(quiet=())
@@ -574,7 +576,7 @@ class Objective:
                     silencer(self.module, names)()
                 keep_processes_apart(self.module)
                 load_statistics(statistics)
-                with self._plain_context(), self.autocast_inside():
+                with self._plain_context(), self.autocast_inside(), at_place(place):
                     yield lambda: self.loss(self.module, self._fresh(batch, copier))
 
         return ready()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +15,28 @@ from lla_callbacks.linalg.errors import MeasurementError
 
 class SkippedBatchError(MeasurementError):
     """The training step returned no loss for a held batch."""
+
+
+_PLACE: ContextVar[int] = ContextVar("place", default=0)
+
+
+@contextmanager
+def at_place(place: int) -> Iterator[None]:
+    """Tell whatever is evaluated in here which of the held batches it gets.
+
+    A loss is a function of (module, batch); a replayed step is told the batch's number too, and
+    finds it by this.
+    """
+    token = _PLACE.set(place)
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
+
+
+def present_place() -> int:
+    """Return which of the held batches is evaluated now."""
+    return _PLACE.get()
 
 
 def replay_training_step(module: nn.Module, batch: Any, batch_idx: int = 0) -> Tensor:

@@ -48,6 +48,7 @@ class Account:
         samples: Held samples that the first of them chose.
         batches: Batches so far.
         is_idle: Whether the last batch is one after which nothing can be due.
+        findings: What is known of a loss, by the settings that it depends on.
         members: All monitors, in the order of the callbacks.
     """
 
@@ -61,6 +62,7 @@ class Account:
         self.unplanned: set[str] = set()
         self.costs: UnitCosts | None = None
         self.samples: int | None = None
+        self.findings: dict[Any, Any] = {}
         self.members: list[str] = []
         self.fraction = math.nan
         self.batches = 0

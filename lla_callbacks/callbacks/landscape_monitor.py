@@ -49,6 +49,8 @@ PATH_MEMORY = 2**30
 # Products that eigenvectors take, and a product in gradients, about (docs/cost.md).
 PRODUCTS = 12
 PRODUCT = 2.4
+# Points along each side from which a plane looks smooth by itself.
+FINE = 13
 # Figures that are planned for.
 NUM_FIGURES = 1
 # A forward pass in gradients, about (docs/cost.md).
@@ -468,7 +470,9 @@ class LossLandscapeMonitor(Monitor):
         self.report = result
         if moment.function == "fit":
             self.history.append((moment.step, result))
-        if self._scale is None and result.loss > 0:
+        choice = self.pace.choice
+        alone = choice is not None and choice.count == 1 and not self.schedule.is_given
+        if self._scale is None and result.loss > 0 and not alone:
             # Four decades about the first loss, for all pictures of the run.
             self._scale = (1e-3 * result.loss, 10 * result.loss)
         if self._findings.proof.self_check is not None:
@@ -484,10 +488,12 @@ class LossLandscapeMonitor(Monitor):
     def _figures(self, result: LandscapeReport, moment: Moment) -> Mapping[str, Any]:
         step = moment.step
         drawn: dict[str, Callable[[], Any]] = {}
-        look: dict[str, Any] = {
-            "interpolate": self.interpolate, "cap": self.cap, "scale": self._scale,
-        }  # fmt: skip
         for name, plane in result.planes.items():
+            # A plane that had to be coarse is drawn through the spline, and says so.
+            coarse = self._size is not None and len(plane.alphas) < FINE
+            look: dict[str, Any] = {
+                "interpolate": self.interpolate or coarse, "cap": self.cap, "scale": self._scale,
+            }  # fmt: skip
             title = f"Loss on the {name} plane at step {step}"
             drawn[f"plane_{name}"] = partial(plane.figure, title=title, **look)
             for metric in plane.metrics:

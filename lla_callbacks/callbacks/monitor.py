@@ -499,6 +499,12 @@ class Monitor(EvaluatedToo, Resumable):
     def _take(self, choice: Choice) -> None:
         self._held.keep(choice.samples)
         self.account.samples = self.account.samples or choice.samples
+        # Monitors of one loss on the same batches ask only once what is to be known of it.
+        same = (
+            choice.samples, self.mode, self.dropout, self.loss, id(self.dataloader), self.seed,
+            self.precision, self.engine, self.microbatch_size, self.max_memory, self.check,
+        )  # fmt: skip
+        self._findings = self.account.findings.setdefault(same, self._findings)
         self.pace.take(choice, self.account, self.name)
 
     def _unit_costs(self, trainer: Any, module: nn.Module) -> tuple[UnitCosts, int]:

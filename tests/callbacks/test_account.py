@@ -459,3 +459,14 @@ def test_training_is_bitwise_the_same(tmp_path, swapped):
     trainer = fit(tmp_path / "watched", callbacks=watchers, train=lambda: loader(160))
     assert differences(plain, outcome(trainer)) == []
     assert all(watcher.report is not None for watcher in watchers)
+
+
+def test_monitors_of_one_loss_have_it_checked_once(tmp_path, clock):
+    loss = costly(clock, 0.1 * PRICE)
+    watchers = [HessianMonitor(loss=loss, figures=False), LossLandscapeMonitor(loss=loss)]
+    watch(clock, tmp_path, *watchers, train=300)
+    assert watchers[0]._findings is watchers[1]._findings
+    assert watchers[1].report.self_check is watchers[0].report.self_check is not None
+    other = [HessianMonitor(loss=loss, figures=False), LossLandscapeMonitor(loss=loss, mode="eval")]
+    watch(clock, tmp_path, *other, train=300)
+    assert other[0]._findings is not other[1]._findings

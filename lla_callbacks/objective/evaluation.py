@@ -122,11 +122,17 @@ class Evaluator:
             return loss, (pair[0].detach(), pair[1])
         target = _target(self.batches[i])
         outputs: list[Any] = []
-        hook = self.objective.module.register_forward_hook(lambda m, a, out: outputs.append(out))
-        try:
-            loss = self._guarded(i, self.objective.loss, statistics)
-        finally:
-            hook.remove()
+
+        def observed(module: nn.Module, batch: Any) -> Tensor:
+            # Inside, after the reset, which takes away what hooks were put on meanwhile.
+            outputs.clear()
+            hook = module.register_forward_hook(lambda m, a, out: outputs.append(out))
+            try:
+                return self.objective.loss(module, batch)
+            finally:
+                hook.remove()
+
+        loss = self._guarded(i, observed, statistics)
         if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
             # The loss does not call the module just once: a pass of its own.
             outputs = [self._guarded(i, _first_entry_through, statistics)]

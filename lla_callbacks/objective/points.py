@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.sharing import Alone, Share, fail_together
-from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.linalg.space import ParameterSpace, local_part
 from lla_callbacks.objective.batched import BatchedEvaluator
 from lla_callbacks.objective.checks import one_of, positive, settle
 from lla_callbacks.objective.evaluation import Evaluator, Predict, Statistics, evaluating
@@ -57,14 +57,15 @@ class Offsets:
 
     def __init__(self, space: ParameterSpace, directions: Sequence[Tensor]) -> None:
         self.space = space
-        self._live = [tensor.data for tensor in space.tensors]
-        self._saved = [tensor.detach().clone() for tensor in space.tensors]
+        # What this process has of each: torch moves no distributed tensors beside others.
+        self._live = [local_part(tensor).data for tensor in space.tensors]
+        self._saved = [live.clone() for live in self._live]
         self.turn(directions)
 
     def turn(self, directions: Sequence[Tensor]) -> None:
         """Take other directions."""
         space = self.space
-        self._parts = [list(space.unflatten(vector)) for vector in directions]
+        self._parts = [_local_parts(space, vector) for vector in directions]
         # Tensors in which a direction is zero need not be touched.
         self._moves = [
             [i for i, part in enumerate(parts) if bool(part.any())] for parts in self._parts
@@ -120,7 +121,7 @@ class Segment(Offsets):
         ends: tuple[Statistics, Statistics] = ((), ()),
     ) -> None:
         super().__init__(space, [])
-        self._start, self._end = list(space.unflatten(start)), list(space.unflatten(end))
+        self._start, self._end = _local_parts(space, start), _local_parts(space, end)
         self._ends = ends
 
     def place(self, point: Sequence[float]) -> None:
@@ -159,7 +160,12 @@ class Listed(Offsets):
     def place(self, point: Sequence[float]) -> None:
         """Write weights number ``point[0]`` into the parameters."""
         chosen = self._weights[int(point[0])].to(self.space.device)
-        torch._foreach_copy_(self._live, list(self.space.unflatten(chosen)))
+        torch._foreach_copy_(self._live, _local_parts(self.space, chosen))
+
+
+def _local_parts(space: ParameterSpace, vector: Tensor) -> list[Tensor]:
+    """Return tensors from a flat vector, of each what this process has."""
+    return [local_part(tensor) for tensor in space.unflatten(vector)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.errors import is_out_of_memory
+from lla_callbacks.linalg.errors import NonFiniteError, is_out_of_memory
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.operators import SymmetricOperator
@@ -164,8 +164,16 @@ def _difference(
     spent, check = 0.0, Check("product", "not tried")
     deviations = 0
     for _ in range(2):
-        behind, ahead, kinks = _moved_gradients(objective, hessian, q, step)
         spent += 2
+        try:
+            behind, ahead, kinks = _moved_gradients(objective, hessian, q, step)
+        except NonFiniteError:
+            # The loss ends this near; here it exists, and may well have a Hessian.
+            if check.outcome == "not tried":
+                words = f"the loss is not finite {step:.1g} away"
+                check = Check("product", "not decided", words=words)
+            step /= SHRINK
+            continue
         difference = (ahead.double() - behind.double()) / (2 * step)
         size = max(float(difference.norm()), float(product.double().norm()))
         if size * step <= 10 * hessian.eps * float(plain.double().norm()) or not size:

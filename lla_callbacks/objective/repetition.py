@@ -12,8 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.namespaces import Namespaces
+from lla_callbacks.objective.precision import ORIGINAL
+from lla_callbacks.objective.sharded import resharded
 from lla_callbacks.objective.state import copier_for, preserved, seed_everything, set_mode
-from lla_callbacks.objective.tensor_copies import differ, separate
+from lla_callbacks.objective.tensor_copies import differ, plain_parts, separate
 
 # Evaluations after which all tensors are compared, one more than the first.
 LOOKS = 3
@@ -47,7 +49,10 @@ def repeatable(
         check_weights: See :func:`~lla_callbacks.objective.state.preserved`.
         widen: Likewise.
     """
-    with preserved(module, seed=seed, check_weights=check_weights, widen=widen) as outer:
+    with (
+        resharded(module) as forget_gathered,
+        preserved(module, seed=seed, check_weights=check_weights, widen=widen) as outer,
+    ):
         set_mode(module, mode, dropout=dropout, training=training)
         keep_processes_apart(module)
         attributes = Namespaces(module)
@@ -57,10 +62,11 @@ def repeatable(
         modes = [(m.__dict__, m.training) for m in module.modules() if "training" in m.__dict__]
 
         def reset() -> Copier:
+            forget_gathered()
             seed_everything(seed)
             copier = template.again()
             attributes.put_copies(copier)
-            tensors.reset()
+            tensors.reset(copier)
             for namespace, flag in modes:
                 namespace["training"] = flag
             return copier
@@ -69,10 +75,19 @@ def repeatable(
 
 
 class _Tensors:
-    """Buffers and frozen parameters of every submodule, put back by value."""
+    """Buffers and frozen parameters of every submodule, put back by value.
+
+    Tensors that were registered meanwhile go, and what any of them has as attributes is copied
+    anew.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._places: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._stores: list[tuple[dict[str, Any], frozenset[str]]] = []
+        # Every tensor, trained ones too, and what its attributes were.
+        self._attributes: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        # Parts of tensors of classes of their own.
+        self._parts: list[tuple[Tensor, Tensor]] = []
         self._values: dict[int, tuple[Tensor, Tensor, int]] = {}
         # Looked at in whole for a few evaluations: what is written below autograd's sight, as
         # by .data, has no new version, and is put back each time from then on.
@@ -81,18 +96,42 @@ class _Tensors:
         for m in module.modules():
             frozen = {k: p for k, p in m._parameters.items() if p is not None}
             for store, entries in ((m._buffers, m._buffers), (m._parameters, frozen)):
+                if type(store) is dict:  # not those of scripted modules
+                    self._stores.append((store, frozenset(store)))
                 for name, tensor in entries.items():
+                    if tensor is not None:
+                        own = tensor.__dict__
+                        self._attributes[id(tensor)] = (own, dict(own))
                     if tensor is None or tensor.requires_grad:
                         continue
                     self._places.append((store, name, tensor))
-                    if id(tensor) not in self._values and type(tensor) in (Tensor, nn.Parameter):
+                    if id(tensor) in self._values:
+                        continue
+                    if type(tensor) in (Tensor, nn.Parameter):
                         self._values[id(tensor)] = (tensor, separate(tensor), tensor._version)
+                    else:
+                        self._parts += [(part, separate(part)) for part in plain_parts(tensor)]
 
-    def reset(self) -> None:
+    def reset(self, copier: Copier) -> None:
+        for store, names in self._stores:
+            if len(store) > len(names):
+                for name in store.keys() - names:
+                    del store[name]
         for store, name, tensor in self._places:
             store[name] = tensor
+        for own, attributes in self._attributes.values():
+            if not (own or attributes):
+                continue
+            for name in own.keys() - attributes.keys():
+                del own[name]
+            for name, attribute in attributes.items():
+                if name != ORIGINAL:
+                    own[name] = copier.copy(attribute, ((None, "parameter"), f".{name}"))
         looks, self._looks = self._looks > 0, self._looks - 1
         with torch.no_grad():
+            for part, value in self._parts:
+                if differ(part, value):
+                    part.copy_(value)
             for key, (tensor, value, version) in self._values.items():
                 if tensor._version != version:
                     tensor.copy_(value)

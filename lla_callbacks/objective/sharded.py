@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +41,26 @@ def reshard(module: nn.Module) -> None:
     """
     for unit in _units(module):
         unit.reshard()
+
+
+@contextmanager
+def resharded(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Let no gathered parameters be left behind; yields what forgets them in between.
+
+    Without a backward pass the outermost part keeps them. Who then took them for the module's
+    parameters would read memory that the next evaluation frees.
+    """
+    units = _units(module)
+
+    def forget() -> None:
+        for unit in units:
+            unit.reshard()
+
+    forget()
+    try:
+        yield forget
+    finally:
+        forget()
 
 
 def _units(module: nn.Module) -> list[Any]:

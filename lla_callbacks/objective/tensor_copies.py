@@ -22,11 +22,13 @@ def separate(tensor: Tensor) -> Tensor:
     torch keeps count of who shares the memory (copy on write), below ``.data``, views and
     numpy, so that whatever writes gets its own copy first: the frozen base of a fine-tuned
     network costs nothing, and cannot be changed through its copy. Memory that is not torch's
-    own (mapped, shared, of numpy) is copied at once, and so is all with a torch that has no
-    ``_lazy_clone``.
+    own (mapped, shared, of numpy) is copied at once, and so are tensors of other classes and
+    devices, and all with a torch that has no ``_lazy_clone``.
     """
     bare = tensor.detach()
-    if bare.numel() * bare.element_size() >= LAZY_BYTES and _lazy is not None:
+    plain = type(bare) is Tensor and bare.layout is torch.strided
+    large = plain and bare.numel() * bare.element_size() >= LAZY_BYTES
+    if large and bare.device.type in ("cpu", "cuda") and _lazy is not None:
         try:
             found: Tensor = _lazy(bare)
             return found
@@ -42,7 +44,7 @@ def restored_values(tensors: Iterable[Tensor]) -> Iterator[None]:
 
     For tensors of classes of their own, such as quantized weights, which are never built anew.
     """
-    parts = [part for tensor in tensors for part in _plain_parts(tensor)]
+    parts = [part for tensor in tensors for part in plain_parts(tensor)]
     saved = [(part, separate(part)) for part in parts]
     try:
         yield
@@ -72,11 +74,11 @@ def differ(part: Tensor, value: Tensor) -> bool:
     return not same_bits(part, value)
 
 
-def _plain_parts(tensor: Tensor) -> list[Tensor]:
+def plain_parts(tensor: Tensor) -> list[Tensor]:
     """Return the ordinary tensors that a tensor of whatever class consists of."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return [part for name in names for part in _plain_parts(getattr(tensor, name))]
+        return [part for name in names for part in plain_parts(getattr(tensor, name))]
     # .data: whoever holds the graph does not see a new version.
     with torch._C.DisableTorchFunctionSubclass():
         bare = tensor.data

@@ -13,6 +13,7 @@ from torch import Tensor
 from lla_callbacks.linalg.errors import is_out_of_memory
 from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
+from lla_callbacks.linalg.space import whole
 from lla_callbacks.objective.evaluation import Evaluator, Statistics, evaluating
 from lla_callbacks.objective.objective import Objective, padding_vectors
 from lla_callbacks.objective.points import Offsets, space_of
@@ -192,7 +193,8 @@ class _Prober:
         self._space = space_of(objective)
         self._norm = math.sqrt(
             math.fsum(
-                float(p.detach().square().sum(dtype=torch.float64)) for p in self._space.tensors
+                float(whole(p.detach().square().sum(dtype=torch.float64)))
+                for p in self._space.tensors
             )
         )
         self.num_values = 0

@@ -207,7 +207,8 @@ def weights_left_behind(module, snapshot):
 )
 def test_comparison_sees_a_missing_guard(tmp_path, monkeypatch, owner, guard, without, sign):
     monkeypatch.setattr(owner, guard, without)
-    found = changed(tmp_path, monitor(every_n_train_steps=1, num_samples=12))
+    # The self-check sees some of them too, and would leave a gap first.
+    found = changed(tmp_path, monitor(every_n_train_steps=1, num_samples=12, check=False))
     assert any(path.startswith(sign) for path in found)
 
 

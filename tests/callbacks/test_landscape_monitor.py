@@ -101,18 +101,21 @@ def test_all_monitors_together_end_in_the_same_bits(tmp_path):
     assert [d for d in differences(without, found) if not d.startswith("/order")] == []
 
 
-@pytest.mark.parametrize("at", [1, 2, 9])
-def test_an_exception_in_a_measurement_leaves_the_same_bits_and_a_gap(tmp_path, at):
+@pytest.mark.parametrize(
+    ("at", "check", "lost"), [(1, False, 2), (5, False, 1), (9, False, 1), (5, True, 2)]
+)
+def test_an_exception_in_a_measurement_leaves_the_same_bits_and_a_gap(tmp_path, at, check, lost):
     without = stateful_run(tmp_path)
     loss = Raising(at)
-    watcher = watch(every_n_train_steps=1, loss=loss)
+    watcher = watch(every_n_train_steps=1, loss=loss, check=check)
     with pytest.warns(UserWarning, match=r"LossLandscapeMonitor: .*the loss raises here"):
         found = stateful_run(tmp_path, watcher)
     assert differences(without, found) == []
     assert loss.calls > at
-    # The slice that it hit is missing, or all where the centre was hit; no other is.
+    # The slice that it hit is missing, or all where the centre or the self-check was hit; no
+    # other is.
     found = [len(report.slices) for _, report in watcher.history]
-    assert 2 * 7 - sum(found) == (2 if at == 1 else 1)
+    assert 2 * 7 - sum(found) == lost
 
 
 def test_the_event_file_holds_every_tag_step_and_picture(tmp_path):

@@ -143,6 +143,17 @@ def test_weights_of_a_class_of_their_own_stay_what_they_are(size, writes):
     assert found.lambda_max == pytest.approx(right.lambda_max, rel=1e-5)
 
 
+class Own(torch.Tensor):
+    """Stays what it is when it is detached."""
+
+
+def test_only_ordinary_tensors_are_copied_lazily():
+    # What torch counts below a class of its own, such as a distributed tensor, is not known.
+    for tensor, lazy in ((torch.zeros(LARGE), True), (torch.zeros(LARGE).as_subclass(Own), False)):
+        same = torch._C._data_address(separate(tensor)) == torch._C._data_address(tensor)
+        assert same == lazy
+
+
 def test_values_are_put_back_where_they_were_written_alone():
     written, read = torch.zeros(LARGE), torch.zeros(3)
     with restored_values([written, read]):

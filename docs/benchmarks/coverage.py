@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from lla_callbacks.hessian import criteria
 from lla_callbacks.hessian.criteria_of import SINCE
-from lla_callbacks.hessian.measures import HessianSettings, measure
-from lla_callbacks.hessian.tracking import TrackerState, TrackingSettings, anchored, track
+from lla_callbacks.hessian.measures import measure
+from lla_callbacks.hessian.settings import HessianSettings, TrackingSettings
+from lla_callbacks.hessian.tracking import TrackerState, anchored, track
 from lla_callbacks.linalg.density import sampling_error
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.operators import DenseOperator, SymmetricOperator

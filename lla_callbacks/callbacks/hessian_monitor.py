@@ -30,17 +30,11 @@ from lla_callbacks.callbacks.sizing import (
 from lla_callbacks.hessian.engine_error import gap_remedy
 from lla_callbacks.hessian.figures import history_figure
 from lla_callbacks.hessian.layer_figures import layer_history_figure
-from lla_callbacks.hessian.measures import Anchor, HessianSettings, measure
+from lla_callbacks.hessian.measures import Anchor, measure
 from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.hessian.scalars import custom_scalars_layout, hessian_scalars, tracking_scalars
-from lla_callbacks.hessian.tracking import (
-    HessianTracking,
-    TrackerState,
-    TrackingSettings,
-    anchored,
-    check_light,
-    track,
-)
+from lla_callbacks.hessian.settings import HessianSettings, TrackingSettings, check_light
+from lla_callbacks.hessian.tracking import HessianTracking, TrackerState, anchored, track
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.sharing import all_or_none
 from lla_callbacks.objective.checks import whole
@@ -105,7 +99,7 @@ class HessianMonitor(Monitor):
             ``"blocks"`` every repeated block; or paths, patterns or a predicate of modules,
             see :func:`~lla_callbacks.objective.layers.layer_parameters`.
         num_probes: Random probes of the trace; see
-            :class:`~lla_callbacks.hessian.measures.HessianSettings` for this and the
+            :class:`~lla_callbacks.hessian.settings.HessianSettings` for this and the
             next two.
         num_steps: Lanczos depth. KH05 compares only at equal depth; published: 100.
         num_runs: Independent Lanczos runs, of the whole and of each layer.

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lla_callbacks.hessian.measures import HessianSettings, measure
+from lla_callbacks.hessian.measures import measure
 from lla_callbacks.hessian.report import HessianReport
+from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.hessian.stability import stability_limit
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.build import objective_of

@@ -45,11 +45,14 @@ class LayerSpectrum:
         run_sizes: How many nodes each run contributed, in order.
         distance: 1-Wasserstein distance of the normalized spectrum to that of the whole
             Hessian; see :func:`~lla_callbacks.linalg.distance.shape_distance`. Of all the layer's
-            parameters, biases among them. NaN for a block that is zero.
+            parameters, biases among them. NaN for a block that is zero, and where a run ended
+            early.
         distance_error: Its standard error over start vectors.
         published_distance: The distance that Sankar et al. 2021 computed; see
             :func:`~lla_callbacks.linalg.distance.published_distance`. Theirs is of weights only,
             without biases.
+        ended_early: Whether ``eig_rtol`` ended a run of the layer or of the whole before its
+            depth: neither distance is told then, since they rest on whole spectra.
     """
 
     lambda_max: Eigenvalue
@@ -60,6 +63,7 @@ class LayerSpectrum:
     distance: float
     distance_error: float
     published_distance: float
+    ended_early: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +107,7 @@ class LayerPlan:
         num_steps: Depth of each Lanczos run in a layer's block; 0: none.
         num_runs: Independent runs.
         num_probes: Most block probes of a layer's trace; 0: none.
-        eig_rtol: See :class:`~lla_callbacks.hessian.measures.HessianSettings`.
+        eig_rtol: See :class:`~lla_callbacks.hessian.settings.HessianSettings`.
         seed: Fixes every random vector.
     """
 
@@ -127,6 +131,8 @@ def measure_layers(
     whole: Quadrature,
     traces: TraceEstimate,
     plan: LayerPlan,
+    *,
+    shallow: bool = False,
 ) -> dict[str, LayerMeasurement]:
     """Return what is known of each layer, spending block products as planned.
 
@@ -151,6 +157,7 @@ def measure_layers(
         whole: The whole Hessian's spectrum.
         traces: The whole run's traces, with one block a layer.
         plan: What to spend.
+        shallow: Whether a run of the whole ended early.
     """
     weights = hessian.space.flatten(hessian.space.tensors)
     found = {}
@@ -166,7 +173,8 @@ def measure_layers(
             source = generator(plan.seed, 2, int(positions[0]))
             runs, starts = _runs(block, source, plan)
             if runs:
-                spectrum = _spectrum(block, runs, whole)
+                early = shallow or any(_ended_early(run, plan) for run in runs)
+                spectrum = _spectrum(block, runs, whole, early)
             own = _block_trace(block, runs, starts, source, plan, sem)
             if own is not None and own.sem < sem:
                 value, sem, num_block_probes = own.value, own.sem, own.num_probes
@@ -201,12 +209,18 @@ def _probe(block: HessianBlockOperator, source: torch.Generator) -> Tensor:
     return rademacher(block.shape[0], source, dtype=block.dtype, device=block.device)
 
 
+def _ended_early(run: LanczosRun, plan: LayerPlan) -> bool:
+    return run.num_steps < plan.num_steps and not run.broke_down
+
+
 def _spectrum(
-    block: HessianBlockOperator, runs: Sequence[LanczosRun], whole: Quadrature
+    block: HessianBlockOperator, runs: Sequence[LanczosRun], whole: Quadrature, early: bool
 ) -> LayerSpectrum:
     own = Quadrature.of(runs, block.shape[0])
     lowest, highest = extremes(runs)
-    distance, error = shape_distance(own, whole)
+    distance = error = published = math.nan
+    if not early:
+        (distance, error), published = shape_distance(own, whole), published_distance(own, whole)
     return LayerSpectrum(
         lambda_max=highest,
         lambda_min=lowest,
@@ -215,7 +229,8 @@ def _spectrum(
         run_sizes=tuple(run.num_steps for run in runs),
         distance=distance,
         distance_error=error,
-        published_distance=published_distance(own, whole),
+        published_distance=published,
+        ended_early=early,
     )
 
 

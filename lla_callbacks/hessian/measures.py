@@ -10,47 +10,29 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lla_callbacks.hessian.arithmetic import End, with_arithmetic
 from lla_callbacks.hessian.criteria_of import FAR_END, criteria_of
-from lla_callbacks.hessian.engine_error import BOUND, END_GAP, engine_error, verified_ends
-from lla_callbacks.hessian.layer_measures import (
-    LayerMeasurement,
-    LayerPlan,
-    LayerTrace,
-    measure_layers,
-)
-from lla_callbacks.hessian.stability import StabilityLimit
+from lla_callbacks.hessian.engine_error import END_GAP, engine_error, verified_ends
+from lla_callbacks.hessian.layer_measures import LayerMeasurement, LayerTrace, measure_layers
+from lla_callbacks.hessian.settings import HessianSettings
+from lla_callbacks.hessian.stability import StabilityLimit, measured_stability
 from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.distance import Quadrature
-from lla_callbacks.linalg.eigenvalue import Eigenvalue, end_of, extremes
+from lla_callbacks.linalg.eigenvalue import Eigenvalue, extremes
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
-from lla_callbacks.linalg.operators import ScaledOperator
 from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
-from lla_callbacks.objective.checks import (
-    MOST_WORK,
-    fraction,
-    none_or_two,
-    seed_of,
-    settle,
-    whole,
-)
 from lla_callbacks.objective.engines import prove, refuses, with_hessian
 from lla_callbacks.objective.filters import filter_scales
-from lla_callbacks.objective.layers import Layers, check_layers, layer_parameters, outside
+from lla_callbacks.objective.layers import layer_parameters, outside
 from lla_callbacks.objective.objective import Objective, trainable
 from lla_callbacks.objective.self_check import SelfCheck
 
 # What goes on from a measurement: takes the operator, the layers' positions, runs and traces.
 Anchor = Callable[[LossOperator, Mapping[str, Tensor], Sequence[LanczosRun], TraceEstimate], object]
-
-# Relative residual at which the preconditioned Lanczos run of Adam's stability stops, its value in
-# its place for a while. At 0.05 and by the residual alone it took 5 to 11 products on a ResNet-20,
-# and up to 8 of 100 runs stopped at another eigenvalue than the largest; so it takes three to five
-# more (docs/benchmarks/coverage.md).
-STABILITY_RTOL = 0.02
 
 # Every criterion by its name.
 CRITERIA = (
@@ -65,92 +47,14 @@ EVERYTHING = ("lambda_max", "lambda_min", "trace", "layers", "density", "criteri
 LEAST_PROBES = 5
 
 
-@dataclass(frozen=True)
-class HessianSettings:
-    """How a Hessian is measured.
-
-    Attributes:
-        num_steps: Depth of each Lanczos run. Default 24: the largest eigenvalue of a
-            ResNet-20 converges to 1 % within 6 to 20 steps. The smallest takes longer where
-            it is small beside the largest: it then errs towards zero, by up to its residual,
-            and r_e and C_t with it; 40 to 60 steps settle it.
-        num_probes: Probes for the trace, one product each. Default 24: of equal costs, half
-            for the run and half for probes had the smallest error of the trace on trained
-            networks, and little more than plain probes at initialisation
-            (docs/benchmarks/trace_estimators.md).
-        num_runs: Independent Lanczos runs for density and criteria (``n_v`` in LLA). The
-            start vectors of all but the first serve as trace probes too. Default 1.
-        layers: Layers that are told apart; see
-            :func:`~lla_callbacks.objective.layers.layer_parameters`.
-        num_layer_steps: Depth of the Lanczos runs in each layer's own block, for its
-            extreme eigenvalues, its density and its distance to the whole. Default 0: none,
-            since a run a layer costs more than all else.
-        num_layer_probes: Most block probes a layer, where they give its trace a smaller
-            standard error than the whole's; see
-            :func:`~lla_callbacks.hessian.layer_measures.measure_layers`. Default 0: the
-            traces that cost nothing.
-        eig_rtol: Stop a Lanczos run early once both extreme residuals are at most this
-            share of the largest eigenvalue. ``None``: always full depth, as criteria that
-            depend on the depth need.
-        trace_rtol: Stop adding probes once the standard error of the trace is at most this
-            share of it; ``num_probes`` is then the largest number.
-        seed: Fixes every random vector.
-        chunk_size: Vectors in one backward pass; the results do not depend on it.
-
-    Raises:
-        ValueError: Naming the setting, what was given, and what is allowed.
-    """
-
-    num_steps: int = 24
-    num_probes: int = 24
-    num_runs: int = 1
-    layers: Layers = None
-    num_layer_steps: int = 0
-    num_layer_probes: int = 0
-    eig_rtol: float | None = None
-    trace_rtol: float | None = None
-    seed: int = 0
-    chunk_size: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in {
-            "num_steps": 2,
-            "num_probes": 2,
-            "num_runs": 1,
-            "chunk_size": 1,
-        }.items():
-            settle(self, **{name: whole(name, getattr(self, name), least, MOST_WORK)})
-        for name in ("num_layer_steps", "num_layer_probes"):
-            settle(self, **{name: none_or_two(name, getattr(self, name))})
-        for name in ("eig_rtol", "trace_rtol"):
-            settle(self, **{name: fraction(name, getattr(self, name), none=True)})
-        settle(self, seed=seed_of("seed", self.seed))
-        check_layers(self.layers)
-
-    @property
-    def max_matvecs(self) -> int:
-        """Whole products that a measurement takes at most, a stability run left out."""
-        return self.num_runs * self.num_steps + max(0, self.num_probes - self.num_runs + 1)
-
-    @property
-    def layer_plan(self) -> LayerPlan:
-        """What is spent on each layer besides."""
-        return LayerPlan(
-            num_steps=self.num_layer_steps,
-            num_runs=self.num_runs,
-            num_probes=self.num_layer_probes,
-            eig_rtol=self.eig_rtol,
-            seed=self.seed,
-        )
-
-
 @dataclass(frozen=True, eq=False)
 class HessianMeasurement:
     """What one measurement found. Eigenvalues are in units of loss per squared parameter.
 
     Attributes:
-        lambda_max: Largest (algebraic) eigenvalue, with its residual.
-        lambda_min: Smallest (algebraic) eigenvalue, with its residual.
+        lambda_max: Largest (algebraic) eigenvalue, with its residual, which holds what the
+            arithmetic is worth.
+        lambda_min: Smallest (algebraic) eigenvalue, with the same.
         trace: Trace of the Hessian.
         trace_sem: Its standard error.
         weight_norm: Euclidean norm of the trainable parameters.
@@ -167,7 +71,8 @@ class HessianMeasurement:
         loss: The loss on the held batches.
         gradient_norm: Norm of its gradient.
         num_matvecs: Products spent; those with a layer's block alone count as one each,
-            though they are cheaper.
+            though they are cheaper. Checks do not count: the self-check, and four products at
+            most that tell what the arithmetic is worth.
         num_params: Trainable parameters, the Hessian's dimension.
         num_samples: Samples behind the loss.
         num_steps: Lanczos depth reached, the largest of several runs (KH05 compares only at
@@ -376,20 +281,35 @@ def _measured(
             f"steps, before the far end of the spectrum is known: {', '.join(FAR_END)}. Leave out "
             "eig_rtol for them"
         )
-    stability = _stability(hessian, limit, ends[1], settings)
+    shallow = "criteria of the far end" in gaps
+    stability = measured_stability(hessian, limit, ends[1], settings)
     values["stability"], errors["stability"] = float(stability), stability.residual
     if limit is not None and math.isnan(stability):
         gaps["stability"] = END_GAP
     whole = Quadrature.of(runs, space.dim)
     layers = {}
     if not off.gap:
-        layers = measure_layers(hessian, groups, whole, traces, settings.layer_plan)
+        plan = settings.layer_plan
+        layers = measure_layers(hessian, groups, whole, traces, plan, shallow=shallow)
+        cut = [name for name, m in layers.items() if m.spectrum and m.spectrum.ended_early]
+        if cut:
+            gaps["layers' distances"] = (
+                f"eig_rtol={settings.eig_rtol} ended the whole's run or a layer's before the shape "
+                f"of its spectrum is known: {', '.join(cut)}. Leave out eig_rtol for them"
+            )
     if anchor is not None and not off.gap:
         anchor(hessian, blocks, runs, traces)
     weight_norm = norm(space.flatten(space.tensors))
+    # The last of all, since it takes the operator's memory.
+    lowest = min(runs, key=lambda run: float(run.values[0]))
+    highest = max(runs, key=lambda run: float(run.values[-1]))
+    both = [End(ends[0], lowest, 0), End(ends[1], highest, -1)]
+    lambda_min, lambda_max = with_arithmetic(objective, hessian, both, settings.seed)
+    if limit is not None and limit.is_uniform:
+        errors["stability"] = float(limit.diagonal[0]) * lambda_max.residual
     found = HessianMeasurement(
-        lambda_max=ends[1],
-        lambda_min=ends[0],
+        lambda_max=lambda_max,
+        lambda_min=lambda_min,
         trace=traces.value,
         trace_sem=math.hypot(traces.sem, off.trace),
         filter_curvature=traces.scaled[0],
@@ -473,46 +393,3 @@ def _run(
                 break
         estimator.add_probe(source)
     return runs, estimator.estimate()
-
-
-def _stability(
-    hessian: LossOperator,
-    limit: StabilityLimit | None,
-    lambda_max: Eigenvalue,
-    settings: HessianSettings,
-) -> Eigenvalue:
-    """Return the optimizer's stability ratio: from lambda_max, or by a run of its own."""
-    if limit is None:
-        return Eigenvalue(math.nan, math.nan)
-    if limit.is_uniform:
-        scale = float(limit.diagonal[0])
-        return Eigenvalue(limit.ratio(lambda_max), scale * lambda_max.residual)
-    operator = ScaledOperator(hessian, limit.diagonal, limit.shift)
-    start = rademacher(
-        hessian.shape[0],
-        generator(settings.seed, 1),
-        dtype=hessian.dtype,
-        device=hessian.device,
-    )
-    # Parameters that the optimizer leaves alone are no part of its spectrum: of a start vector
-    # that is mostly theirs, a run sees little but the eigenvalue zero.
-    start = start * (limit.diagonal.to(hessian.device) > 0)
-    run = lanczos(
-        operator,
-        start,
-        settings.num_steps,
-        rtol=STABILITY_RTOL,
-        which=[-1],
-        basis_device=hessian.basis_device(settings.num_steps),
-    )
-    end = end_of(run, -1, STABILITY_RTOL if run.num_steps < settings.num_steps else 0.0)
-    found = Eigenvalue(float(end), end.beyond)
-    if hessian.engine == "exact":
-        return found
-    # Along D^(1/2) u, where u is the top Ritz vector of D^(1/2) (H + shift) D^(1/2).
-    root = limit.diagonal.to(hessian.device, hessian.dtype).sqrt()
-    vector = root * run.vectors([run.num_steps - 1])[:, 0].to(hessian.device)
-    off = norm(root * hessian.engine_error(vector, hessian @ vector))
-    if not off <= BOUND * abs(found):
-        return Eigenvalue(math.nan, math.nan)
-    return Eigenvalue(float(found), found.residual + off)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lla_callbacks.hessian.arithmetic import LIGHT_WORTH_ASKING, End, with_arithmetic
 from lla_callbacks.hessian.engine_error import END_GAP, random_error, verified_end
 from lla_callbacks.hessian.layer_measures import LayerTrace
+from lla_callbacks.hessian.settings import TrackingSettings
 from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, end_of
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
@@ -21,9 +23,8 @@ from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 from lla_callbacks.linalg.tracking import TraceState, advance, begin
-from lla_callbacks.objective.checks import MOST_WORK, even, fraction, seed_of, settle, whole
 from lla_callbacks.objective.engines import with_hessian
-from lla_callbacks.objective.layers import Layers, check_layers, layer_parameters
+from lla_callbacks.objective.layers import layer_parameters
 from lla_callbacks.objective.objective import Objective
 
 # Key of the streams that probes come from: a stream of its own for each firing, so that no
@@ -41,69 +42,6 @@ GRADIENT_SHARE = 0.3
 # Steps of training after which a vector is too old to start from. By then it saves a product at
 # most, and once led 9 % below the largest eigenvalue 256 steps later (ibid.).
 WARM_STEPS = 16
-
-
-@dataclass(frozen=True)
-class TrackingSettings:
-    """How a light measurement is done.
-
-    Attributes:
-        num_probes: Probes of the trace, half of them new and half from the last time, each
-            one product; an even number, or 0 to leave out the traces. Default 4: the least
-            from which one firing's standard error means something.
-        eig_rtol: Relative residual at which the Lanczos run of ``lambda_max`` stops. ``None``
-            leaves out ``lambda_max``. Default 0.05: two to four products warm; the value
-            itself is then off by 0.3 % in the mean, since it errs by the residual squared.
-        num_steps: Most Lanczos steps.
-        layers: Layers that are told apart; see
-            :func:`~lla_callbacks.objective.layers.layer_parameters`.
-        seed: Fixes every random vector.
-        chunk_size: Vectors in one backward pass.
-
-    Raises:
-        ValueError: Naming the setting, what was given, and what is allowed.
-    """
-
-    num_probes: int = 4
-    eig_rtol: float | None = 0.05
-    num_steps: int = 24
-    layers: Layers = None
-    seed: int = 0
-    chunk_size: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "chunk_size"):
-            settle(self, **{name: whole(name, getattr(self, name), 1, MOST_WORK)})
-        probes, rtol = check_light(self.num_probes, self.eig_rtol)
-        settle(self, num_probes=probes, eig_rtol=rtol, seed=seed_of("seed", self.seed))
-        check_layers(self.layers)
-
-    @property
-    def max_matvecs(self) -> int:
-        """Products that a measurement takes at most."""
-        return self.num_probes + (self.num_steps if self.eig_rtol is not None else 0)
-
-
-def check_light(
-    num_probes: Any, eig_rtol: Any, names: tuple[str, str] = ("num_probes", "eig_rtol")
-) -> tuple[int, float | None]:
-    """Return how much of what is tracked, under the names that the user gave it.
-
-    Raises:
-        ValueError: If it cannot be, or is nothing.
-    """
-    probes = even(
-        names[0],
-        num_probes,
-        "since half of the probes come back next time, or 0 for no traces",
-    )
-    rtol = fraction(names[1], eig_rtol, none=True, other=", or None for no lambda_max")
-    if not probes and rtol is None:
-        raise ValueError(
-            f"there is nothing to track: give {names[0]} for the traces, {names[1]} for "
-            "lambda_max, or both."
-        )
-    return probes, rtol
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,6 +211,11 @@ def _tracked(
             gaps["trace"] = off.gap
         # Of a layer's share in the engine's error nothing is known but that.
         sems = [math.hypot(sem, off.trace) for sem in sems]
+    weight_norm = norm(space.flatten(space.tensors))
+    if run is not None:
+        # The last of all, since it takes the operator's memory.
+        ends = [End(top, run, -1)]
+        top = with_arithmetic(objective, hessian, ends, settings.seed, LIGHT_WORTH_ASKING)[0]
     found = HessianTracking(
         lambda_max=top,
         trace=values[0],
@@ -281,7 +224,7 @@ def _tracked(
             name: LayerTrace(value, sem)
             for name, value, sem in zip(names, values[1:], sems[1:], strict=True)
         },
-        weight_norm=norm(space.flatten(space.tensors)),
+        weight_norm=weight_norm,
         loss=hessian.loss,
         gradient_norm=norm(hessian.gradient),
         num_matvecs=hessian.num_matvecs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lla_callbacks.linalg.lanczos import LanczosRun
@@ -11,23 +12,38 @@ class Eigenvalue(float):
     """An eigenvalue that carries its residual, and is a plain number otherwise.
 
     Attributes:
-        residual: ``||H u - lambda u||``: a true eigenvalue lies within it.
+        residual: ``||H u - lambda u||``, and what the engine and the arithmetic are worth besides:
+            a true eigenvalue lies within it.
         beyond: How much further out the extreme one may still lie, where that was judged; never
             less than the residual. See :attr:`~lla_callbacks.linalg.lanczos.LanczosRun.beyond`.
+        arithmetic: The part of ``residual`` that another rounding of the weights is worth, beside
+            the ten roundings that every residual holds; see
+            :mod:`~lla_callbacks.hessian.arithmetic`. 0 in float64. NaN, and not in the residual,
+            where it was not asked or memory did not suffice.
     """
 
     residual: float
     beyond: float
+    arithmetic: float
 
-    def __new__(cls, value: float, residual: float, beyond: float = 0.0) -> Eigenvalue:
+    def __new__(
+        cls, value: float, residual: float, beyond: float = 0.0, arithmetic: float = math.nan
+    ) -> Eigenvalue:
         """Return the eigenvalue with its residual."""
         made = super().__new__(cls, value)
         made.residual = residual
         made.beyond = max(beyond, residual)
+        made.arithmetic = arithmetic
         return made
 
-    def __getnewargs__(self) -> tuple[float, float, float]:  # type: ignore[override]
-        return float(self), self.residual, self.beyond
+    def __getnewargs__(self) -> tuple[float, float, float, float]:  # type: ignore[override]
+        return float(self), self.residual, self.beyond, self.arithmetic
+
+    def with_arithmetic(self, worth: float) -> Eigenvalue:
+        """Return the eigenvalue with what the arithmetic is worth in its errors; NaN adds none."""
+        known = 0.0 if math.isnan(worth) else worth
+        residual, beyond = self.residual + known, self.beyond + known
+        return Eigenvalue(float(self), residual, beyond, worth)
 
     def __repr__(self) -> str:
         return f"{float(self):.6g} (residual {self.residual:.1g})"

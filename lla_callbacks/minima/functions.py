@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lla_callbacks.hessian.measures import HessianSettings
+from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.minima.basins import basin_ratio
 from lla_callbacks.minima.maps import Distance, Method, features_of, points_of
 from lla_callbacks.minima.predictions import Accuracy, Confidence

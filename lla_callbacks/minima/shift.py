@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lla_callbacks.hessian.measures import HessianMeasurement, HessianSettings, measure
+from lla_callbacks.hessian.measures import HessianMeasurement, measure
+from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.minima.predictions import Accuracy, Confidence
 from lla_callbacks.minima.statistics import bootstrap, partial_spearmans, spearmans
 from lla_callbacks.objective.evaluation import evaluating

@@ -174,6 +174,7 @@ def _difference(
                 check = Check("product", "not decided", words=words)
             step /= SHRINK
             continue
+        objective.findings.learn(kinks=kinks)
         difference = (ahead.double() - behind.double()) / (2 * step)
         size = max(float(difference.norm()), float(product.double().norm()))
         if size * step <= 10 * hessian.eps * float(plain.double().norm()) or not size:

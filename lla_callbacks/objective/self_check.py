@@ -160,6 +160,8 @@ class Proof:
         quiet: Names of submodules that were seen to drop at random; ``None`` as long as nothing
             is known of what is random.
         skipped: Places of held batches for which the training step returns no loss.
+        kinks: How many values went through functions whose derivative jumps, as far as graphs
+            show; ``None`` if that was not looked for.
     """
 
     self_check: SelfCheck | None = None
@@ -170,6 +172,7 @@ class Proof:
     notes: tuple[str, ...] = ()
     quiet: tuple[str, ...] | None = None
     skipped: tuple[int, ...] = ()
+    kinks: int | None = None
 
 
 def untried(name: str, why: str) -> Check:

@@ -57,7 +57,8 @@ def to_plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Eigenvalue):
-        return {_EIGENVALUE: (float(value), float(value.residual), float(value.beyond))}
+        errors_of = (value.residual, value.beyond, value.arithmetic)
+        return {_EIGENVALUE: (float(value), *map(float, errors_of))}
     if isinstance(value, np.generic):
         return to_plain(value.item())
     # A subclass of a number would be stored as what it is.

@@ -85,6 +85,13 @@ def test_a_run_that_ended_early_says_nothing_of_the_far_end() -> None:
     assert all(math.isnan(early.criteria[name]) for name in FAR_END)
     assert "eig_rtol=0.05 ended a run after" in early.gaps["criteria of the far end"]
     assert "c_t" in early.summary()
+    # So are the layers' distances, which rest on whole spectra.
+    layered = measure_hessian(module, BATCH, eig_rtol=0.05, num_layer_steps=20, **settings)
+    spectra = [layer.spectrum for layer in layered.layers.values() if layer.spectrum]
+    assert spectra
+    assert all(math.isnan(s.distance) and s.ended_early for s in spectra)
+    assert "ended the whole's run or a layer's" in layered.gaps["layers' distances"]
+    assert "most like the whole" not in layered.summary()
     # What is left holds: the extremes with how far out they may still lie, and the share below
     # zero within what the quadrature resolves.
     assert early.lambda_min - early.lambda_min.beyond <= -0.05

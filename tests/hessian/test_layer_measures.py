@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lla_callbacks import measure_hessian
 from lla_callbacks.hessian.layer_measures import PILOT_PROBES, LayerPlan, measure_layers
-from lla_callbacks.hessian.measures import HessianSettings
+from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.linalg.distance import Quadrature
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.probes import generator, rademacher

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lla_callbacks import measure_hessian
-from lla_callbacks.hessian.measures import Eigenvalue, HessianSettings
+from lla_callbacks.hessian.settings import HessianSettings
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.linalg.probes import generator, rademacher
 from tests.cases import (
     CASES,
@@ -310,10 +311,10 @@ def test_an_eigenvalue_is_a_number_with_a_residual() -> None:
     import copy
     import pickle
 
-    value = Eigenvalue(2.5, 0.1)
+    value = Eigenvalue(2.5, 0.1, arithmetic=0.05)
     assert value + 1 == 3.5
     for twin in (copy.deepcopy(value), pickle.loads(pickle.dumps(value))):
-        assert (twin, twin.residual) == (2.5, 0.1)
+        assert (twin, twin.residual, twin.arithmetic) == (2.5, 0.1, 0.05)
     assert "residual 0.1" in repr(value)
 
 

@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lla_callbacks.hessian.measures import HessianSettings, measure
-from lla_callbacks.hessian.tracking import (
-    HessianTracking,
-    TrackerState,
-    TrackingSettings,
-    anchored,
-    track,
-)
+from lla_callbacks.hessian.measures import measure
+from lla_callbacks.hessian.settings import HessianSettings, TrackingSettings
+from lla_callbacks.hessian.tracking import HessianTracking, TrackerState, anchored, track
 from lla_callbacks.objective.objective import Objective
 from tests.cases import cross_entropy, tanh_net
 

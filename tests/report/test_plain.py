@@ -1,6 +1,7 @@
 """Results in plain containers: everything comes back, and nothing but plain data is stored."""
 
 import io
+import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -87,7 +88,14 @@ def test_numbers_are_stored_as_plain_ones():
     plain = to_plain({"a": np.float64(0.5), "b": np.int64(3), "c": np.bool_(True), 2: (True, None)})
     assert plain == {"a": 0.5, "b": 3, "c": True, 2: (True, None)}
     assert [type(value) for value in plain.values()] == [float, int, bool, tuple]
-    assert type(to_plain({"x": Eigenvalue(1.0, 0.1)})["x"]) is dict
+    whole = to_plain({"x": Eigenvalue(1.0, 0.3, 0.4, 0.2)})["x"]
+    assert type(whole) is dict
+    read = from_plain(whole)
+    assert (read, read.residual, read.beyond, read.arithmetic) == (1.0, 0.3, 0.4, 0.2)
+    # A file from before the arithmetic was asked.
+    old = from_plain({key: value[:3] for key, value in whole.items()})
+    assert (old, old.residual, old.beyond) == (1.0, 0.3, 0.4)
+    assert math.isnan(old.arithmetic)
     assert stored(plain) == plain
 
 

@@ -1,6 +1,6 @@
-"""Run by test_resume_ddp.py: one part of a run in two processes.
+"""Run by test_resume_ddp.py: runs in two processes, whole and in two parts.
 
-python -m tests.callbacks.ddp_resume FOLDER NAME EPOCHS [CHECKPOINT]
+python -m tests.callbacks.ddp_resume FOLDER CASE...
 """
 
 import sys
@@ -42,5 +42,7 @@ def part(folder, name, epochs, checkpoint=None, devices=2, watcher=None):
 
 
 if __name__ == "__main__":
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    part(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
+    for case in sys.argv[2:]:
+        part(folder, case, *{"first": (1,), "second": (2, folder / "first.ckpt")}.get(case, (2,)))

@@ -1,6 +1,6 @@
 """Run by test_processes.py: trains in two processes and writes what each of them found.
 
-python -m tests.callbacks.ddp_slices FOLDER CASE
+python -m tests.callbacks.ddp_slices FOLDER CASE...
 """
 
 import sys
@@ -66,14 +66,14 @@ class FailsOnSecond:
         return cross_entropy(module.net(batch[0]), batch[1])
 
 
-def train(folder, watcher, devices=2):
+def train(folder, watcher, name):
     pl.seed_everything(3, verbose=False)
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=devices,
-        strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
         max_epochs=2,
-        logger=TensorBoardLogger(folder, name="run") if watcher else False,
+        logger=TensorBoardLogger(folder, name=name) if watcher else False,
         callbacks=[watcher] if watcher else [],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -87,9 +87,7 @@ def train(folder, watcher, devices=2):
     return trainer, module
 
 
-def main():
-    folder, case = Path(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
+def one(folder, case):
     settings = dict(EVERYTHING, every_n_train_steps=8)
     if case == "failing":
         # The failure is to meet an evaluation, not the check that comes first.
@@ -99,7 +97,7 @@ def main():
     watcher = None if case == "without" else LossLandscapeMonitor(**settings)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        trainer, module = train(folder, watcher)
+        trainer, module = train(folder, watcher, case)
     found = {
         "weights": module.state_dict(),
         "steps": [] if watcher is None else [step for step, _ in watcher.history],
@@ -117,6 +115,13 @@ def main():
                 found[key] = part.loss
         found[f"{step}/loss"] = report.loss
     torch.save(found, folder / f"{case}_{trainer.global_rank}.pt")
+
+
+def main():
+    folder, *cases = sys.argv[1:]
+    torch.set_num_threads(1)
+    for case in cases:
+        one(Path(folder), case)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Run by test_parallel.py: trains in two processes with a HessianMonitor.
+"""Run by test_parallel.py: trains in two processes with a HessianMonitor, one case after the other.
 
-python -m tests.callbacks.parallel_worker FOLDER CASE
+python -m tests.callbacks.parallel_worker FOLDER CASE...
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -202,9 +203,7 @@ def watcher_of(case):
     return HessianMonitor(**settings)
 
 
-def main():
-    folder, case = Path(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
+def train(folder, case):
     pl.seed_everything(3, verbose=False)
     watcher = watcher_of(case)
     with warnings.catch_warnings(record=True) as seen:
@@ -223,7 +222,11 @@ def main():
             use_distributed_sampler=False,
         )
         module = module_of(case)
-        trainer.fit(module)
+        try:
+            trainer.fit(module)
+        except MisconfigurationException as error:
+            torch.save({"refused": str(error)}, folder / f"{case}_{trainer.global_rank}.pt")
+            return
     found = {
         "weights": {n: _whole(p) for n, p in module.state_dict().items()},
         "random": torch.get_rng_state(),
@@ -252,6 +255,13 @@ def main():
             "gaps": dict(r.gaps),
         }
     torch.save(found, folder / f"{case}_{trainer.global_rank}.pt")
+
+
+def main():
+    folder, *cases = sys.argv[1:]
+    torch.set_num_threads(1)
+    for case in cases:
+        train(Path(folder), case)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -1,11 +1,8 @@
 """Two real processes measure one Hessian: equal to one process, and they fail together."""
 
-import os
 import re
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,27 +13,39 @@ from lla_callbacks import HessianMonitor, LossLandscapeMonitor, measure_hessian
 
 from .modules import differences
 from .parallel_worker import SETTINGS, Net, Sharded
+from .two_processes import ROOT, environment, in_two
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("parallel")
+
+FAILURES = {
+    "fails_at0": "process 1 failed.*the second process is unwell",
+    "fails_at1": "process 1 failed.*the second process is unwell",
+    "fails_at2": "process 1 failed.*the second process is unwell",
+    "fails_in_product": "process 1 failed.*the second process is unwell",
+    "fails_outside": "the bar is broken",
+}
+DDP = ["ddp", "static", "views", "unused"]
+WHOLE = ["without", *DDP, "layers", "difference", "tracking", "budget", *FAILURES]
+SHARDED = ["tensor_without", "tensor", "fsdp_without", "fsdp_exact", "fsdp", "fsdp_fails"]
+WORKER = "tests.callbacks.parallel_worker"
 
 
-def run(folder, case, *, check=True, timeout=240):
-    """Train in two processes and return what each found."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(_free_port())}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.parallel_worker", str(folder), case],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
-    if not check:
-        return done
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [torch.load(folder / f"{case}_{rank}.pt", weights_only=True) for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes with whole weights found, case by case."""
+    return in_two(tmp_path_factory.mktemp("whole"), WORKER, WHOLE)
 
 
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """What each of two processes with a part of the weights found, case by case."""
+    return in_two(tmp_path_factory.mktemp("sharded"), WORKER, SHARDED)
+
+
+@pytest.mark.parametrize("pair", ["found", "sharded"])
+def test_both_processes_end_well(request, pair):
+    pair = request.getfixturevalue(pair)
+    assert pair.codes == [0, 0], pair.output
 
 
 def alone(module, weights, *, engine="exact", **settings):
@@ -69,16 +78,9 @@ def assert_same(found, report, rtol):
         assert trace == pytest.approx(report.layers[layer].trace, rel=rtol, abs=rtol), layer
 
 
-@pytest.fixture(scope="module")
-def without(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("without"), "without")
-
-
-@pytest.mark.parametrize("case", ["ddp", "static", "views", "unused"])
-def test_ddp_measures_as_one_process_over_the_union_and_leaves_training_alone(
-    tmp_path, without, case
-):
-    both = run(tmp_path, case)
+@pytest.mark.parametrize("case", DDP)
+def test_ddp_measures_as_one_process_over_the_union_and_leaves_training_alone(found, case):
+    both = found(case)
     for one, other in zip(*(each["reports"].values() for each in both), strict=True):
         # NaN (Adam has no limit for what it has not moved) is not equal to itself.
         assert {**one, "stability": 0} == {**other, "stability": 0}
@@ -86,66 +88,61 @@ def test_ddp_measures_as_one_process_over_the_union_and_leaves_training_alone(
     assert both[0]["warnings"] == both[1]["warnings"] == []
     report = alone(Net(unused=case == "unused"), both[0]["weights"])
     assert_same(both[0]["reports"][10], report, rtol=1e-9)
-    for one, other in zip(both, without, strict=True):
+    for one, other in zip(both, found("without"), strict=True):
         weights = {n: t for n, t in one["weights"].items() if not n.startswith("unused")}
         assert differences(weights, other["weights"]) == []
         assert torch.equal(one["random"], other["random"])
 
 
-def test_layers_and_differences_are_shared_too(tmp_path):
-    layers = run(tmp_path, "layers")
+def test_layers_and_differences_are_shared_too(found):
+    layers = found("layers")
     settings = {"num_layer_steps": 3, "num_layer_probes": 3}
     report = alone(Net(), layers[0]["weights"], **settings)
     assert_same(layers[0]["reports"][10], report, rtol=1e-8)
-    by_difference = run(tmp_path, "difference")
+    by_difference = found("difference")
     assert by_difference[0]["reports"][10]["engine"] == "difference"
     assert_same(by_difference[1]["reports"][10], alone(Net(), layers[0]["weights"]), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("case", "why"),
-    [
-        ("fails_at0", "process 1 failed.*the second process is unwell"),
-        ("fails_at1", "process 1 failed.*the second process is unwell"),
-        ("fails_at2", "process 1 failed.*the second process is unwell"),
-        ("fails_in_product", "process 1 failed.*the second process is unwell"),
-        ("fails_outside", "the bar is broken"),
-    ],
-)
-def test_a_process_that_fails_takes_the_other_into_the_same_gap(tmp_path, without, case, why):
-    both = run(tmp_path, case)
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_process_that_fails_takes_the_other_into_the_same_gap(found, case):
+    both = found(case)
     # Where the loss fails for good, all later firings are gaps too.
     assert (0 if case == "fails_at0" else 4) not in both[0]["reports"]
     assert list(both[0]["reports"]) == list(both[1]["reports"])
     assert len(both[0]["warnings"]) == 1
-    assert re.search(why, both[0]["warnings"][0])
-    for one, other in zip(both, without, strict=True):
+    assert re.search(FAILURES[case], both[0]["warnings"][0])
+    for one, other in zip(both, found("without"), strict=True):
         assert differences(one["weights"], other["weights"]) == []
 
 
-def test_light_measurements_are_shared_too(tmp_path, without):
-    both = run(tmp_path, "tracking")
+def test_light_measurements_are_shared_too(found):
+    both = found("tracking")
     assert both[0]["tracked"] == both[1]["tracked"]
     assert {5, 6, 7, 9} <= set(both[0]["tracked"])
     # Full measurements of the same weights as without light ones in between.
     assert list(both[0]["reports"]) == [0, 4, 8, 10]
-    for one, other in zip(both, without, strict=True):
+    for one, other in zip(both, found("without"), strict=True):
         assert differences(one["weights"], other["weights"]) == []
 
 
-def test_a_budget_is_kept_alike(tmp_path):
-    both = run(tmp_path, "budget")
+def test_a_budget_is_kept_alike(found):
+    both = found("budget")
     assert list(both[0]["reports"]) == list(both[1]["reports"])
 
 
 def test_a_killed_process_ends_the_run_as_it_would_have(tmp_path):
-    done = run(tmp_path, "killed", check=False)
+    # Started by Lightning, whose observer ends what is left.
+    done = subprocess.run(
+        [sys.executable, "-m", WORKER, str(tmp_path), "killed"],
+        cwd=ROOT, env=environment(), capture_output=True, timeout=240, check=False,
+    )  # fmt: skip
     assert done.returncode != 0
     assert not (tmp_path / "killed_0.pt").exists()
 
 
-def test_fsdp2_measures_by_differences_as_one_process(tmp_path):
-    both = run(tmp_path, "fsdp")
+def test_fsdp2_measures_by_differences_as_one_process(sharded):
+    both = sharded("fsdp")
     assert list(both[0]["reports"]) == [0, 4, 8, 10]
     assert (
         both[0]["reports"] == both[1]["reports"] or both[0]["reports"][4] == both[1]["reports"][4]
@@ -155,14 +152,14 @@ def test_fsdp2_measures_by_differences_as_one_process(tmp_path):
     assert "sharded" in last["reason"]
     assert last["gaps"] == {}
     assert_same(last, alone(Sharded(), both[0]["weights"]), rtol=1e-5)
-    bare = run(tmp_path, "fsdp_without")
+    bare = sharded("fsdp_without")
     for one, other in zip(both, bare, strict=True):
         assert differences(one["weights"], other["weights"]) == []
         assert torch.equal(one["random"], other["random"])
 
 
-def test_a_measurement_that_fails_under_fsdp2_leaves_training_alone(tmp_path):
-    both, bare = run(tmp_path, "fsdp_fails"), run(tmp_path, "fsdp_without")
+def test_a_measurement_that_fails_under_fsdp2_leaves_training_alone(sharded):
+    both, bare = sharded("fsdp_fails"), sharded("fsdp_without")
     assert 0 in both[0]["reports"]
     assert 4 not in both[0]["reports"]
     for one, other in zip(both, bare, strict=True):
@@ -170,17 +167,16 @@ def test_a_measurement_that_fails_under_fsdp2_leaves_training_alone(tmp_path):
         assert differences(one["weights"], other["weights"]) == []
 
 
-def test_the_exact_engine_is_refused_for_sharded_parameters(tmp_path):
-    done = run(tmp_path, "fsdp_exact", check=False)
-    assert done.returncode != 0
-    assert "give engine='difference' or 'auto'" in done.stderr + done.stdout
+def test_the_exact_engine_is_refused_for_sharded_parameters(sharded):
+    for each in sharded("fsdp_exact"):
+        assert "give engine='difference' or 'auto'" in each["refused"]
 
 
-def test_tensor_parallelism_measures_exactly(tmp_path):
-    both = run(tmp_path, "tensor")
+def test_tensor_parallelism_measures_exactly(sharded):
+    both = sharded("tensor")
     last = both[0]["reports"][18]
     assert last["engine"] == "exact"
-    bare = run(tmp_path, "tensor_without")
+    bare = sharded("tensor_without")
     for one, other in zip(both, bare, strict=True):
         assert differences(one["weights"], other["weights"]) == []
     module = Sharded()

@@ -1,10 +1,6 @@
 """Two real processes share the points of slices, fail together, and train as if unwatched."""
 
-import os
-import subprocess
-import sys
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,32 +20,25 @@ from lla_callbacks.objective.grid import centred, gathered
 
 from .ddp_slices import EVERYTHING, Net
 from .modules import differences
+from .two_processes import in_two
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(folder, case):
-    """Train in two processes and return what each found."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(_free_port())}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.ddp_slices", str(folder), case],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [torch.load(folder / f"{case}_{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
-def _free_port():
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+CASES = ["slices", "without", "failing", "budget"]
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("together"), "slices")
+def found(tmp_path_factory):
+    """What each of two processes found, case by case."""
+    return in_two(tmp_path_factory.mktemp("slices"), "tests.callbacks.ddp_slices", CASES)
+
+
+@pytest.fixture
+def together(found):
+    return found("slices")
+
+
+def test_both_processes_end_well(found):
+    assert found.codes == [0, 0], found.output
 
 
 def test_both_processes_find_the_same(together):
@@ -87,27 +76,26 @@ def test_slices_are_those_of_one_process_over_all_batches(together):
     torch.testing.assert_close(first["8/convexity"], convex.ratio, rtol=1e-3, atol=1e-6)
 
 
-def test_training_in_two_processes_is_left_bitwise_unchanged(together, tmp_path):
-    without = run(tmp_path, "without")
-    for one, other in zip(together, without, strict=True):
+def test_training_in_two_processes_is_left_bitwise_unchanged(together, found):
+    for one, other in zip(together, found("without"), strict=True):
         assert differences(one["weights"], other["weights"]) == []
         assert torch.equal(one["random"], other["random"])
 
 
-def test_a_process_that_fails_takes_the_others_into_the_same_gap(tmp_path):
-    first, second = run(tmp_path, "failing")
+def test_a_process_that_fails_takes_the_others_into_the_same_gap(found):
+    first, second = found("failing")
     assert first["steps"] == second["steps"] == [0, 8]
     # A slice is missing in both, and the first process, which speaks for both, names the cause.
     slices = {k.removeprefix("8/") for k in first if k.startswith("8/")}
-    missing = [{s for s in slices if f"0/{s}" not in found} for found in (first, second)]
+    missing = [{s for s in slices if f"0/{s}" not in each} for each in (first, second)]
     assert missing[0] == missing[1]
     # What needed the evaluation that failed; a path and an update are not there yet anyway.
     assert "line_bottom1" in missing[0]
     assert any("the second process is unwell" in text for text in first["warnings"])
 
 
-def test_a_budget_is_kept_by_all_processes_alike(tmp_path):
-    first, second = run(tmp_path, "budget")
+def test_a_budget_is_kept_by_all_processes_alike(found):
+    first, second = found("budget")
     assert first["steps"] == second["steps"]
 
 

@@ -3,16 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
+DOCS ?= .venv-docs
+RELEASE ?= .venv-release
 BIN = $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = $(BIN)/python $(PIP)
 
-.PHONY: demo test bitwise test-oldest test-newest lint types tests studies quick-studies clean
+.PHONY: demo test check bitwise test-oldest test-newest lint types tests fast docs release-check studies quick-studies clean
+FAST = $(addprefix tests/,linalg objective hessian slices curves alignment minima penalty report test_layering.py test_settings.py)
 STUDIES = poison lambda_max shift layers trace_regularizer
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint types tests
+
+# In a minute, while you work: no real Trainer, no second process, no page of the documentation.
+check: lint types fast
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -21,9 +28,15 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-# One thread per process, since the processes run in parallel.
+# One thread per process, since the processes run in parallel. Tests of one xdist_group share what took
+# long to make (two processes, a run), so that they go to one of the two.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(1)/python -m pytest -n 2 --dist loadgroup
+
 tests: $(VENV)/.test
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	$(call PYTEST,$(BIN)) $(ARGS)
+
+fast: $(VENV)/.test
+	$(call PYTEST,$(BIN)) $(FAST) $(ARGS)
 
 # A thousand random pairings of what a run can have with what a monitor can do, each against the run
 # without: the bits are the same. Half an hour on two cores; PAIRINGS and FIRST choose others.
@@ -33,12 +46,12 @@ bitwise: $(VENV)/.test
 # The whole suite with the oldest releases that setup.cfg allows; 3 GB to download, 6 on disk, since torch
 # of that time comes with CUDA. What old releases warn about is theirs.
 test-oldest: $(OLDEST)/.test
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -W default $(ARGS)
+	$(call PYTEST,$(OLDEST)/bin) -W default $(ARGS)
 
 # The whole suite with the newest releases that it has seen, which pip gives users before the pins of
 # constraints.txt follow. What they warn about is theirs, until it is mended here.
 test-newest: $(NEWEST)/.test
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 -W default $(ARGS)
+	$(call PYTEST,$(NEWEST)/bin) -W default $(ARGS)
 
 # The field's claims, each with a verdict; a second run changes no table (git diff). Half an hour on two
 # cores. With DATA=FOLDER the shift study takes MNIST and LLA's LeNet from there.
@@ -50,8 +63,26 @@ studies: $(VENV)/.demo
 quick-studies: $(VENV)/.demo
 	for study in $(STUDIES); do $(BIN)/python examples/studies/$$study.py --quick --out studies || exit 1; done
 
+# The site from docs/, in site/; an API reference from the docstrings. Warnings are errors.
+docs: $(DOCS)/.docs
+	rm -rf site
+	$(DOCS)/bin/python -m sphinx -q -W --keep-going -c docs/site docs site
+	@echo "The site is in site/index.html."
+
+# Everything but the upload: sdist and wheel, their metadata, and README's first snippet by the wheel, in
+# an environment that has nothing else. CONTRIBUTING.md has the steps around it.
+release-check: $(RELEASE)/.release
+	rm -rf dist build $(RELEASE)/wheel $(RELEASE)/run
+	$(RELEASE)/bin/python -m build --outdir dist .
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	$(PYTHON) .ci/release.py files
+	$(PYTHON) -m venv $(RELEASE)/wheel
+	$(RELEASE)/wheel/bin/python $(PIP) dist/*.whl
+	mkdir $(RELEASE)/run
+	cd $(RELEASE)/run && $(abspath $(RELEASE))/wheel/bin/python $(CURDIR)/.ci/release.py snippet
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) logs studies
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) $(RELEASE) logs studies site dist build
 
 $(VENV)/.python: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -75,4 +106,14 @@ $(OLDEST)/.test: constraints-oldest.txt setup.cfg
 $(NEWEST)/.test: constraints-newest.txt setup.cfg
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-newest.txt -e ".[test]"
+	touch $@
+
+$(DOCS)/.docs: constraints.txt setup.cfg
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python $(PIP) -e ".[docs]"
+	touch $@
+
+$(RELEASE)/.release: constraints.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python $(PIP) build twine
 	touch $@

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import lla_callbacks
 from tests.kinds import KINDS
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,20 @@ def test_every_row_names_a_test() -> None:
     backed = [row for row in rows if re.search(r"\| (exact|by difference|refused) \|", row)]
     assert [row for row in backed if "::" not in row] == []
     assert len(backed) > 30
+
+
+def test_the_api_page_holds_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    listed = re.findall(r"^\.\. auto(?:class|function):: lla_callbacks\.(\w+)$", page, re.MULTILINE)
+    assert sorted(listed) == sorted(set(lla_callbacks.__all__) - {"__version__"})
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    inside = re.search(r"```\{toctree\}\n:hidden:\n\n(.*?)```", index, re.DOTALL)
+    assert inside is not None
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert set(inside[1].split()) == pages | {"benchmarks/index"}
 
 
 def test_the_pages_have_blocks() -> None:

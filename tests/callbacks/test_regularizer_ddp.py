@@ -25,6 +25,8 @@ from .by_hand import (
 from .ddp_worker import POISONED, RUNS
 from .poison_by_hand import poison_batches, train_with_poison
 
+# One pair of processes for all of them.
+pytestmark = pytest.mark.xdist_group("regularizer")
 GRADIENTS = {"static graph, exact": exact, "difference": difference}
 
 

@@ -1,0 +1,87 @@
+"""Checks of a release that no other tool makes: `make release-check` runs them.
+
+python .ci/release.py files      # version, list of changes, and what sdist and wheel hold
+python .ci/release.py snippet    # README's first snippet, by the package that is installed
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def check_files() -> None:
+    """Compare version, list of changes, sdist and wheel."""
+    found = re.search(
+        r'^__version__ = "(.+)"', (ROOT / "lla_callbacks" / "version.py").read_text(), re.M
+    )
+    assert found, "lla_callbacks/version.py names no version"
+    version = found[1]
+    entry = re.search(
+        rf"^## {re.escape(version)}\b(.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert entry, f"CHANGELOG.md has no entry '## {version}': write one"
+    built = sorted(path.name for path in (ROOT / "dist").iterdir())
+    wheel, sdist = f"lla_callbacks-{version}-py3-none-any.whl", f"lla_callbacks-{version}.tar.gz"
+    assert built == [wheel, sdist], f"dist/ holds {built}, not {[wheel, sdist]}"
+    with zipfile.ZipFile(ROOT / "dist" / wheel) as archive:
+        names = archive.namelist()
+    package = {str(p.relative_to(ROOT)) for p in (ROOT / "lla_callbacks").glob("**/*.py")}
+    missing = sorted((package | {"lla_callbacks/py.typed"}) - set(names))
+    assert not missing, f"the wheel lacks {missing}"
+    own = ("lla_callbacks/", f"lla_callbacks-{version}.dist-info/")
+    foreign = [name for name in names if not name.startswith(own)]
+    assert not foreign, f"the wheel holds {foreign}, which is not the package"
+    with tarfile.open(ROOT / "dist" / sdist) as source:
+        sources = {name.partition("/")[2] for name in source.getnames()}
+    missing = sorted((package | {"LICENSE", "README.md"}) - sources)
+    assert not missing, f"the sdist lacks {missing}"
+    print(f"lla_callbacks {version}: sdist and wheel hold the package, and nothing else.")
+    if entry[1].strip() == "(unreleased)":
+        print("CHANGELOG.md still says '(unreleased)': put the date there before you tag.")
+
+
+def run_snippet() -> None:
+    """Train a tiny network by README's first snippet."""
+    import torch
+    from pytorch_lightning import LightningModule
+    from torch.utils.data import DataLoader, TensorDataset
+
+    import lla_callbacks
+
+    assert ROOT not in Path(lla_callbacks.__file__).parents, "this is the checkout, not the wheel"
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+            )
+
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    block = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert block, "README.md has no python block"
+    names: dict[str, object] = {}
+    exec(compile(block[1], "README.md", "exec"), names)
+    trainer = names["trainer"]
+    trainer.fit_loop.max_epochs = 2
+    data = TensorDataset(torch.randn(16, 3), torch.randint(0, 2, (16,)))
+    trainer.fit(Module(), DataLoader(data, 4))
+    report = trainer.callbacks[0].report
+    assert report is not None, "the snippet measured nothing"
+    print(report.summary())
+    assert list(Path.cwd().glob("lightning_logs/**/events*")), "no event file was written"
+
+
+if __name__ == "__main__":
+    {"files": check_files, "snippet": run_snippet}[sys.argv[1]]()

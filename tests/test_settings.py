@@ -120,6 +120,7 @@ ACCEPTED: dict[str, set[str]] = {
     "precision": set(),
     "figures": FLAGS,
     "save_arrays": FLAGS,
+    "save_batches": FLAGS,
     "custom_scalars": FLAGS,
     "name": {"text", "number as text"},
     "planes": {"list"},

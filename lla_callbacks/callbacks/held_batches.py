@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -84,11 +85,26 @@ class HeldBatches:
 
     def keep(self, num_samples: int) -> None:
         """Drop what is beyond this many samples, where batches can be cut."""
-        self.batches = first_of(self.batches, num_samples)
+        kept = first_of(self.batches, num_samples)
+        if kept and kept[-1] is not self.batches[len(kept) - 1]:
+            # A view would keep the rest of its batch, in memory and in checkpoints.
+            kept[-1] = hold(kept[-1])
+        self.batches = kept
         self.numbers = self.numbers[: len(self.batches)]
         # As many batches as before need not be the same ones.
         self._marked = (-1, "")
         self._count = self.num_held
+
+    def share(self, others: Iterable[HeldBatches]) -> None:
+        """Take the copies of others where they are the same to the bit.
+
+        There is one copy in memory then, and one in a checkpoint: ``torch.save`` writes a storage
+        once, however many tensors look at it.
+        """
+        for other in others:
+            for k, (mine, theirs) in enumerate(zip(self.batches, other.batches, strict=False)):
+                if mine is not theirs and is_same(mine, theirs):
+                    self.batches[k] = theirs
 
     def state(self) -> dict[str, Any] | None:
         """Return what is held, for a checkpoint; None if there are batches of other classes."""
@@ -124,6 +140,32 @@ class HeldBatches:
             if tensor.layout is torch.strided:
                 found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
+
+
+_ATOMS = (bool, int, float, str, type(None))
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two held batches of plain containers are the same to the bit."""
+    if type(one) is not type(other):
+        return False
+    if type(one) is Tensor:
+        alike = all(
+            getattr(one, name) == getattr(other, name)
+            for name in ("dtype", "shape", "layout", "requires_grad")
+        )
+        # By bytes, for which NaN is NaN.
+        return alike and one.layout is torch.strided and torch.equal(_bytes(one), _bytes(other))
+    if type(one) in (dict, OrderedDict):
+        return is_same(list(one), list(other)) and is_same(list(one.values()), list(other.values()))
+    if type(one) in (list, tuple):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    # Of numbers that are equal and not the same, such as 0.0 and -0.0, texts differ.
+    return type(one) in _ATOMS and repr(one) == repr(other)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def is_plain(batch: Any) -> bool:

@@ -144,6 +144,9 @@ class HessianMonitor(Monitor):
         figures: Whether figures are drawn.
         save_arrays: Whether every result is written to
             ``<log_dir>/hessian/step_00000100.npz`` (TensorBoard thins images out).
+        save_batches: Whether checkpoints hold the held batches, once for all monitors that hold
+            the same ones. Without them a resumed run holds new ones, and says so where they are
+            others.
         custom_scalars: Whether TensorBoard gets a layout that draws values with their
             error bands. Turn it off if you store a layout of your own.
         name: First part of every tag; give each monitor its own.
@@ -201,6 +204,7 @@ class HessianMonitor(Monitor):
         jacobian: Jacobian = "gap",
         figures: bool = True,
         save_arrays: bool = True,
+        save_batches: bool = True,
         custom_scalars: bool = True,
         name: str = "hessian",
     ) -> None:
@@ -250,6 +254,7 @@ class HessianMonitor(Monitor):
             jacobian=jacobian,
             figures=figures,
             save_arrays=save_arrays,
+            save_batches=save_batches,
             custom_scalars=custom_scalars,
             name=name,
         )

@@ -133,6 +133,9 @@ class LossLandscapeMonitor(Monitor):
         figures: Whether figures are drawn.
         save_arrays: Whether every slice is written to
             ``<log_dir>/landscape/<slice>/step_00000100.npz``.
+        save_batches: Whether checkpoints hold the held batches, once for all monitors that hold
+            the same ones. Without them a resumed run holds new ones, and says so where they are
+            others.
         name: First part of every tag; give each monitor its own.
 
     Attributes:
@@ -192,6 +195,7 @@ class LossLandscapeMonitor(Monitor):
         jacobian: Jacobian = "gap",
         figures: bool = True,
         save_arrays: bool = True,
+        save_batches: bool = True,
         name: str = "landscape",
     ) -> None:
         self._given = {
@@ -247,6 +251,7 @@ class LossLandscapeMonitor(Monitor):
             jacobian=jacobian,
             figures=figures,
             save_arrays=save_arrays,
+            save_batches=save_batches,
             custom_scalars=False,
             name=name,
         )

@@ -107,6 +107,7 @@ class Monitor(EvaluatedToo, Resumable):
         jacobian: What is measured where its gradient is no derivative.
         figures: Whether figures are drawn.
         save_arrays: Whether results are written beside the logs.
+        save_batches: Whether checkpoints hold the held batches.
         custom_scalars: Whether TensorBoard gets a layout.
         name: First part of every tag.
     """
@@ -140,6 +141,7 @@ class Monitor(EvaluatedToo, Resumable):
         jacobian: Jacobian,
         figures: bool,
         save_arrays: bool,
+        save_batches: bool,
         custom_scalars: bool,
         name: str,
     ) -> None:
@@ -162,6 +164,7 @@ class Monitor(EvaluatedToo, Resumable):
                 "jacobian": jacobian,
                 "figures": figures,
                 "save_arrays": save_arrays,
+                "save_batches": save_batches,
                 "custom_scalars": custom_scalars,
                 "name": name,
             }
@@ -182,6 +185,7 @@ class Monitor(EvaluatedToo, Resumable):
         self.jacobian: Jacobian = jacobian
         self.figures: bool = found["figures"]
         self.save_arrays: bool = found["save_arrays"]
+        self.save_batches: bool = found["save_batches"]
         self.custom_scalars: bool = found["custom_scalars"]
         self.name = name
         # Whether a limit holds: one that was given, or the default where no schedule was.
@@ -347,6 +351,7 @@ class Monitor(EvaluatedToo, Resumable):
         with self.account.watching(self.name, asked=self.is_asked):
             self._seen_steps = trainer.global_step
             self._resume(trainer, pl_module)
+            self._share_held(trainer)
             if self.dataloader is not None:
                 if self._training is None:
                     self._training = {m: m.training for m in pl_module.modules()}
@@ -440,6 +445,30 @@ class Monitor(EvaluatedToo, Resumable):
         self._end()
         self._forget()
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take over the state of a run in which nothing was left to train.
+
+        Its history and report are there again, and if it was killed between its last checkpoint
+        and its end, that end is measured: its weights are those of the checkpoint.
+        """
+        if not self._loaded or is_barebones(trainer):
+            return
+        self.history = []
+        self._begin(trainer)
+        self._open_account(trainer)
+        with self.account.watching(self.name, asked=self.is_asked):
+            self._resume(trainer, pl_module)
+            alone = trainer.world_size == 1
+            missing = self._resumed and alone and step_of(trainer) != self._last_step
+            if missing and self.dataloader is not None:
+                self._hold_loader(trainer, pl_module)
+                self._all_hold()
+        if missing:
+            self.on_train_end(trainer, pl_module)
+        else:
+            self._end()
+            self._forget()
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         # Callbacks that save a checkpoint now come later.
         self._end()
@@ -482,6 +511,7 @@ class Monitor(EvaluatedToo, Resumable):
             costs, least, self._start_pending, self._start = None, 1, False, None
         seconds = self._processes.first(share_of(account, self.name))
         self._take(self._choose(costs, seconds, least))
+        self._share_held(trainer)
         say(trainer, f"{type(self).__name__}: {plan_of(self)}")
         if not (self.pace.choice and self.pace.choice.count > 1):
             self._start_pending, self._start = False, None
@@ -569,11 +599,17 @@ class Monitor(EvaluatedToo, Resumable):
         try:
             if batch is not None:
                 self._held.add(batch, number=number, most=trainer.num_training_batches)
+                self._share_held(trainer)
         finally:
             # In all processes at the same step, whatever became of the batch.
             alone = self._held.complete and self._processes.size == 1 and not self.is_bounded
             if not alone:
                 self._guarded("keeping weights", self._remember_start, trainer, module)
+
+    def _share_held(self, trainer: Any) -> None:
+        """Keep one copy of what other monitors of the Trainer hold as well."""
+        others = [c for c in trainer.callbacks if isinstance(c, Monitor) and c is not self]
+        self._held.share(c._held for c in others if c.is_running)
 
     def _remember_start(self, trainer: Any, module: nn.Module) -> None:
         """Keep the weights of the start until they can be measured."""
@@ -603,6 +639,8 @@ class Monitor(EvaluatedToo, Resumable):
     def _all_hold(self) -> bool:
         """Return whether every process holds its batches; then each holds those of all."""
         if self._processes.size == 1:
+            if self._held.complete:
+                self._go_on_with_new()
             return self._held.complete
         # Together, since what follows is an exchange.
         self._held.complete = self._processes.all(self._held.complete)
@@ -618,6 +656,7 @@ class Monitor(EvaluatedToo, Resumable):
         except Exception as error:  # noqa: BLE001 - no batches, no measurements; training goes on
             self._warn(error, "holding a batch", REMEDIES["holding a batch"])
             self._held.batches, self._held.numbers = [], []
+        self._go_on_with_new()
         return bool(self._held.batches)
 
     def _hold_loader(self, trainer: Any, module: Any) -> None:
@@ -635,6 +674,7 @@ class Monitor(EvaluatedToo, Resumable):
             return None
 
     def _fire_start(self, trainer: Any, module: nn.Module) -> None:
+        self._share_held(trainer)
         if (self.is_bounded and not self.pace.planned) or is_unsized(module):
             # Its size is chosen first, when the pace of the run is known.
             self._remember_start(trainer, module)

@@ -29,7 +29,7 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: Naming the first setting that is not allowed, what was given, what is allowed.
     """
     found = dict(settings)
-    for name in ("dropout", "check", "figures", "save_arrays", "custom_scalars"):
+    for name in ("dropout", "check", "figures", "save_arrays", "save_batches", "custom_scalars"):
         found[name] = flag(name, found[name])
     found["num_samples"] = whole("num_samples", found["num_samples"], 1)
     for name, unit in {"microbatch_size": "", "max_memory": " byte"}.items():

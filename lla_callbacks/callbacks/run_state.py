@@ -46,6 +46,8 @@ class Resumable(Callback):
     if TYPE_CHECKING:
         name: str
         num_samples: int
+        save_batches: bool
+        report: Any
         dataloader: Any
         account: Account
         pace: Pace
@@ -80,6 +82,8 @@ class Resumable(Callback):
 
     # Whether the present fit goes on with the state of another.
     _resumed = False
+    # Whether batches are held anew, and which those before the checkpoint were.
+    _anew = False
     # Plain forms of the history's first reports, which do not change any more.
     _plain: tuple[tuple[int, Any], ...] = ()
     _mark: str | None = None
@@ -130,6 +134,7 @@ class Resumable(Callback):
         dtypes = {str(p.dtype) for p in module.parameters()}
         self._precision_of_weights = ", ".join(sorted(dtypes))
         self._plain, self._mark, self._running, self._resumed = (), None, True, False
+        self._anew = False
         if state:
             self._guarded("resuming", self._load, state, trainer, module)
 
@@ -146,13 +151,16 @@ class Resumable(Callback):
         given = self.dataloader is not None
         if given and self._mark is None and self._held.complete:
             self._mark = self._held.mark()
+        mark = self._mark
+        if not given and not self.save_batches and self._held.complete:
+            mark = self._held.mark()
         # What one process of several holds so far is not what all would hold.
         partial = not self._held.complete and self._processes.size > 1
         return {
             "version": VERSION,
             "settings": _plain_settings(self._all_settings()),
-            "held": {} if given or partial else self._held.state(),
-            "mark": self._mark,
+            "held": {} if given or partial or not self.save_batches else self._held.state(),
+            "mark": mark,
             "modes": None if self._training is None else list(self._training.values()),
             "start": to_plain(self._start),
             "precision": self._precision_of_weights,
@@ -198,12 +206,17 @@ class Resumable(Callback):
         # Batches of one process are not those of several.
         if held and held["batches"] and (held["complete"] or self._processes.size == 1):
             self._held.load(held)
+        else:
+            self._anew = True
+            if pace.choice is not None and self._processes.size == 1:
+                self._held.num_samples = min(self._held.num_samples, pace.choice.samples)
         self._take_more(more)
         if not changed:
             self._findings.proof = proof
         self.history[:] = history
         self._plain = tuple((step, report) for step, report in state["history"])
-        self._mark = None if "dataloader" in changed else state["mark"]
+        ours = ("dataloader",) if self.dataloader is not None else _BATCHES
+        self._mark = None if any(name in changed for name in ours) else state["mark"]
         modes, modules = state["modes"], list(module.modules())
         if modes is not None and len(modes) == len(modules):
             self._training = dict(zip(modules, modes, strict=True))
@@ -218,6 +231,7 @@ class Resumable(Callback):
             self.account.unplanned.discard(self.name)
             pace.reserve(self.account, self.name)
         if history:
+            self.report = history[-1][1]
             # EarlyStopping and ModelCheckpoint ask for them before the next measurement.
             values |= cost_scalars(self.name, self.pace.cost, self.account.overhead)
             for tag, value in values.items():
@@ -263,6 +277,20 @@ class Resumable(Callback):
                 "the same, or leave it out."
             )
         self._mark = mark
+
+    def _go_on_with_new(self) -> None:
+        """Cut batches that are held anew to the size of the run, and say if they are others."""
+        if not self._anew:
+            return
+        self._anew = False
+        if self.pace.choice is not None:
+            self._held.keep(self.pace.choice.samples)
+        if self.dataloader is None and self._mark not in (None, self._held.mark()):
+            rank_zero_warn(
+                f"{type(self).__name__}: save_batches=False kept the held batches out of the "
+                "checkpoint, and training gives other ones now: curves may jump here. Set "
+                "save_batches=True, or give dataloader= with batches that are always the same."
+            )
 
     def _all_settings(self) -> dict[str, Any]:
         given = None if self.dataloader is None else "given"

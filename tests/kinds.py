@@ -331,6 +331,24 @@ class KernelCube(Cube):
             return Cube.backward(ctx, gradient)
 
 
+@torch.library.custom_op("lla_tests::cube", mutates_args=(), schema="(Tensor x) -> Tensor")
+def library_cube(x: Tensor) -> Tensor:
+    return x**3
+
+
+@torch.library.custom_op(
+    "lla_tests::cube_backward", mutates_args=(), schema="(Tensor gradient, Tensor x) -> Tensor"
+)
+def library_cube_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    return 3 * x**2 * gradient
+
+
+library_cube.register_autograd(
+    lambda ctx, gradient: library_cube_backward(gradient, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
 class DetachedCube(Cube):
     """Its derivative is right, the derivative of that is not."""
 
@@ -619,6 +637,12 @@ KINDS = [
         lambda: Calling(KernelCube.apply),
         derivative="none",
         says="KernelCube.*gradgradcheck",
+    ),
+    Kind(
+        "operator of torch.library without a second derivative",
+        lambda: Calling(library_cube),
+        derivative="none",
+        says="cube_backward.*gradgradcheck",
     ),
     Kind(
         "cdist",

@@ -113,6 +113,7 @@ ACCEPTED: dict[str, set[str]] = {
     "eig_rtol": {"None", *FRACTIONS},
     "trace_rtol": {"None", *FRACTIONS},
     "microbatch_size": {"None", *COUNTS},
+    "batch_size": {"None", *COUNTS},
     "max_memory": {"None", *COUNTS},
     "engine": set(),
     "check": FLAGS,

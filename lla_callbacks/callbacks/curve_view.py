@@ -20,6 +20,7 @@ from lla_callbacks.curves.functions import family_of
 from lla_callbacks.curves.measure import Along, even, measure_along
 from lla_callbacks.curves.report import LossCurve
 from lla_callbacks.linalg.sharing import all_or_none
+from lla_callbacks.objective.counting import about
 from lla_callbacks.objective.evaluation import Predict, Statistics, evaluating
 from lla_callbacks.objective.networks import Networks
 from lla_callbacks.objective.objective import Objective
@@ -132,11 +133,13 @@ class CurveView:
         ]
 
     def _objective(self, trainer: Any, module: nn.Module) -> Objective:
+        # For statistics only: where batches do not tell their sizes, a guess will do.
         return Objective(
             module,
             self.held.batches,
             trainer_loss(trainer, self.loss, batch_idx=self.held.numbers),
             mode="recalibrate",
+            batch_size=about,
         )
 
     # -- when ---------------------------------------------------------------------------

@@ -73,7 +73,8 @@ class EvaluatedToo(Callback):
                 self._hold_loader(trainer, module)
             elif (count := _num_loaders(trainer, function)) > 1:
                 # A mixture of several sets would be of none of them.
-                self._parts = [HeldBatches(self._held.num_samples) for _ in range(count)]
+                number, size = self._held.num_samples, self._held.batch_size
+                self._parts = [HeldBatches(number, size) for _ in range(count)]
 
     def _hold_evaluation(
         self, trainer: Any, batch: Any, function: str, dataloader_idx: int

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lla_callbacks.callbacks.compat import prepared
 from lla_callbacks.callbacks.own_loader import apart
-from lla_callbacks.objective.batches import first_of, hold, sample_count, tensors_of
+from lla_callbacks.objective.batches import first_of, hold, tensors_of
+from lla_callbacks.objective.counting import BatchSize, about
 from lla_callbacks.objective.state import preserved
 
 
@@ -21,6 +22,7 @@ class HeldBatches:
 
     Args:
         num_samples: How many are enough.
+        batch_size: The user's own word for how many a batch has.
 
     Attributes:
         batches: What is held so far.
@@ -28,7 +30,8 @@ class HeldBatches:
         complete: Whether it is enough.
     """
 
-    def __init__(self, num_samples: int) -> None:
+    def __init__(self, num_samples: int, batch_size: BatchSize = None) -> None:
+        self.batch_size = batch_size
         self.num_samples = num_samples
         self.batches: list[Any] = []
         self.numbers: list[int] = []
@@ -47,9 +50,11 @@ class HeldBatches:
         """
         # Another process may still wait for its own.
         if not self._enough:
+            # Counted first, which the user's own function may refuse.
+            count = about(batch, self.batch_size)
             self.batches.append(hold(batch))
             self.numbers.append(len(self.numbers) if number is None else number)
-            self._count += sample_count(batch)
+            self._count += count
             self._enough = self._count >= self.num_samples or len(self.batches) >= most
         self.complete = self._enough
 
@@ -81,11 +86,11 @@ class HeldBatches:
     @property
     def num_held(self) -> int:
         """Samples in all."""
-        return sum(map(sample_count, self.batches))
+        return sum(about(batch, self.batch_size) for batch in self.batches)
 
     def keep(self, num_samples: int) -> None:
         """Drop what is beyond this many samples, where batches can be cut."""
-        kept = first_of(self.batches, num_samples)
+        kept = first_of(self.batches, num_samples, self.batch_size)
         if kept and kept[-1] is not self.batches[len(kept) - 1]:
             # A view would keep the rest of its batch, in memory and in checkpoints.
             kept[-1] = hold(kept[-1])

@@ -38,6 +38,7 @@ from lla_callbacks.hessian.tracking import HessianTracking, TrackerState, anchor
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.sharing import all_or_none
 from lla_callbacks.objective.checks import whole
+from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.layers import layer_parameters, outside
 from lla_callbacks.objective.objective import Engine, Mode, Objective
 from lla_callbacks.objective.precision import Precision
@@ -150,6 +151,8 @@ class HessianMonitor(Monitor):
         custom_scalars: Whether TensorBoard gets a layout that draws values with their
             error bands. Turn it off if you store a layout of your own.
         name: First part of every tag; give each monitor its own.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Attributes:
         history: Pairs of step and :class:`HessianReport`, all of the last fit.
@@ -207,6 +210,7 @@ class HessianMonitor(Monitor):
         save_batches: bool = True,
         custom_scalars: bool = True,
         name: str = "hessian",
+        batch_size: BatchSize = None,
     ) -> None:
         steps = HessianSettings.num_steps if num_steps is None else num_steps
         probes = HessianSettings.num_probes if num_probes is None else num_probes
@@ -257,6 +261,7 @@ class HessianMonitor(Monitor):
             save_batches=save_batches,
             custom_scalars=custom_scalars,
             name=name,
+            batch_size=batch_size,
         )
         self.history: list[tuple[int, HessianReport]] = []
         self.tracked: list[tuple[int, HessianTracking]] = []

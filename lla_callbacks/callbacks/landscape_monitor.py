@@ -25,6 +25,7 @@ from lla_callbacks.callbacks.sizing import (
 )
 from lla_callbacks.linalg.errors import NotYetError
 from lla_callbacks.objective.checks import flag, number
+from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.evaluation import Predict
 from lla_callbacks.objective.objective import Engine, Mode, Objective
 from lla_callbacks.objective.points import Evaluation
@@ -137,6 +138,8 @@ class LossLandscapeMonitor(Monitor):
             the same ones. Without them a resumed run holds new ones, and says so where they are
             others.
         name: First part of every tag; give each monitor its own.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Attributes:
         history: Pairs of step and :class:`~lla_callbacks.LandscapeReport`, all of the last fit.
@@ -197,6 +200,7 @@ class LossLandscapeMonitor(Monitor):
         save_arrays: bool = True,
         save_batches: bool = True,
         name: str = "landscape",
+        batch_size: BatchSize = None,
     ) -> None:
         self._given = {
             "lines": lines is not None,
@@ -254,6 +258,7 @@ class LossLandscapeMonitor(Monitor):
             save_batches=save_batches,
             custom_scalars=False,
             name=name,
+            batch_size=batch_size,
         )
 
     # -- the path of training -----------------------------------------------------------

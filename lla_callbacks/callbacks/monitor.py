@@ -50,7 +50,8 @@ from lla_callbacks.callbacks.sizing import CALIBRATION_SAMPLES, UnitCosts
 from lla_callbacks.hessian.stability import StabilityLimit, stability_limit
 from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
 from lla_callbacks.linalg.sharing import all_or_none
-from lla_callbacks.objective.batches import first_of, sample_count
+from lla_callbacks.objective.batches import first_of
+from lla_callbacks.objective.counting import BatchSize, about
 from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.objective import (
     Engine,
@@ -110,6 +111,7 @@ class Monitor(EvaluatedToo, Resumable):
         save_batches: Whether checkpoints hold the held batches.
         custom_scalars: Whether TensorBoard gets a layout.
         name: First part of every tag.
+        batch_size: How many samples a batch has, where it does not tell.
     """
 
     # Whether parameters may be spread over processes.
@@ -144,6 +146,7 @@ class Monitor(EvaluatedToo, Resumable):
         save_batches: bool,
         custom_scalars: bool,
         name: str,
+        batch_size: BatchSize = None,
     ) -> None:
         super().__init__()
         self.schedule = Schedule(every_n_train_steps, every_n_epochs)
@@ -167,6 +170,7 @@ class Monitor(EvaluatedToo, Resumable):
                 "save_batches": save_batches,
                 "custom_scalars": custom_scalars,
                 "name": name,
+                "batch_size": batch_size,
             }
         )
         self.num_samples: int = found["num_samples"]
@@ -188,6 +192,7 @@ class Monitor(EvaluatedToo, Resumable):
         self.save_batches: bool = found["save_batches"]
         self.custom_scalars: bool = found["custom_scalars"]
         self.name = name
+        self.batch_size: BatchSize = found["batch_size"]
         # Whether a limit holds: one that was given, or the default where no schedule was.
         self.is_bounded = self.max_overhead is not None or not self.schedule.is_given
         self.account = Account()
@@ -273,7 +278,7 @@ class Monitor(EvaluatedToo, Resumable):
 
     def _reset(self) -> None:
         self._processes = Processes()
-        self._held = HeldBatches(self.num_samples)
+        self._held = HeldBatches(self.num_samples, self.batch_size)
         self._findings = Findings()
         self._start: Moment | None = None
         self._start_pending = True
@@ -315,7 +320,7 @@ class Monitor(EvaluatedToo, Resumable):
     def _forget(self) -> None:
         """Drop what belongs to a finished run and would keep its module alive."""
         self._processes = Processes()
-        self._held = HeldBatches(self.num_samples)
+        self._held = HeldBatches(self.num_samples, self.batch_size)
         self._start = self._training = self._final = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -478,7 +483,7 @@ class Monitor(EvaluatedToo, Resumable):
 
     def _foretell(self, trainer: Any, batch: Any) -> None:
         """Note how large a batch is, and say what the user's own schedule will cost."""
-        self.batch_samples = max(1, sample_count(batch))
+        self.batch_samples = about(batch, self.batch_size)
         if self.is_bounded or self.count:
             return
         held = -(-self.num_samples // self.batch_samples)
@@ -542,7 +547,7 @@ class Monitor(EvaluatedToo, Resumable):
         moment, account, held = Moment(step_of(trainer)), self.account, self._held.batches
         with ExitStack() as stack:
             few = self._objective(
-                trainer, module, moment, stack, first_of(held, CALIBRATION_SAMPLES)
+                trainer, module, moment, stack, first_of(held, CALIBRATION_SAMPLES, self.batch_size)
             )
             least = least_samples(few)
             if few.num_samples > CALIBRATION_SAMPLES:
@@ -553,7 +558,8 @@ class Monitor(EvaluatedToo, Resumable):
                 affordable = STEPS_OF_A_TRIAL * step <= TRIAL * account.limit * account.expected
                 larger = None
                 if self._processes.agree(affordable):
-                    batch = first_of(held, self.batch_samples or few.num_samples)
+                    wanted = self.batch_samples or few.num_samples
+                    batch = first_of(held, wanted, self.batch_size)
                     larger = self._objective(trainer, module, moment, ExitStack(), batch)
                 found = all_or_none(
                     self._processes,
@@ -567,7 +573,8 @@ class Monitor(EvaluatedToo, Resumable):
     def _plan_end(self, trainer: Any) -> None:
         """Choose the least size for a run that ended before there was a plan."""
         if not self.pace.planned:
-            least = sample_count(self._held.batches[0]) if self._held.batches else 1
+            held = self._held.batches
+            least = about(held[0], self.batch_size) if held else 1
             choice = self._choose(None, 0.0, min(LEAST_AT_END, least))
             self._take(choice)
             say(trainer, f"{type(self).__name__}: {too_short(self)}")
@@ -872,6 +879,7 @@ class Monitor(EvaluatedToo, Resumable):
                 findings=self._findings if batches is None else Findings(),
                 check=self.check and batches is None,
                 jacobian=self.jacobian,
+                batch_size=self.batch_size,
             )
 
         return all_or_none(self._processes, make)

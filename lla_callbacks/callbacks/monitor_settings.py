@@ -15,6 +15,7 @@ from lla_callbacks.objective.checks import (
     tag_of,
     whole,
 )
+from lla_callbacks.objective.counting import batch_size_of
 from lla_callbacks.objective.objective import check_engine, check_mode
 from lla_callbacks.objective.precision import check_precision
 from lla_callbacks.objective.self_check import Jacobian
@@ -43,6 +44,7 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
         "max_overhead", found["max_overhead"], _SHARE, above=0, most=1, none=True
     )
     found["seed"] = seed_of("seed", found["seed"])
+    found["batch_size"] = batch_size_of("batch_size", found["batch_size"])
     batches_of("dataloader", found["dataloader"], none=True)
     tag_of("name", found["name"])
     return found

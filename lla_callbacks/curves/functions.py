@@ -24,6 +24,7 @@ from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.objective.build import objective_of
 from lla_callbacks.objective.checks import flag
+from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.evaluation import Loss, Predict, check_metrics
 from lla_callbacks.objective.grid import coordinates
 from lla_callbacks.objective.networks import Networks, networks_of, state_of
@@ -53,6 +54,7 @@ def loss_curve(
     evaluation: Evaluation = "auto",
     time_budget: float | None = None,
     seed: int = 0,
+    batch_size: BatchSize = None,
 ) -> LossCurve:
     """Return the loss, and any metric, along a curve, beside the straight line between its ends.
 
@@ -82,6 +84,7 @@ def loss_curve(
         time_budget: Seconds for each of curve and line after which no further point is begun;
             points are visited from coarse to fine, both ends first.
         seed: Fixes what is random in the module.
+        batch_size: See :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or networks are not alike; by name.
@@ -95,6 +98,7 @@ def loss_curve(
         objective = objective_of(
             module, batches, loss, mode=mode, dropout=dropout, seed=seed,
             num_samples=num_samples, microbatch_size=microbatch_size,
+            batch_size=batch_size,
         )  # fmt: skip
         line: Along | None = None
         if straight and len(networks.weights) > 2:
@@ -127,6 +131,7 @@ def connect(
     scale_steps: bool = True,
     loss: Loss | None = None,
     seed: int = 0,
+    batch_size: BatchSize = None,
 ) -> Curve:
     """Train a curve of low loss between two networks by a plain loop, and return it.
 
@@ -155,6 +160,7 @@ def connect(
             share that a bend has in the curve, so that one rate serves both kinds.
         loss: ``loss(module, batch)``; ``None`` replays the module's ``training_step``.
         seed: Fixes ``t``, the order of batches, and what is random in the module.
+        batch_size: See :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or networks are not alike; by name.
@@ -187,6 +193,7 @@ def connect(
         objective = objective_of(
             module, batches, loss, mode="batch", dropout=True, seed=seed, num_samples=None,
             microbatch_size=None,
+            batch_size=batch_size,
         )  # fmt: skip
         trained = _train(
             objective, networks, kind, bends, epochs, weight_decay, scale_steps, seed,
@@ -211,6 +218,7 @@ def barrier(
     microbatch_size: int | None = None,
     evaluation: Evaluation = "auto",
     seed: int = 0,
+    batch_size: BatchSize = None,
 ) -> Barriers:
     """Return the barriers on the straight lines between all pairs of networks.
 
@@ -230,6 +238,7 @@ def barrier(
         microbatch_size: See :func:`loss_curve`.
         evaluation: See :func:`loss_curve`.
         seed: See :func:`loss_curve`.
+        batch_size: See :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or networks are not alike; by name.
@@ -253,6 +262,7 @@ def barrier(
         objective = objective_of(
             module, batches, loss, mode=mode, dropout=False, seed=seed, num_samples=num_samples,
             microbatch_size=microbatch_size,
+            batch_size=batch_size,
         )  # fmt: skip
         for i in range(len(named)):
             for j in range(i + 1, len(named)):

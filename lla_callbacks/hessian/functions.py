@@ -15,6 +15,7 @@ from lla_callbacks.hessian.stability import stability_limit
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.build import objective_of
 from lla_callbacks.objective.checks import module_of, optimizer_of
+from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.evaluation import Loss
 from lla_callbacks.objective.layers import Layers
 from lla_callbacks.objective.objective import Engine, Mode, trainable
@@ -47,6 +48,7 @@ def measure_hessian(
     check: bool = True,
     jacobian: Jacobian = "gap",
     seed: int = 0,
+    batch_size: BatchSize = None,
 ) -> HessianReport:
     """Return the Hessian's extremes, traces, spectrum and criteria at the present weights.
 
@@ -58,8 +60,7 @@ def measure_hessian(
     Args:
         module: Any module; a LightningModule needs no ``loss``.
         batches: Any iterable of batches. Copies of all of them are held on the CPU, or of the
-            first ones up to ``num_samples``. A batch counts as many samples as its first
-            tensor is long.
+            first ones up to ``num_samples``. How many samples each has: ``batch_size``.
         loss: ``loss(module, batch)`` returns the scalar mean loss of one batch. ``None``
             replays the module's ``training_step``.
         mode: ``"batch"``: normalization by batch statistics, as in training. ``"eval"``:
@@ -101,6 +102,10 @@ def measure_hessian(
             training gradient is measured in its place, by differences, and marked; it need not be
             symmetric, so that its trace is right and its extremes are those of a Lanczos run only.
         seed: Fixes every random vector.
+        batch_size: How many samples a batch has, where it does not tell: a number that holds for
+            every batch, or ``callable(batch)``. Known without: inputs and targets of one leading
+            size, lists of images beside lists of targets, ``num_graphs``. Asked for, where several
+            batches weigh by it or one must be split: sizes that disagree, as of an edge list.
 
     Raises:
         ValueError: If a setting is not allowed; the message says what is.
@@ -141,5 +146,6 @@ def measure_hessian(
             precision=precision,
             check=check,
             jacobian=jacobian,
+            batch_size=batch_size,
         )
         return HessianReport.of(measure(objective, settings, limit=limit))

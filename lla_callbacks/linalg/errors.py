@@ -80,4 +80,5 @@ _INSTEAD = {
     "cdist": "Write the distances out, (x[:, None] - y[None]).square().sum(-1).sqrt().",
     "once_differentiable": _CUSTOM,
     "no graph for a double backward": _CUSTOM,
+    "no autograd formula": _CUSTOM,
 }

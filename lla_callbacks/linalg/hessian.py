@@ -225,7 +225,13 @@ def explaining_missing_derivative() -> Iterator[None]:
         yield
     except (RuntimeError, NotImplementedError) as error:
         text = str(error)
-        signs = ("is not implemented", "double backward", "create_graph", "once_differentiable")
+        signs = (
+            "is not implemented",
+            "double backward",
+            "create_graph",
+            "once_differentiable",
+            "no autograd formula",
+        )
         if not any(sign in text for sign in signs):
             raise
         raise NoSecondDerivativeError(

@@ -17,7 +17,7 @@ from lla_callbacks.minima.predictions import Accuracy, Confidence
 from lla_callbacks.minima.relaxation import MakeOptimizer, follow
 from lla_callbacks.minima.results import BasinComparison, MinimaMap, Relaxation, ShiftReport
 from lla_callbacks.minima.shift import LEAST_WRONG, Shift, measure_set
-from lla_callbacks.objective.batches import first_samples, hold, sample_count, split
+from lla_callbacks.objective.batches import first_samples, hold, split
 from lla_callbacks.objective.build import objective_of
 from lla_callbacks.objective.checks import (
     MOST_WORK,
@@ -28,6 +28,7 @@ from lla_callbacks.objective.checks import (
     seed_of,
     whole,
 )
+from lla_callbacks.objective.counting import BatchSize, about, batch_size_of, sample_count
 from lla_callbacks.objective.evaluation import Loss, Predict
 from lla_callbacks.objective.objective import Mode
 from lla_callbacks.objective.precision import at_precision
@@ -183,7 +184,7 @@ def map_of_minima(
         distance=distance,
         method=method,
         perplexity=perplexity,
-        num_samples=sum(map(sample_count, held)),
+        num_samples=sum(map(about, held)),
         num_params=sum(p.numel() for p in host.parameters()),
         mode=mode,
         seed=seed,
@@ -210,6 +211,7 @@ def measure_shift(
     microbatch_size: int | None = None,
     max_memory: int | None = None,
     seed: int = 0,
+    batch_size: BatchSize = None,
 ) -> ShiftReport:
     """Return the spectrum's criteria of one network on several sets of data, and plainer numbers.
 
@@ -232,6 +234,7 @@ def measure_shift(
         microbatch_size: Evaluate batches in parts of at most this many samples.
         max_memory: See :func:`~lla_callbacks.measure_hessian`.
         seed: Fixes every random vector and the bootstraps.
+        batch_size: See :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or a set has too few samples.
@@ -245,13 +248,15 @@ def measure_shift(
         )
     num_samples = whole("num_samples", num_samples, 1)
     settings = HessianSettings(num_steps=num_steps, num_probes=num_probes, seed=seed)
-    held = {name: _exactly(name, batches, num_samples) for name, batches in loaders.items()}
+    size = batch_size_of("batch_size", batch_size)
+    held = {name: _exactly(name, batches, num_samples, size) for name, batches in loaders.items()}
     sets = {}
     with at_precision(module, "float32"):
         for name, batches in held.items():
             objective = objective_of(
                 module, batches, loss, mode=mode, dropout=False, seed=seed, num_samples=None,
                 microbatch_size=microbatch_size, max_memory=max_memory,
+                batch_size=batch_size,
             )  # fmt: skip
             accuracy, confidence = Accuracy(predict), Confidence(predict)
             sets[name] = measure_set(name, objective, settings, accuracy, confidence)
@@ -266,14 +271,17 @@ def measure_shift(
     return ShiftReport.of(found)
 
 
-def _exactly(name: str, batches: Iterable[Any], num_samples: int) -> list[Any]:
+def _exactly(
+    name: str, batches: Iterable[Any], num_samples: int, batch_size: BatchSize
+) -> list[Any]:
     """Return batches with exactly so many samples in all."""
     batches_of(f"the set {name!r}", batches)
     held, count = [], 0
     for batch in batches:
-        size = sample_count(batch)
+        size = sample_count(batch, batch_size)
         if count + size > num_samples:
-            batch, size = next(iter(split(batch, num_samples - count))), num_samples - count
+            part = split(batch, num_samples - count, size)
+            batch, size = next(part), num_samples - count
         held.append(hold(batch))
         count += size
         if count == num_samples:

@@ -10,37 +10,29 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lla_callbacks.objective.copies import Copier
+from lla_callbacks.objective.counting import (
+    BatchSize,
+    about,
+    cut_of,
+    known_count,
+    sample_count,
+)
 from lla_callbacks.objective.interrupts import shielded
 from lla_callbacks.objective.precision import widened_half
 from lla_callbacks.objective.tensor_copies import separate
 
 
-def sample_count(batch: Any) -> int:
-    """Return the number of samples in a batch: the first tensor's leading size.
-
-    Objects that are no plain container (a graph batch, say) answer with ``num_graphs`` or
-    ``len``. A batch without either counts as one sample.
-    """
-    tensors = tensors_of(batch)
-    for tensor in tensors:
-        if tensor.ndim:
-            return int(tensor.shape[0])
-    if tensors:
-        return 1
-    for attribute in ("num_graphs", "batch_size"):
-        if isinstance(getattr(batch, attribute, None), int):
-            return int(getattr(batch, attribute))
-    return len(batch) if hasattr(batch, "__len__") else 1
-
-
-def first_samples(batches: Iterable[Any], num_samples: int | None) -> Iterator[Any]:
+def first_samples(
+    batches: Iterable[Any], num_samples: int | None, batch_size: BatchSize = None
+) -> Iterator[Any]:
     """Yield whole batches until they have at least this many samples, all for ``None``."""
     count = 0
     for batch in batches:
         yield batch
-        count += sample_count(batch)
-        if num_samples is not None and count >= num_samples:
-            return
+        if num_samples is not None:
+            count += about(batch, batch_size)
+            if count >= num_samples:
+                return
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -92,26 +84,30 @@ def fresh(
     return copier.mapped(batch, (None, "batch"), move)
 
 
-def split(batch: Any, size: int) -> Iterator[Any]:
-    """Yield parts of at most ``size`` samples; tensors of another leading size are shared.
+def split(batch: Any, size: int, count: int | None = None, *, strict: bool = True) -> Iterator[Any]:
+    """Yield parts of at most ``size`` samples, tensors and lists of samples alike.
+
+    Args:
+        batch: The batch.
+        size: Samples in a part.
+        count: Samples in the batch; ``None``: those that it tells.
+        strict: Whether every entry must have them; else one of another size goes into each part.
 
     Raises:
-        TypeError: If the batch holds no tensor that could be split.
+        UnknownSizeError: If the batch does not tell how many samples it has.
+        TypeError: If it is not known along what it could be split.
     """
-    count = sample_count(batch)
-    if not any(t.ndim and t.shape[0] == count for t in tensors_of(batch)):
-        raise TypeError(
-            f"a batch of type {type(batch).__name__} cannot be split: leave out microbatch_size."
-        )
+    count = sample_count(batch) if count is None else count
+    part_of = cut_of(batch, count, strict=strict)
     for start in range(0, count, size):
-        part = slice(start, start + size)
+        known = part_of(slice(start, start + size))
+        copier = Copier(known, keeps_machinery=True)
+        yield copier.mapped(batch, (None, "batch"), lambda tensor: tensor)
 
-        def cut(tensor: Tensor, part: slice = part) -> Tensor:
-            if not tensor.ndim or tensor.shape[0] != count:
-                return tensor
-            return tensor.detach()[part].requires_grad_(tensor.requires_grad)
 
-        yield Copier(keeps_machinery=True).mapped(batch, (None, "batch"), cut)
+def part_counts(count: int, size: int) -> list[int]:
+    """Return how many samples the parts of a batch have that is split."""
+    return [min(size, count - start) for start in range(0, count, size)]
 
 
 def _like(tensor: Tensor, copied: Tensor) -> Tensor:
@@ -121,27 +117,37 @@ def _like(tensor: Tensor, copied: Tensor) -> Tensor:
     return copied
 
 
-def first_of(batches: list[Any], num_samples: int) -> list[Any]:
+def first_of(batches: list[Any], num_samples: int, batch_size: BatchSize = None) -> list[Any]:
     """Return the first samples of batches: whole ones while they fit, then a part of the next.
 
-    A batch that cannot be cut goes in whole if it is the first, and is left out otherwise.
+    A batch that cannot be cut, or of which it is not known along what, goes in whole if it is the
+    first, and is left out otherwise.
 
     Args:
         batches: Held batches.
         num_samples: How many samples, at most where batches can be cut.
+        batch_size: The user's own word for how many a batch has.
     """
     found: list[Any] = []
     left = num_samples
     for batch in batches:
-        count = sample_count(batch)
+        count = about(batch, batch_size)
         if left <= 0:
             break
         if count > left:
-            try:
-                batch = next(split(batch, left))
-            except TypeError:
-                if found:
-                    break
+            part = _cut(batch, left, batch_size)
+            if part is None and found:
+                break
+            batch = batch if part is None else part
         found.append(batch)
         left -= count
     return found
+
+
+def _cut(batch: Any, size: int, batch_size: BatchSize) -> Any:
+    """Return a batch's first samples, or None if it is not known which they are."""
+    try:
+        part = next(split(batch, size, sample_count(batch, batch_size)))
+        return part if known_count(part, batch_size) == size else None
+    except Exception:  # noqa: BLE001 - also of the user's own function, which may refuse a part
+        return None

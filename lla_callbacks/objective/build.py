@@ -17,6 +17,7 @@ from lla_callbacks.objective.checks import (
     seed_of,
     whole,
 )
+from lla_callbacks.objective.counting import BatchSize, batch_size_of
 from lla_callbacks.objective.evaluation import Loss
 from lla_callbacks.objective.objective import (
     Engine,
@@ -45,12 +46,14 @@ def objective_of(
     precision: Precision = "float32",
     check: bool = True,
     jacobian: Jacobian = "gap",
+    batch_size: BatchSize = None,
 ) -> Objective:
     """Return the objective that every function measures: copies of batches, frozen.
 
     Raises:
         ValueError: If a setting is not allowed.
         TypeError: If there is neither a loss nor a replayable ``training_step``.
+        UnknownSizeError: See :class:`~lla_callbacks.objective.objective.Objective`.
     """
     module_of("module", module)
     batches_of("batches", batches)
@@ -65,10 +68,11 @@ def objective_of(
     one_of("jacobian", jacobian, Jacobian)
     max_memory = whole("max_memory", max_memory, 1, none=True, other=" byte, or None")
     seed = seed_of("seed", seed)
+    batch_size = batch_size_of("batch_size", batch_size)
     if loss is None:
         check_replayable(module)
         loss = replay_training_step
-    held = [hold(batch) for batch in first_samples(batches, num_samples)]
+    held = [hold(batch) for batch in first_samples(batches, num_samples, batch_size)]
     if not held:
         raise ValueError(
             f"batches, of type {type(batches).__name__}, is empty: there is no batch to measure "
@@ -87,4 +91,5 @@ def objective_of(
         precision=precision,
         check=check,
         jacobian=jacobian,
+        batch_size=batch_size,
     )

@@ -23,9 +23,15 @@ from lla_callbacks.linalg.hessian import HessianOperator
 from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm, loss_value
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
-from lla_callbacks.objective.batches import fresh, sample_count, split
+from lla_callbacks.objective.batches import fresh, part_counts, split
 from lla_callbacks.objective.checks import flag, one_of, scalar_loss
 from lla_callbacks.objective.copies import Copier
+from lla_callbacks.objective.counting import (
+    BatchSize,
+    UnknownSizeError,
+    counts_of,
+    sample_count,
+)
 from lla_callbacks.objective.evaluation import Loss, Statistics, evaluating, load_statistics
 from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
 from lla_callbacks.objective.memory import Findings, MemoryPlan, allowed_memory, saved_bytes
@@ -88,13 +94,17 @@ class Objective:
             :mod:`~lla_callbacks.objective.engines`.
         jacobian: ``"gap"``: where the gradient is no derivative of the loss, nothing of its
             curvature is measured. ``"measure"``: the Jacobian of the gradient is, and marked.
+        batch_size: How many samples a batch has, where it does not tell: a number, or a function
+            of the batch.
 
     Attributes:
-        num_samples: Samples behind the loss: of each batch, the leading size of its first
-            tensor.
+        num_samples: Samples behind the loss; see
+            :func:`~lla_callbacks.objective.counting.known_count`.
 
     Raises:
         ValueError: If a setting is not allowed or there is no batch.
+        UnknownSizeError: If there are several batches, or parts of one, and it cannot be told how
+            many samples each has.
     """
 
     def __init__(
@@ -115,6 +125,7 @@ class Objective:
         findings: Findings | None = None,
         check: bool = True,
         jacobian: Jacobian = "gap",
+        batch_size: BatchSize = None,
     ) -> None:
         check_mode(mode, dropout)
         check_engine(engine)
@@ -135,6 +146,7 @@ class Objective:
         # That of autocast regions which the loss opens itself, once one was seen.
         self._inner_arithmetic: torch.dtype | None = None
         self._max_memory = max_memory
+        self._batch_size = batch_size
         self._findings = findings or Findings()
         self.batches = list(batches)
         if not self.batches:
@@ -150,9 +162,16 @@ class Objective:
         # Which of the held batches each one is, or is a part of.
         self._places = places
         self._num_held = len(self._places) + len(self._findings.proof.skipped)
+        self.counts = counts_of(self.batches, batch_size)
         if microbatch_size is not None:
             whole = self.batches
-            in_parts = [list(split(batch, microbatch_size)) for batch in whole]
+            counts = [sample_count(batch, batch_size) for batch in whole]
+            in_parts = [
+                list(self._split(batch, microbatch_size, n))
+                for batch, n in zip(whole, counts, strict=True)
+            ]
+            sizes = [part_counts(n, microbatch_size) for n in counts]
+            self.counts = [n for part in sizes for n in part]
             self.batches = [part for parts in in_parts for part in parts]
             self._places = [k for k, parts in zip(places, in_parts, strict=True) for _ in parts]
             for i, (batch, parts) in enumerate(zip(whole, in_parts, strict=True)):
@@ -163,9 +182,8 @@ class Objective:
                 context = None if known else self._plain_context
                 evaluate = partial(self._evaluate, place=places[i])
                 with suppress(SkippedBatchError):
-                    check_split(evaluate, module, batch, parts, context, name=name)
+                    check_split(evaluate, module, batch, parts, context, sizes[i], name=name)
                 self._findings.split.add(i)
-        self.counts = [sample_count(batch) for batch in self.batches]
         self.num_samples = sum(self.counts)
 
     @property
@@ -432,23 +450,27 @@ class Objective:
         """Return one batch as a summand, which can be halved where memory runs out."""
 
         def halves() -> list[LossTerm]:
-            size = -(-sample_count(batch) // 2)
-            if self._split_trouble(size, batch) is not None:
+            size = -(-count // 2)
+            trouble = self._split_trouble(size, batch, count)
+            if trouble is not None:
+                unknown = "batch_size=" in trouble
                 raise OutOfMemoryError(
-                    "there is not enough memory for one batch, and its samples see each other.",
+                    f"there is not enough memory for one batch, and {trouble}"
+                    if unknown
+                    else "there is not enough memory for one batch, and its samples see each "
+                    "other.",
                     "Lower num_samples, give a dataloader of smaller batches, or take mode='eval' "
                     "or engine='difference'.",
                 )
-            total = sample_count(batch)
-            shares = [(part, count * sample_count(part) / total) for part in split(batch, size)]
-            return [self._term(b, n, statistics, context, place=place) for b, n in shares]  # type: ignore[arg-type]
+            parts = zip(self._split(batch, size, count), part_counts(count, size), strict=True)
+            return [self._term(b, n, statistics, context, place=place) for b, n in parts]
 
         return LossTerm(
             lambda: self._evaluate(batch, statistics, context, place=place),
             count / self.num_samples,
             keep=keep,
             guarded=lambda use: self._evaluate(batch, statistics, context, use, place),
-            halves=halves if halve and sample_count(batch) > 1 else None,
+            halves=halves if halve and count > 1 else None,
         )
 
     @contextmanager
@@ -614,10 +636,11 @@ class Objective:
             if count <= plan.part_size:
                 found.append((batch, count, place))
                 continue
-            trouble = self._split_trouble(plan.part_size, batch)
+            trouble = self._split_trouble(plan.part_size, batch, count)
             if trouble is None:
-                parts = split(batch, plan.part_size)
-                found += [(part, sample_count(part), place) for part in parts]
+                parts = self._split(batch, plan.part_size, count)
+                sizes = part_counts(count, plan.part_size)
+                found += [(part, n, place) for part, n in zip(parts, sizes, strict=True)]
             elif self._max_memory is not None:
                 raise OutOfMemoryError(
                     f"the graph of one batch takes about {plan.graph / 2**20:,.0f} MiB, "
@@ -629,7 +652,12 @@ class Objective:
                 found.append((batch, count, place))
         return found
 
-    def _split_trouble(self, size: int, batch: Any) -> str | None:
+    def _split(self, batch: Any, size: int, count: int) -> Iterator[Any]:
+        # Where the user said how many there are, what has another size belongs to all parts;
+        # whether the parts add up is verified.
+        return split(batch, size, count, strict=self._batch_size is None)
+
+    def _split_trouble(self, size: int, batch: Any, count: int) -> str | None:
         """Return why parts of a batch do not add up to it, judged by its loss and gradient.
 
         Asked anew for each batch and measurement, since samples may not see each other yet (a head
@@ -637,14 +665,19 @@ class Objective:
 
         Args:
             size: Samples in a part.
-            batch: The batch.
+            batch: The batch, or a part of one.
+            count: Its samples.
         """
         if self._findings.unsplittable is None:
             try:
-                parts = list(split(batch, size))
+                if self._batch_size is None:
+                    sample_count(batch)
+                parts, sizes = list(self._split(batch, size, count)), part_counts(count, size)
                 if len(parts) < 2:
                     return "it has no parts."
-                check_split(self._evaluate, self.module, batch, parts, self._plain_context)
+                check_split(self._evaluate, self.module, batch, parts, self._plain_context, sizes)
+            except UnknownSizeError as error:
+                self._findings.unsplittable = str(error)
             except (MeasurementError, TypeError) as error:
                 self._findings.unsplittable = str(error).partition(" Leave out")[0]
         return self._findings.unsplittable

@@ -27,6 +27,7 @@ from lla_callbacks.objective.checks import (
     shown,
     whole,
 )
+from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.engines import prove
 from lla_callbacks.objective.evaluation import (
     Loss,
@@ -93,6 +94,7 @@ def loss_line(
     time_budget: float | None = None,
     check: bool = True,
     seed: int = 0,
+    batch_size: BatchSize = None,
 ) -> LossLine:
     """Return the loss, and any metric, along a line through the present weights.
 
@@ -133,6 +135,7 @@ def loss_line(
             agree, and the gradient is the slope of the loss. What came of it is in
             ``facts.self_check``; a map of curvature asks its products too.
         seed: Fixes random directions and start vectors.
+        batch_size: See :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed; the message says what is.
@@ -145,7 +148,7 @@ def loss_line(
     wanted = None if alphas is None else coordinates("alphas", alphas)
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        microbatch_size=microbatch_size, check=check,
+        microbatch_size=microbatch_size, check=check, batch_size=batch_size,
     )  # fmt: skip
     prove(objective)
     source = _source(objective, normalization, vectors, seed, optimizer, checkpoints)
@@ -185,6 +188,7 @@ def loss_plane(
     file: str | Path | None = None,
     check: bool = True,
     seed: int = 0,
+    batch_size: BatchSize = None,
 ) -> LossPlane:
     """Return the loss, and any metric, over a plane through the present weights.
 
@@ -221,6 +225,7 @@ def loss_plane(
             grid, unfinished, the points in it are not computed again.
         check: See :func:`loss_line`.
         seed: See :func:`loss_line`.
+        batch_size: See :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or ``file`` holds another grid.
@@ -255,6 +260,7 @@ def loss_plane(
         objective = objective_of(
             module, batches, loss, mode=mode, dropout=dropout, seed=seed,
             num_samples=num_samples, microbatch_size=microbatch_size, check=check,
+            batch_size=batch_size,
         )  # fmt: skip
         prove(objective)
         source = _source(objective, normalization, vectors, seed, optimizer, checkpoints)
@@ -314,6 +320,7 @@ def interpolate(
     time_budget: float | None = None,
     check: bool = True,
     seed: int = 0,
+    batch_size: BatchSize = None,
 ) -> LossLine:
     """Return the loss between two sets of weights: ``(1 - alpha) start + alpha end``.
 
@@ -339,6 +346,7 @@ def interpolate(
         time_budget: See :func:`loss_line`.
         check: See :func:`loss_line`.
         seed: Fixes what is random in the module.
+        batch_size: See :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or weights do not fit the module.
@@ -352,7 +360,7 @@ def interpolate(
     )
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        microbatch_size=microbatch_size, check=check,
+        microbatch_size=microbatch_size, check=check, batch_size=batch_size,
     )  # fmt: skip
     prove(objective)
     space = space_of(objective)
@@ -392,6 +400,7 @@ def convexity_map(
     time_budget: float | None = None,
     check: bool = True,
     seed: int = 0,
+    batch_size: BatchSize = None,
 ) -> ConvexityMap:
     """Return ``|lambda_min / lambda_max|`` of the Hessian over a coarse plane.
 
@@ -417,6 +426,7 @@ def convexity_map(
         time_budget: Seconds after which no further point is begun.
         check: See :func:`loss_line`.
         seed: Fixes directions and start vectors.
+        batch_size: See :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed; the message says what is.
@@ -431,7 +441,7 @@ def convexity_map(
     given = _given(alphas, betas)
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        microbatch_size=microbatch_size, check=check,
+        microbatch_size=microbatch_size, check=check, batch_size=batch_size,
     )  # fmt: skip
     prove(objective)
     source = _source(objective, normalization, vectors, seed, optimizer, checkpoints)
@@ -472,6 +482,7 @@ def basin_radii(
     time_budget: float | None = None,
     check: bool = True,
     seed: int = 0,
+    batch_size: BatchSize = None,
 ) -> BasinRadii:
     """Return how far random rays lead before the loss passes a cutoff.
 
@@ -497,6 +508,7 @@ def basin_radii(
         time_budget: Seconds after which no further ray is begun.
         check: See :func:`loss_line`.
         seed: Fixes the rays.
+        batch_size: See :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed; the message says what is.
@@ -510,7 +522,7 @@ def basin_radii(
     budget = PointSettings(time_budget=time_budget).time_budget
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        microbatch_size=microbatch_size, check=check,
+        microbatch_size=microbatch_size, check=check, batch_size=batch_size,
     )  # fmt: skip
     prove(objective)
     found = measure_basin(

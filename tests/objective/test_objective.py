@@ -362,7 +362,8 @@ def test_a_held_batch_shares_nothing() -> None:
 
 
 def test_splitting_shares_what_is_no_sample() -> None:
-    parts = list(split({"x": torch.arange(5), "scale": torch.ones(2)}, 2))
+    batch = {"x": torch.arange(5), "scale": torch.ones(2)}
+    parts = list(split(batch, 2, 5, strict=False))
     assert [len(part["x"]) for part in parts] == [2, 2, 1]
     assert all(len(part["scale"]) == 2 for part in parts)
     with pytest.raises(TypeError, match="cannot be split"):

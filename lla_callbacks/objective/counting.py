@@ -108,6 +108,7 @@ def cut_of(batch: Any, count: int, *, strict: bool) -> Callable[[slice], list[tu
         TypeError: If it is not known along what it is to be cut.
     """
     whole_ones: list[Any] = []
+    doubtful: list[Any] = []
 
     def look(entry: Any) -> bool:
         """Note what is to be cut in an entry; return whether it is cut, or has no samples."""
@@ -121,9 +122,8 @@ def cut_of(batch: Any, count: int, *, strict: bool) -> Callable[[slice], list[tu
         inner = _held(entry)
         listed = isinstance(entry, (list, tuple)) and not hasattr(entry, "_fields")
         if listed and len(entry) == count:
-            if count in _across(entry):
-                raise TypeError  # as many tensors as each has rows
-            whole_ones.append(entry)
+            # As many tensors as each has rows: images of as many channels, or views.
+            (doubtful if count in _across(entry) else whole_ones).append(entry)
             return True
         if inner is None:
             if count in sizes:
@@ -141,6 +141,11 @@ def cut_of(batch: Any, count: int, *, strict: bool) -> Callable[[slice], list[tu
         cut = all([look(entry) for entry in _entries(batch)])
     except TypeError:
         raise trouble from None
+    if doubtful and not any(isinstance(one, (list, tuple)) for one in whole_ones):
+        # No other list beside them tells that these are lists of samples.
+        if not all(map(_are_images, doubtful)):
+            raise trouble
+    whole_ones += doubtful
     if not whole_ones or (strict and not cut):
         raise trouble
 
@@ -154,6 +159,12 @@ def _sliced(one: Any, where: slice) -> Any:
     if isinstance(one, Tensor):
         return one.detach()[where].requires_grad_(one.requires_grad)
     return one[where]
+
+
+def _are_images(items: Sequence[Any]) -> bool:
+    """Return whether tensors are images of unlike sizes, which nobody could stack."""
+    shapes = {tuple(item.shape) if isinstance(item, Tensor) else () for item in items}
+    return len(shapes) > 1 and all(len(shape) == 3 for shape in shapes)
 
 
 def _agreed(batch: Any) -> int | None:

@@ -130,7 +130,9 @@ def test_lists_of_images_are_cut_as_lists() -> None:
         ({"edge_index": EDGES, "x": NODES}, None, UNKNOWN),
         ({"edge_index": EDGES, "x": NODES}, 7, UNKNOWN),  # edges would be of other nodes
         ((Graphs(), torch.zeros(4)), None, UNKNOWN),
-        ((images(3), targets(3)), None, UNKNOWN),  # as many as channels
+        ((images(3), targets(3)), None, 2),  # as many as channels
+        ((images(3), torch.zeros(3)), None, 2),
+        (([torch.zeros(3, 4, 4) for _ in range(3)], torch.zeros(3)), None, UNKNOWN),  # or views
         (images(6), lambda batch: len(batch), 2),
         (images(6), lambda batch: 6, UNKNOWN),  # a part would have six too
     ],

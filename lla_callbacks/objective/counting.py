@@ -141,10 +141,10 @@ def cut_of(batch: Any, count: int, *, strict: bool) -> Callable[[slice], list[tu
         cut = all([look(entry) for entry in _entries(batch)])
     except TypeError:
         raise trouble from None
-    if doubtful and not any(isinstance(one, (list, tuple)) for one in whole_ones):
-        # No other list beside them tells that these are lists of samples.
-        if not all(map(_are_images, doubtful)):
-            raise trouble
+    # Another list beside them tells that these are lists of samples too.
+    told = any(isinstance(one, (list, tuple)) for one in whole_ones)
+    if not told and not all(map(_are_images, doubtful)):
+        raise trouble
     whole_ones += doubtful
     if not whole_ones or (strict and not cut):
         raise trouble

@@ -30,6 +30,7 @@ from lla_callbacks.callbacks.sizing import (
 from lla_callbacks.hessian.engine_error import gap_remedy
 from lla_callbacks.hessian.figures import history_figure
 from lla_callbacks.hessian.layer_figures import layer_history_figure
+from lla_callbacks.hessian.light_arrays import LightSeries
 from lla_callbacks.hessian.measures import Anchor, measure
 from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.hessian.scalars import custom_scalars_layout, hessian_scalars, tracking_scalars
@@ -44,7 +45,9 @@ from lla_callbacks.objective.objective import Engine, Mode, Objective
 from lla_callbacks.objective.precision import Precision
 from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.report.conform import check_fields, check_type
-from lla_callbacks.report.plain import pack, unpack
+from lla_callbacks.report.plain import PlainForms, unpack
+from lla_callbacks.report.thinning import RECENT, thin
+from lla_callbacks.report.thinning import drawn as drawn_part
 
 # A product in gradients, about (docs/cost.md).
 PRODUCT = 2.4
@@ -58,6 +61,7 @@ _TRACKED = {
     "tracker": Mapping[str, Any],
     "tracker_step": int,
     "last_light": int,
+    "written": int,
     "tracked": list[tuple[int, Mapping[str, Any]]],
     "fallback": str,
 }
@@ -155,10 +159,11 @@ class HessianMonitor(Monitor):
             ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Attributes:
-        history: Pairs of step and :class:`HessianReport`, all of the last fit.
+        history: Pairs of step and :class:`HessianReport` of the last fit: all of it up to 400,
+            then the last 100 and the older ones evenly thinned; files and loggers have all.
         tracked: Pairs of step and
             :class:`~lla_callbacks.hessian.tracking.HessianTracking`, the light
-            measurements of the last fit.
+            measurements of the last fit, thinned likewise.
         report: The last one of all, also of a stand-alone validate or test.
 
     Raises:
@@ -299,7 +304,29 @@ class HessianMonitor(Monitor):
             self._last_light = step
             began = time.monotonic()
             self._fire(trainer, pl_module, Moment(step, light=True))
+            self._write_light(trainer, RECENT)
             self._light_cost = time.monotonic() - began
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.tracked:
+            with self.account.watching(self.name, asked=self.is_asked):
+                self._write_light(trainer, 1)
+        super().on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._guarded("saving arrays", self._write_light, trainer, 1)
+        super().on_exception(trainer, pl_module, exception)
+
+    def _write_light(self, trainer: Any, least: int) -> None:
+        """Write light measurements that are in no file yet, if there are at least so many.
+
+        One file for many, since they come often; what is not written yet is never thinned out.
+        """
+        new = [pair for pair in self.tracked[-RECENT:] if pair[0] > self._written]
+        if len(new) >= least:
+            self._written = new[-1][0]
+            stem = f"light_{new[0][0]:08d}_to_{new[-1][0]:08d}"
+            self.sink.arrays(trainer, LightSeries(new), stem)
 
     def _is_about_to_fire(self, trainer: Any) -> bool:
         """Return whether a full measurement of these weights follows, as far as is known."""
@@ -328,6 +355,9 @@ class HessianMonitor(Monitor):
         self._told = False
         self._light_cost = 0.0
         self._tracker = TrackerState()
+        self._plain_tracked = PlainForms()
+        # Step of the last light measurement that is in a file.
+        self._written = -1
         # Steps of the last light measurement, and of whatever the tracker knows.
         self._last_light = self._tracker_step = -1
         # Optimizer steps when the light schedule was last asked.
@@ -342,7 +372,8 @@ class HessianMonitor(Monitor):
             "tracker": self._tracker.state_dict(),
             "tracker_step": self._tracker_step,
             "last_light": self._last_light,
-            "tracked": [(step, pack(found)) for step, found in self.tracked],
+            "tracked": self._plain_tracked.of(self.tracked),
+            "written": self._written,
             "fallback": self._fallback,
         }
 
@@ -361,6 +392,8 @@ class HessianMonitor(Monitor):
 
     def _take_more(self, read: Any) -> None:
         self._tracker, self.tracked[:], state = read
+        self._plain_tracked.learn(self.tracked, state["tracked"])
+        self._written = state["written"]
         self._tracker_step = state["tracker_step"]
         self._last_light = state["last_light"]
         # An engine that was asked for is taken.
@@ -524,10 +557,12 @@ class HessianMonitor(Monitor):
                 self._warn(error, what, remedy="")
         if isinstance(result, HessianTracking):
             self.tracked.append((moment.step, result))
+            thin(self.tracked)
             return
         self.report = result
         if moment.function == "fit":
             self.history.append((moment.step, result))
+            thin(self.history)
 
     def _scalars(self, result: HessianReport | HessianTracking) -> dict[str, float]:
         if isinstance(result, HessianTracking):
@@ -543,13 +578,15 @@ class HessianMonitor(Monitor):
         moved = moment.function == "fit" and len(self.history) > 1
         if moved:
             title = f"How the spectrum moved, up to step {step}"
-            drawn["history"] = partial(history_figure, self.history, title=title)
+            drawn["history"] = partial(history_figure, drawn_part(self.history), title=title)
         if "layers" not in result.gaps:
             title = f"Curvature by layer at step {step}"
             drawn["layer_traces"] = partial(result.layer_figure, title=title)
         if moved:
             title = f"How the layers' curvature moved, up to step {step}"
-            drawn["layer_history"] = partial(layer_history_figure, self.history, title=title)
+            drawn["layer_history"] = partial(
+                layer_history_figure, drawn_part(self.history), title=title
+            )
         if self.settings.num_layer_steps and "layers" not in result.gaps:
             title = f"Spectrum of each layer and of the whole at step {step}"
             drawn["layer_densities"] = partial(result.layer_density_figure, title=title)

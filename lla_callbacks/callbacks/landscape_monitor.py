@@ -32,6 +32,7 @@ from lla_callbacks.objective.points import Evaluation
 from lla_callbacks.objective.precision import Precision
 from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.report.loggers import folder_of, write_mesh, write_text
+from lla_callbacks.report.thinning import thin
 from lla_callbacks.slices.choice import DirectionSource
 from lla_callbacks.slices.directions import Normalization, Vectors
 from lla_callbacks.slices.landscape import (
@@ -142,7 +143,8 @@ class LossLandscapeMonitor(Monitor):
             ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Attributes:
-        history: Pairs of step and :class:`~lla_callbacks.LandscapeReport`, all of the last fit.
+        history: Pairs of step and :class:`~lla_callbacks.LandscapeReport` of the last fit: all of
+            it up to 400, then the last 100 and the older ones evenly thinned; files have all.
         report: The last one of all.
 
     Raises:
@@ -480,6 +482,7 @@ class LossLandscapeMonitor(Monitor):
         self.report = result
         if moment.function == "fit":
             self.history.append((moment.step, result))
+            thin(self.history)
         choice = self.pace.choice
         alone = choice is not None and choice.count == 1 and not self.schedule.is_given
         if self._scale is None and result.loss > 0 and not alone:

@@ -65,6 +65,7 @@ from lla_callbacks.objective.sharded import is_sharded, reshard
 from lla_callbacks.objective.state import Snapshot, take_snapshot, weights_at
 from lla_callbacks.objective.training_step import check_replayable
 from lla_callbacks.report.cost import cost_scalars
+from lla_callbacks.report.plain import PlainForms
 
 # Held where the user gave no number: by 256 the largest eigenvalue of a batch of them is within
 # some 20 % of that of the whole data (docs/benchmarks/sizes.md).
@@ -195,6 +196,7 @@ class Monitor(EvaluatedToo, Resumable):
         self.batch_size: BatchSize = found["batch_size"]
         # Whether a limit holds: one that was given, or the default where no schedule was.
         self.is_bounded = self.max_overhead is not None or not self.schedule.is_given
+        self._plain = PlainForms()
         self.account = Account()
         self.pace = Pace()
         self.sink = Sink(type(self).__name__, name, figures=figures, save_arrays=save_arrays)

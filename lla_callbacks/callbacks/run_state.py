@@ -21,7 +21,7 @@ from lla_callbacks.callbacks.saved_state import (
 from lla_callbacks.objective.self_check import Proof
 from lla_callbacks.report.conform import check_type
 from lla_callbacks.report.cost import cost_scalars
-from lla_callbacks.report.plain import from_plain, pack, to_plain, unpack
+from lla_callbacks.report.plain import PlainForms, from_plain, to_plain, unpack
 
 if TYPE_CHECKING:
     from lla_callbacks.callbacks.account import Account
@@ -67,6 +67,8 @@ class Resumable(Callback):
         _moment: type
         _result: type
 
+    # Plain forms of the history, and of light measurements.
+    _plain: PlainForms
     # What a checkpoint brought, until training starts.
     _loaded: dict[str, Any] | None = None
     # What the last fit ended with, for checkpoints that are written after it.
@@ -84,8 +86,6 @@ class Resumable(Callback):
     _resumed = False
     # Whether batches are held anew, and which those before the checkpoint were.
     _anew = False
-    # Plain forms of the history's first reports, which do not change any more.
-    _plain: tuple[tuple[int, Any], ...] = ()
     _mark: str | None = None
 
     # -- Lightning's hooks --------------------------------------------------------------
@@ -102,7 +102,7 @@ class Resumable(Callback):
                 "lists or tuples, or dataloader=."
             )
         history: list[Any] = []
-        self._guarded("storing the history", lambda: history.extend(self._plain_history()))
+        self._guarded("storing the history", lambda: history.extend(self._plain.of(self.history)))
         return {**state, "history": history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,7 +133,8 @@ class Resumable(Callback):
         state, self._loaded, self._ended = self._loaded, None, None
         dtypes = {str(p.dtype) for p in module.parameters()}
         self._precision_of_weights = ", ".join(sorted(dtypes))
-        self._plain, self._mark, self._running, self._resumed = (), None, True, False
+        self._plain = PlainForms()
+        self._mark, self._running, self._resumed = None, True, False
         self._anew = False
         if state:
             self._guarded("resuming", self._load, state, trainer, module)
@@ -214,7 +215,7 @@ class Resumable(Callback):
         if not changed:
             self._findings.proof = proof
         self.history[:] = history
-        self._plain = tuple((step, report) for step, report in state["history"])
+        self._plain.learn(history, state["history"])
         ours = ("dataloader",) if self.dataloader is not None else _BATCHES
         self._mark = None if any(name in changed for name in ours) else state["mark"]
         modes, modules = state["modes"], list(module.modules())
@@ -301,12 +302,6 @@ class Resumable(Callback):
         now = _plain_settings(self._all_settings())
         # A setting that the older version did not have cannot be compared.
         return {k: (before[k], v) for k, v in now.items() if before.get(k, v) != v}
-
-    def _plain_history(self) -> list[tuple[int, Any]]:
-        known = len(self._plain)
-        new = [(step, pack(report)) for step, report in self.history[known:]]
-        self._plain = (*self._plain, *new)
-        return list(self._plain)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

@@ -6,7 +6,7 @@ import builtins
 import importlib
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -130,6 +130,28 @@ def pack(result: Any) -> dict[str, Any]:
         "structure": structure,
         "tensors": {key: torch.cat(found) for key, found in parts.items()},
     }
+
+
+class PlainForms:
+    """Plain forms of a history's results, each made once: results do not change any more."""
+
+    def __init__(self) -> None:
+        # By identity; the result is kept beside, so that no other one gets its place in memory.
+        self._known: dict[int, tuple[Any, Any]] = {}
+
+    def of(self, history: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
+        """Return the history with plain forms; of what is no longer in it, nothing is kept."""
+        known = {}
+        for _, result in history:
+            entry = self._known.get(id(result))
+            known[id(result)] = (result, pack(result)) if entry is None else entry
+        self._known = known
+        return [(step, known[id(result)][1]) for step, result in history]
+
+    def learn(self, history: Sequence[tuple[int, Any]], plain: Sequence[tuple[int, Any]]) -> None:
+        """Take plain forms that are known already."""
+        for (_, result), (_, packed) in zip(history, plain, strict=True):
+            self._known[id(result)] = (result, packed)
 
 
 def unpack(packed: Mapping[str, Any]) -> Any:

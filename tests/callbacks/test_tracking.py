@@ -69,6 +69,7 @@ def test_light_measurements_write_to_the_same_tags_and_nothing_else(tmp_path):
         assert logged[step] == pytest.approx(tracking.trace, rel=1e-6)
     folder = tmp_path / "lightning_logs" / "version_0" / "hessian"
     assert sorted(p.name for p in folder.iterdir()) == [
+        "light_00000001_to_00000003.npz",
         "step_00000000.npz",
         "step_00000004.npz",
     ]

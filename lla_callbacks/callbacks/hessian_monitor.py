@@ -180,6 +180,7 @@ class HessianMonitor(Monitor):
     _result = HessianReport
     _last_light: int
     _tracker_step: int
+    _written: int
     share = 0.65
 
     def __init__(

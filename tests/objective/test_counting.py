@@ -54,6 +54,11 @@ Pair = namedtuple("Pair", "x y")
 UNKNOWN = None
 
 
+def name_of(value: Any) -> str:
+    """Return a name that is the same in every process, which an object's own text is not."""
+    return str(value) if value is None or isinstance(value, int) else type(value).__name__
+
+
 @pytest.mark.parametrize(
     ("batch", "count"),
     [
@@ -90,6 +95,7 @@ UNKNOWN = None
         ({"x": X, "scale": torch.ones(2)}, UNKNOWN),
         ((Graphs(), Y), UNKNOWN),
     ],
+    ids=name_of,
 )  # fmt: skip
 def test_samples_are_told_right_or_asked_for(batch: Any, count: int | None) -> None:
     assert known_count(batch) == count
@@ -105,7 +111,7 @@ def test_a_number_holds_save_for_smaller_batches_that_agree() -> None:
     assert [known_count((X[:k], Y[:k]), 4) for k in (3, 4, 5)] == [3, 4, 4]
 
 
-@pytest.mark.parametrize("returned", [None, 0, 1.5, "x", torch.ones(2)])
+@pytest.mark.parametrize("returned", [None, 0, 1.5, "x", torch.ones(2)], ids=str)
 def test_a_function_that_returns_no_number_is_told(returned: Any) -> None:
     with pytest.raises(MeasurementError, match=r"batch_size= returned .*whole number"):
         known_count(X, lambda batch: returned)
@@ -135,6 +141,7 @@ def test_lists_of_images_are_cut_as_lists() -> None:
         (images(6), lambda batch: len(batch), 2),
         (images(6), lambda batch: 6, UNKNOWN),  # a part would have six too
     ],
+    ids=name_of,
 )
 def test_held_batches_are_cut_only_along_samples(batch: Any, batch_size: Any, kept: Any) -> None:
     held = HeldBatches(2, batch_size)

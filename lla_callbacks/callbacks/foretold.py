@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # What was said beforehand and what was seen: beyond this factor there is a warning.
 FAR = 2.0
 # Seconds of a measurement below which nobody minds; clocks are noisy.
-FELT = 10.0
+FELT = 30.0
 
 
 def cost_of(monitor: Monitor, trainer: Any, steps: float) -> str:

@@ -228,6 +228,7 @@ def test_the_end_is_aligned_on_the_first_batch_and_stays_so(tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.filterwarnings("ignore:ModeConnection. a picture of the curve failed")
 def test_a_batch_without_a_loss_leaves_the_bend_in_place(tmp_path):
     class Skipping(Net):
         def training_step(self, batch, batch_idx):

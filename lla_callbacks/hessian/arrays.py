@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
         precision=m.precision,
         seed=m.seed,
         seconds=m.seconds,
+        training_steps=getattr(m, "training_steps", math.nan),
         engine=m.engine,
         engine_reason=m.engine_reason,
         product_error=m.product_error,

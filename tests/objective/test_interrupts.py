@@ -130,27 +130,6 @@ def test_an_interrupt_at_any_instant_leaves_no_trace_and_is_not_lost(restless):
     assert interrupts._held.waiting == []
 
 
-# Interrupted while Python drops a generator, an interrupt is only said.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("_python_handler")
-def test_without_the_shield_something_is_left_behind(restless, monkeypatch):
-    module, evaluate = restless
-    monkeypatch.setattr(interrupts, "_SHIELDED", set())
-    monkeypatch.setattr(interrupts, "_LIBRARY", "")
-    monkeypatch.setattr(interrupts, "_held", interrupts._Held())
-    before = state_of(module)
-    trial = Interrupting(0)
-    trial.during(evaluate)
-    left = 0
-    for at in range(1, trial.count, max(1, trial.count // 100)):
-        with contextlib.suppress(KeyboardInterrupt):
-            Interrupting(at).during(evaluate)
-        after = state_of(module)
-        left += any(not same(before[k], after[k]) for k in before)
-        before = after
-    assert left > 0
-
-
 @pytest.mark.usefixtures("_python_handler")
 def test_the_users_own_code_is_interrupted_at_once():
     reached = []

@@ -22,15 +22,11 @@ from lla_callbacks.minima.functions import (
 )
 from lla_callbacks.minima.results import BasinComparison, MinimaMap, Relaxation, ShiftReport
 from lla_callbacks.penalty.reversed import reversed_binary_cross_entropy, reversed_cross_entropy
-from lla_callbacks.slices.functions import (
-    basin_radii,
-    convexity_map,
-    interpolate,
-    loss_line,
-    loss_plane,
-)
+from lla_callbacks.slices.basin_functions import basin_radii, convexity_map
+from lla_callbacks.slices.functions import loss_line, loss_plane
 from lla_callbacks.slices.report import LandscapeReport
 from lla_callbacks.slices.results import BasinRadii, ConvexityMap, LossLine, LossPlane
+from lla_callbacks.slices.segment_functions import interpolate
 from lla_callbacks.version import __version__
 
 __all__ = [

@@ -28,7 +28,7 @@ from image_data import load_images
 
 from lla_callbacks import aligned, barrier, connect, loss_curve
 from lla_callbacks.curves.ensemble import cyclic_rate, ensemble_of
-from lla_callbacks.curves.functions import published_rate
+from lla_callbacks.curves.plain_training import published_rate
 from lla_callbacks.curves.training import MovingCurve
 
 Batch = tuple[Tensor, Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -16,6 +16,7 @@ from lla_callbacks.callbacks.compat import (
     MisconfigurationException,
     shards_parameters,
 )
+from lla_callbacks.callbacks.ensembling_settings import Unit, check_ensembling
 from lla_callbacks.callbacks.member_comparison import MemberComparison
 from lla_callbacks.curves.ensemble import (
     ALIKE,
@@ -27,8 +28,6 @@ from lla_callbacks.curves.ensemble import (
 from lla_callbacks.objective.evaluation import Predict
 from lla_callbacks.objective.networks import save_whole
 from lla_callbacks.report.loggers import write_scalars
-
-Unit = Literal["epochs", "steps"]
 
 
 class FastGeometricEnsembling(Callback):
@@ -90,38 +89,7 @@ class FastGeometricEnsembling(Callback):
         predict: Predict | None = None,
     ) -> None:
         super().__init__()
-        _check_whole("cycle", cycle, 1)
-        if cycle_unit not in get_args(Unit):
-            raise ValueError(
-                f"cycle_unit is {cycle_unit!r}; give one of {', '.join(get_args(Unit))}."
-            )
-        if cycle_unit == "steps" and cycle % 2:
-            raise ValueError(
-                f"cycle is {cycle}; give an even number of steps, so that one has the lowest rate."
-            )
-        for name, value in {"lr_max": lr_max, "lr_min": lr_min}.items():
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not (0 <= value < math.inf)
-            ):
-                raise ValueError(f"{name} is {value!r}; give a finite number of at least 0.")
-        if lr_max < lr_min or lr_max == 0:
-            raise ValueError(
-                f"lr_max is {lr_max} and lr_min {lr_min}; give a positive highest rate and a "
-                "lowest one that is not above it."
-            )
-        whole = isinstance(start, int) and not isinstance(start, bool)
-        if not (whole and start >= 0) and not (isinstance(start, float) and 0 <= start < 1):
-            raise ValueError(
-                f"start is {start!r}; give a share of the run from 0 to below 1 (a float), or a "
-                "number of optimizer steps (an int)."
-            )
-        _check_whole("num_samples", num_samples, 0)
-        if predict is not None and not callable(predict):
-            raise ValueError(
-                f"predict is {predict!r}; give predict(module, batch) -> (outputs, targets)."
-            )
+        check_ensembling(cycle, lr_max, lr_min, start, cycle_unit, num_samples, predict)
         self.cycle = cycle
         self.lr_max = lr_max
         self.lr_min = lr_min
@@ -396,8 +364,3 @@ class FastGeometricEnsembling(Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             for logger in trainer.loggers:
                 write_scalars(logger, values, trainer.global_step)
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}.")

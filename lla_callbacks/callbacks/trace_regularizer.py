@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lla_callbacks.callbacks.compat import (
     Callback,
@@ -19,8 +19,8 @@ from lla_callbacks.callbacks.compat import (
     uses_mixed_precision,
 )
 from lla_callbacks.callbacks.moments import is_unsized
+from lla_callbacks.callbacks.penalized_loss import Penalized, loss_around
 from lla_callbacks.callbacks.refusals import refuse_surroundings, refuse_training
-from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.saved_state import check_entries
 from lla_callbacks.callbacks.strength import (
     TARGET_RATIO,
@@ -30,14 +30,10 @@ from lla_callbacks.callbacks.strength import (
 )
 from lla_callbacks.callbacks.surrogate import add_gradient
 from lla_callbacks.linalg.errors import NonFiniteError
-from lla_callbacks.linalg.space import ParameterSpace
-from lla_callbacks.objective.batches import fresh
 from lla_callbacks.objective.checks import check_loss, number, seed_of, shown
 from lla_callbacks.objective.layers import check_layers
 from lla_callbacks.objective.objective import trainable
-from lla_callbacks.objective.state import preserved
 from lla_callbacks.penalty.displacement import DisplacedLoss
-from lla_callbacks.penalty.middle import penalized_parameters
 from lla_callbacks.penalty.penalty import (
     Comparison,
     Estimator,
@@ -200,7 +196,7 @@ class HessianTraceRegularizer(Callback):
         self.comparison: Comparison | None = None
         self.skipped = 0
         self._found = FoundStrength(self.target_ratio)
-        self._chosen: tuple[tuple[str, ...], list[str]] = ((), [])
+        self._penalized = Penalized(type(self).__name__, self.layers)
         self._last_logged: int | None = None
         # Whether the backward pass of a step's own loss has run since the fit began.
         self._went_backward = False
@@ -357,48 +353,18 @@ class HessianTraceRegularizer(Callback):
         self, trainer: Any, module: Any, step: int, *, searching: bool
     ) -> DisplacedLoss:
         assert self._batch is not None
-        batch, batch_idx = self._batch
-        # Rounding in half precision would be taken for curvature while a strength is found.
-        autocast = self.settings.estimator == "perturbation" and not searching
-        inner = trainer_loss(trainer, self.loss, batch_idx=batch_idx, as_trained=autocast)
-
-        def evaluate() -> Tensor:
-            gradients = torch.is_grad_enabled()
-            # From where random streams stand: the dropout mask of the step that follows.
-            # The weights are put back by who moves them.
-            with (
-                preserved(module, seed=None, check_weights=False) as copier,
-                torch.set_grad_enabled(gradients),
-            ):
-                return inner(module, fresh(batch, module.device, copier=copier))
-
-        space = ParameterSpace(trainable(module))
-        return DisplacedLoss(
-            evaluate,
-            space,
-            self._names(module, space, evaluate),
+        return loss_around(
+            trainer,
+            module,
+            self._batch,
+            self.loss,
+            self._penalized,
             seed=self.seed,
-            key=(step,),
+            step=step,
             relative=self.settings.relative,
-            loss_scale=loss_scale(trainer) if autocast else 1.0,
+            # Rounding in half precision would be taken for curvature while a strength is found.
+            autocast=self.settings.estimator == "perturbation" and not searching,
         )
-
-    def _names(
-        self, module: nn.Module, space: ParameterSpace, evaluate: Callable[[], Tensor]
-    ) -> list[str]:
-        """Return the penalized parameters; anew where others have become trainable."""
-        if self._chosen[0] != space.names:
-
-            def run() -> None:
-                # With a graph, since a step may differentiate on its own way.
-                evaluate()
-
-            try:
-                names = penalized_parameters(module, space, self.layers, run)
-            except ValueError as error:
-                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-            self._chosen = (space.names, names)
-        return self._chosen[1]
 
     def _skip(self, error: NonFiniteError, trainer: Any) -> None:
         self.skipped += 1

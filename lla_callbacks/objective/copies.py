@@ -37,6 +37,11 @@ from lla_callbacks.objective.stand_ins import (
     renewed,
 )
 from lla_callbacks.objective.tensor_copies import Storages
+from lla_callbacks.objective.weak_copies import (
+    copy_of_container,
+    copy_of_proxy,
+    copy_of_reference,
+)
 
 # Where something was reached: a parent's path and the last step, None and a name at the root.
 Path = tuple[Any, Any]
@@ -160,6 +165,10 @@ class Copier:
         """Let a copy stand for an object from here on."""
         self.memo[id(value)] = found
         self._alive.append(value)
+
+    def hold_on_to(self, *copies: Any) -> None:
+        """Keep copies alive that nothing else may hold yet."""
+        self._alive += copies
 
     def _stand_in(self, value: Any, kind: type, path: Path) -> StandIn:
         self.replaced.append(self.name_of(path))
@@ -309,38 +318,6 @@ class Copier:
     def _function(self, value: Any, path: Path) -> Any:
         return copy_of_function(value, self, path)
 
-    def _reference(self, value: Any, path: Path) -> Any:
-        target = value()
-        if target is None:
-            return value
-        copied = self.copy(target, path)
-        if copied is target:
-            return value
-        # Whatever holds the copy otherwise may come later.
-        self._alive.append(copied)
-        return weakref.ref(copied)
-
-    def _weak_proxy(self, value: Any, path: Path) -> Any:
-        # A bound method of the proxy is bound to the object itself.
-        target = value.__repr__.__self__
-        copied = self.copy(target, path)
-        self._alive.append(copied)
-        return value if copied is target else weakref.proxy(copied)
-
-    def _weak_container(self, value: Any, path: Path) -> Any:
-        copied = type(value)()
-        self.keep(value, copied)
-        items = list(value) if isinstance(value, weakref.WeakSet) else list(value.items())
-        for item in items:
-            parts = item if isinstance(item, tuple) else (item,)
-            new = [self.copy(part, path) for part in parts]
-            self._alive += new
-            if isinstance(value, weakref.WeakSet):
-                copied.add(new[0])
-            else:
-                copied[new[0]] = new[1]
-        return copied
-
     # -- objects ----------------------------------------------------------------------------
 
     def _loader(self, value: Any, kind: type, path: Path) -> Any:
@@ -395,12 +372,12 @@ _EXACT: dict[type, _Rule] = {
     types.MethodType: Copier._method,
     types.BuiltinMethodType: Copier._builtin,
     types.FunctionType: Copier._function,
-    weakref.ReferenceType: Copier._reference,
-    weakref.ProxyType: Copier._weak_proxy,
-    weakref.CallableProxyType: Copier._weak_proxy,
-    weakref.WeakSet: Copier._weak_container,
-    weakref.WeakKeyDictionary: Copier._weak_container,
-    weakref.WeakValueDictionary: Copier._weak_container,
+    weakref.ReferenceType: copy_of_reference,
+    weakref.ProxyType: copy_of_proxy,
+    weakref.CallableProxyType: copy_of_proxy,
+    weakref.WeakSet: copy_of_container,
+    weakref.WeakKeyDictionary: copy_of_container,
+    weakref.WeakValueDictionary: copy_of_container,
     type(functools.lru_cache(maxsize=1)(print)): lambda copier, value, path: value,
     type(builtins.len): Copier._builtin,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,16 @@ from lla_callbacks.objective.batches import fresh, tensors_of
 from lla_callbacks.objective.checkpoints import no_checkpoints
 from lla_callbacks.objective.checks import function_of, shown, tag_of
 from lla_callbacks.objective.copies import Copier
+from lla_callbacks.objective.held_loss import HeldLoss
+from lla_callbacks.objective.loss import Loss as Loss
+from lla_callbacks.objective.loss import Predict as Predict
+from lla_callbacks.objective.loss import Statistics as Statistics
+from lla_callbacks.objective.loss import load_statistics as load_statistics
 from lla_callbacks.objective.randomness import random_marks, stream
 from lla_callbacks.objective.repetition import keep_processes_apart, repeatable
 from lla_callbacks.objective.state import seed_everything
 from lla_callbacks.objective.training_step import at_place
 from lla_callbacks.objective.twice_differentiable import NoDropout, eager
-
-if TYPE_CHECKING:
-    from lla_callbacks.objective.objective import Objective
-
-Loss = Callable[[Any, Any], Tensor]
-# (module, batch) -> (predictions, targets), what torchmetrics are fed with.
-Predict = Callable[[Any, Any], tuple[Tensor, Tensor]]
-# BatchNorm module -> its mean and variance at the present weights.
-Statistics = Sequence[tuple[_BatchNorm, Tensor, Tensor]]
 
 
 class Evaluator:
@@ -46,7 +42,7 @@ class Evaluator:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: HeldLoss,
         metrics: Mapping[str, Any],
         predict: Predict | None,
         reset: Callable[[], Copier],
@@ -209,7 +205,7 @@ class Evaluator:
 
 @contextmanager
 def evaluating(
-    objective: Objective,
+    objective: HeldLoss,
     *,
     metrics: Mapping[str, Any] | None = None,
     predict: Predict | None = None,
@@ -240,16 +236,6 @@ def evaluating(
         stack.enter_context(torch.autocast(objective.device.type, enabled=False))
         stack.enter_context(objective.autocast_inside())
         yield Evaluator(objective, metrics or {}, predict, reset)
-
-
-def load_statistics(statistics: Statistics) -> None:
-    """Give batch norms their statistics, inside a guard that puts the old ones back."""
-    with torch.no_grad():
-        for m, mean, var in statistics:
-            assert m.running_mean is not None
-            assert m.running_var is not None
-            m.running_mean.copy_(mean)
-            m.running_var.copy_(var)
 
 
 def is_metric(thing: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lla_callbacks import Barriers, Curve, LossCurve, barrier, connect, interpolate, loss_curve
-from lla_callbacks.curves.functions import published_rate
+from lla_callbacks.curves.plain_training import published_rate
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.probes import generator
 

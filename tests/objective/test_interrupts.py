@@ -93,11 +93,11 @@ def restless():
     with torch.no_grad():
         module.net[0].weight.add_(1)
     objective = Objective(module, [batch], loss)
-    context = objective._context
+    context = objective.context
 
     def evaluate():
         with weights_at(module, then):
-            objective._evaluate(batch, context=context, use=lambda value: value.backward())
+            objective.evaluate(batch, context=context, use=lambda value: value.backward())
 
     return module, evaluate
 

@@ -1,0 +1,100 @@
+"""The loss that a penalty is of: that of the step's own batch, as a function of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.callbacks.compat import MisconfigurationException, loss_scale
+from lla_callbacks.callbacks.replay import trainer_loss
+from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.batches import fresh
+from lla_callbacks.objective.loss import Loss
+from lla_callbacks.objective.objective import trainable
+from lla_callbacks.objective.state import preserved
+from lla_callbacks.penalty.displacement import DisplacedLoss
+from lla_callbacks.penalty.middle import penalized_parameters
+
+
+class Penalized:
+    """Which parameters are penalized, found out once for the parameters that are trained.
+
+    Args:
+        owner: What messages begin with.
+        layers: As the user gave them.
+    """
+
+    def __init__(self, owner: str, layers: Any) -> None:
+        self._owner = owner
+        self._layers = layers
+        self._space: tuple[str, ...] = ()
+        self._names: list[str] = []
+
+    def names(
+        self, module: Any, space: ParameterSpace, evaluate: Callable[[], Tensor]
+    ) -> list[str]:
+        """Return them; anew where others have become trainable."""
+        if self._space != space.names:
+
+            def run() -> None:
+                # With a graph, since a step may differentiate on its own way.
+                evaluate()
+
+            try:
+                self._names = penalized_parameters(module, space, self._layers, run)
+            except ValueError as error:
+                raise MisconfigurationException(f"{self._owner}: {error}") from error
+            self._space = space.names
+        return self._names
+
+
+def loss_around(
+    trainer: Any,
+    module: Any,
+    batch: tuple[Any, int],
+    loss: Loss | None,
+    penalized: Penalized,
+    *,
+    seed: int,
+    step: int,
+    relative: bool,
+    autocast: bool,
+) -> DisplacedLoss:
+    """Return the loss of a batch at weights around the present ones.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        batch: The batch, and which of its epoch it is.
+        loss: The user's own; ``None`` replays ``training_step``.
+        penalized: Which parameters are displaced.
+        seed: Of the probes, together with the step.
+        step: The optimizer step.
+        relative: Whether displacements are in units of each tensor's size.
+        autocast: Whether the Trainer's precision is kept.
+    """
+    inner = trainer_loss(trainer, loss, batch_idx=batch[1], as_trained=autocast)
+
+    def evaluate() -> Tensor:
+        gradients = torch.is_grad_enabled()
+        # From where random streams stand: the dropout mask of the step that follows.
+        # The weights are put back by who moves them.
+        with (
+            preserved(module, seed=None, check_weights=False) as copier,
+            torch.set_grad_enabled(gradients),
+        ):
+            return inner(module, fresh(batch[0], module.device, copier=copier))
+
+    space = ParameterSpace(trainable(module))
+    return DisplacedLoss(
+        evaluate,
+        space,
+        penalized.names(module, space, evaluate),
+        seed=seed,
+        key=(step,),
+        relative=relative,
+        loss_scale=loss_scale(trainer) if autocast else 1.0,
+    )

@@ -12,6 +12,7 @@ from lla_callbacks.curves.curve import Curve
 from lla_callbacks.curves.functions import barrier, connect, loss_curve
 from lla_callbacks.curves.report import Barriers, LossCurve
 from lla_callbacks.hessian.functions import measure_hessian
+from lla_callbacks.hessian.operator import CurvatureOperator, hessian_operator
 from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.minima.functions import (
@@ -35,6 +36,7 @@ __all__ = [
     "BasinComparison",
     "BasinRadii",
     "ConvexityMap",
+    "CurvatureOperator",
     "Curve",
     "FastGeometricEnsembling",
     "HessianMonitor",
@@ -59,6 +61,7 @@ __all__ = [
     "connect",
     "convexity_map",
     "economy",
+    "hessian_operator",
     "interpolate",
     "loss_curve",
     "loss_line",

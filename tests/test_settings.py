@@ -27,6 +27,7 @@ from lla_callbacks import (
     basin_radii,
     convexity_map,
     economy,
+    hessian_operator,
     interpolate,
     loss_line,
     loss_plane,
@@ -103,6 +104,7 @@ ACCEPTED: dict[str, set[str]] = {
     "num_runs": COUNTS,
     "num_layer_steps": {"zero"},
     "num_layer_probes": {"zero"},
+    "num_eigenvectors": {"zero", "one"},
     "num_samples": COUNTS,
     "mode": set(),
     "dropout": FLAGS,
@@ -182,8 +184,8 @@ PARTICULAR: dict[tuple[str, str], set[str]] = {
     ("measure_hessian", "layers"): {"None"},  # others name no module here
     **{
         (name, "num_samples"): {"None", *COUNTS}
-        for name in ("measure_hessian", "loss_line", "loss_plane", "interpolate", "convexity_map",
-                     "basin_radii")
+        for name in ("measure_hessian", "hessian_operator", "loss_line", "loss_plane",
+                     "interpolate", "convexity_map", "basin_radii")
     },
     # Sizes that a monitor chooses by itself, and a rim that no loss is known for yet.
     **{
@@ -197,8 +199,9 @@ PARTICULAR: dict[tuple[str, str], set[str]] = {
         for name in ("LossLandscapeMonitor", "economy", "standard", "paper")
     },
     ("economy", "lines"): {"None"},  # its planes are none, so that nothing would be left
-    **{(name, "loss"): set() for name in ("measure_hessian", "loss_line", "loss_plane",
-                                          "interpolate", "convexity_map", "basin_radii")},
+    **{(name, "loss"): set() for name in ("measure_hessian", "hessian_operator", "loss_line",
+                                          "loss_plane", "interpolate", "convexity_map",
+                                          "basin_radii")},
 }  # fmt: skip
 
 
@@ -209,6 +212,7 @@ def net() -> nn.Module:
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "measure_hessian": (measure_hessian, {"num_steps": 2, "num_probes": 2}),
+    "hessian_operator": (hessian_operator, {}),
     "loss_line": (loss_line, {"alphas": [-1.0, 0.0, 1.0]}),
     "loss_plane": (loss_plane, {"alphas": [0.0], "betas": [0.0]}),
     "interpolate": (interpolate, {"start": net(), "alphas": [0.0]}),

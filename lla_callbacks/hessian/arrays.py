@@ -26,7 +26,10 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
     come with residuals and errors, and all layers' nodes and weights one after the other, of
     which ``layer_run_sizes`` of shape ``(layers, num_runs)`` tells the ends. What could not be
     said within a bound is named in ``gap_names``, with the reasons in ``gaps``; what the
-    loss proved of itself in the arrays named ``check_...``.
+    loss proved of itself in the arrays named ``check_...``. Where eigenvectors were asked for,
+    ``eigenvectors`` of shape ``(n, k)`` holds them as columns, ``eigenvector_values`` of shape
+    ``(k, 2)`` eigenvalues and residuals, and ``parameter_names`` and ``parameter_shapes`` say
+    which rows are whose.
     """
     m = measurement
     arrays = dict(
@@ -71,8 +74,24 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
         notes=np.array(m.notes, dtype=np.str_),
         self_check="" if m.self_check is None else m.self_check.footer(),
         **check_arrays(m.self_check),
+        **_eigenvector_arrays(m),
     )
     return write_arrays(path, arrays)
+
+
+def _eigenvector_arrays(m: HessianMeasurement) -> dict[str, Any]:
+    found = m.eigenvectors
+    if found is None:
+        return {"eigenvectors": np.empty((0, 0))}
+    return {
+        "eigenvectors": found.vectors.numpy(),
+        "eigenvector_values": np.array(
+            list(zip(found.values.tolist(), found.residuals.tolist(), strict=True))
+        ),
+        "eigenvector_settled": np.array(found.settled),
+        "parameter_names": np.array(found.names, dtype=np.str_),
+        "parameter_shapes": np.array([",".join(map(str, s)) for s in found.shapes], dtype=np.str_),
+    }
 
 
 def _layer_arrays(layers: Mapping[str, LayerMeasurement]) -> dict[str, Any]:

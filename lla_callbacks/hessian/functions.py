@@ -38,6 +38,7 @@ def measure_hessian(
     num_layer_probes: int = HessianSettings.num_layer_probes,
     eig_rtol: float | None = None,
     trace_rtol: float | None = None,
+    num_eigenvectors: int = HessianSettings.num_eigenvectors,
     optimizer: torch.optim.Optimizer | None = None,
     num_samples: int | None = None,
     microbatch_size: int | None = None,
@@ -78,6 +79,10 @@ def measure_hessian(
         num_layer_probes: Most block probes a layer, where they make its trace surer.
         eig_rtol: Stop a run early at this relative residual of both extremes.
         trace_rtol: Stop probing early at this relative standard error.
+        num_eigenvectors: How many leading eigenvectors come along, in ``report.eigenvectors``:
+            by parameter name, orthonormal, with eigenvalues and residuals; see
+            :class:`~lla_callbacks.hessian.eigenvectors.Eigenvectors`. Some twenty to a hundred
+            products more, and as many vectors as long as the network.
         optimizer: Gives the criterion ``stability``.
         num_samples: Take batches until they have this many samples; ``None`` takes all.
         microbatch_size: Evaluate batches in parts of at most this many samples.
@@ -122,6 +127,7 @@ def measure_hessian(
         layers=layers,
         eig_rtol=eig_rtol,
         trace_rtol=trace_rtol,
+        num_eigenvectors=num_eigenvectors,
         seed=seed,
         chunk_size=chunk_size,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lla_callbacks.hessian.arithmetic import End, with_arithmetic
 from lla_callbacks.hessian.criteria_of import FAR_END, criteria_of
+from lla_callbacks.hessian.eigenvectors import Eigenvectors, leading_eigenvectors
 from lla_callbacks.hessian.engine_error import END_GAP, engine_error, verified_ends
 from lla_callbacks.hessian.layer_measures import LayerMeasurement, LayerTrace, measure_layers
 from lla_callbacks.hessian.settings import HessianSettings
@@ -93,6 +94,7 @@ class HessianMeasurement:
         gaps: What could not be said within a bound, by name, and why: it is NaN, or empty.
         self_check: What the objective proved of itself before; ``None`` if it was not asked.
         notes: What else a reader should know of the loss, in sentences.
+        eigenvectors: The leading ones, as many as were asked for; ``None`` without.
     """
 
     lambda_max: Eigenvalue
@@ -128,6 +130,7 @@ class HessianMeasurement:
     gaps: Mapping[str, str] = field(default_factory=dict)
     self_check: SelfCheck | None = None
     notes: tuple[str, ...] = ()
+    eigenvectors: Eigenvectors | None = None
 
     @property
     def is_hessian(self) -> bool:
@@ -299,6 +302,11 @@ def _measured(
             )
     if anchor is not None and not off.gap:
         anchor(hessian, blocks, runs, traces)
+    eigenvectors = None
+    if settings.num_eigenvectors:
+        eigenvectors = leading_eigenvectors(
+            hessian, runs[0], settings.num_eigenvectors, settings.seed
+        )
     weight_norm = norm(space.flatten(space.tensors))
     # The last of all, since it takes the operator's memory.
     lowest = min(runs, key=lambda run: float(run.values[0]))
@@ -339,6 +347,7 @@ def _measured(
         engine=hessian.engine,
         product_error=off.random,
         gaps=gaps,
+        eigenvectors=eigenvectors,
     )
     return _without_random(found) if off.gap else found
 

@@ -47,6 +47,9 @@ class HessianSettings:
             depend on the depth need.
         trace_rtol: Stop adding probes once the standard error of the trace is at most this
             share of it; ``num_probes`` is then the largest number.
+        num_eigenvectors: Leading eigenvectors; see
+            :func:`~lla_callbacks.hessian.eigenvectors.leading_eigenvectors`. Default 0: none,
+            since each is as large as the network.
         seed: Fixes every random vector.
         chunk_size: Vectors in one backward pass; the results do not depend on it.
 
@@ -62,6 +65,7 @@ class HessianSettings:
     num_layer_probes: int = 0
     eig_rtol: float | None = None
     trace_rtol: float | None = None
+    num_eigenvectors: int = 0
     seed: int = 0
     chunk_size: int = 1
 
@@ -77,6 +81,8 @@ class HessianSettings:
             settle(self, **{name: none_or_two(name, getattr(self, name))})
         for name in ("eig_rtol", "trace_rtol"):
             settle(self, **{name: fraction(name, getattr(self, name), none=True)})
+        wanted = whole("num_eigenvectors", self.num_eigenvectors, 0, MOST_WORK)
+        settle(self, num_eigenvectors=wanted)
         settle(self, seed=seed_of("seed", self.seed))
         check_layers(self.layers)
 

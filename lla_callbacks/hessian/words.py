@@ -62,6 +62,9 @@ def describe(measurement: HessianMeasurement) -> str:
             f"  stability           {c['stability']:.2g} of the optimizer's limit (1 is the "
             "edge, where full-batch steps start to overshoot)"
         )
+    if m.eigenvectors is not None:
+        pairs = zip(m.eigenvectors.values.tolist(), m.eigenvectors.residuals.tolist(), strict=True)
+        lines.append(f"  eigenvectors        of {', '.join(with_error(v, r) for v, r in pairs)}")
     lines += _layer_lines(m)
     if m.self_check is not None:
         lines += [f"  {line}" for line in m.self_check.lines()]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from lla_callbacks.linalg.errors import (
     MeasurementError,
@@ -14,7 +14,7 @@ from lla_callbacks.linalg.errors import (
 )
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.sharing import Share
-from lla_callbacks.objective.objective import Objective
+from lla_callbacks.objective.objective import Engine, Objective
 from lla_callbacks.objective.product_checks import prove_products
 from lla_callbacks.objective.self_check import SelfCheck
 from lla_callbacks.objective.value_checks import prove_values
@@ -62,32 +62,49 @@ def _with_hessian(
     chunk_size: int,
     share: Share | None,
 ) -> tuple[Result, str]:
-    found = prove(objective, share)
-    refuse_other_derivatives(objective, found)
-    reason, engines = "", objective.engines
-    if found is not None and not found.is_hessian and objective.engine == "auto":
-        # Double backward takes for constant what was detached.
-        engines = ("difference",)
-        reason = "the gradient is no derivative of the loss, and differences see all of it"
-    elif objective.engine == "difference":
-        reason = "engine='difference' was asked for"
-    elif objective.engines[0] == "difference":
-        reason = "the parameters are sharded, and torch differentiates through that once only"
+    engines, reason = engines_of(objective, share)
     for last, engine in enumerate(engines, start=1):
         failed: Exception
         try:
             with objective.hessian(chunk_size=chunk_size, engine=engine, share=share) as hessian:
-                _prove_engine(objective, hessian)
+                prove_engine(objective, hessian)
                 return use(hessian), reason
         except (NoSecondDerivativeError, OutOfMemoryError) as error:
             if last == len(engines):
-                if isinstance(error, NoSecondDerivativeError):
-                    hint = "Or take engine='auto', which measures what differences can tell."
-                    raise NoSecondDerivativeError(str(error), hint) from error
-                raise
+                raise_last(error)
             failed = forgetful(error)
         reason = f"{type(failed).__name__}: {failed}"
     raise AssertionError("an objective has at least one engine")
+
+
+def engines_of(objective: Objective, share: Share | None = None) -> tuple[Sequence[Engine], str]:
+    """Return the engines to be tried, in order, and why it is not the exact one, or nothing.
+
+    Raises:
+        MeasurementError: If the objective proved that it has no Hessian.
+    """
+    found = prove(objective, share)
+    refuse_other_derivatives(objective, found)
+    if found is not None and not found.is_hessian and objective.engine == "auto":
+        # Double backward takes for constant what was detached.
+        return ("difference",), (
+            "the gradient is no derivative of the loss, and differences see all of it"
+        )
+    if objective.engine == "difference":
+        return objective.engines, "engine='difference' was asked for"
+    if objective.engines[0] == "difference":
+        return objective.engines, (
+            "the parameters are sharded, and torch differentiates through that once only"
+        )
+    return objective.engines, ""
+
+
+def raise_last(error: MeasurementError) -> NoReturn:
+    """Raise what the last engine failed at."""
+    if isinstance(error, NoSecondDerivativeError):
+        hint = "Or take engine='auto', which measures what differences can tell."
+        raise NoSecondDerivativeError(str(error), hint) from error
+    raise error
 
 
 def prove(objective: Objective, share: Share | None = None) -> SelfCheck | None:
@@ -120,7 +137,7 @@ def refuses(objective: Objective, found: SelfCheck) -> bool:
     return bool(found.trouble) and not wanted
 
 
-def _prove_engine(objective: Objective, hessian: LossOperator) -> None:
+def prove_engine(objective: Objective, hessian: LossOperator) -> None:
     """Let an engine prove its products, once on the held batches.
 
     Raises:

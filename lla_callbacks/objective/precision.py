@@ -27,18 +27,25 @@ def check_precision(precision: str) -> None:
 
 
 @contextmanager
-def at_precision(module: nn.Module, precision: Precision) -> Iterator[None]:
+def at_precision(
+    module: nn.Module, precision: Precision, copies: dict[int, Tensor] | None = None
+) -> Iterator[None]:
     """Let a module have float32 parameters and buffers inside, where it has halves.
 
     Copies take the places of half-precision parameters and buffers, and the originals, to the
     bit and as the same objects, come back on leaving: optimizers and wrappers notice nothing.
     float32 and float64 stay as they are, and with ``"training"`` everything does.
 
+    Args:
+        module: The module.
+        precision: See above.
+        copies: By the originals' identity, for who comes again and needs the same copies.
+
     Raises:
         MeasurementError: If the halves are sharded.
     """
     saved: list[tuple[dict[str, Any], str, Any]] = []
-    copies: dict[int, Tensor] = {}
+    copies = {} if copies is None else copies
     halves = any(t.dtype in HALF for t in (*module.parameters(), *module.buffers()))
     if halves and precision == "float32" and is_sharded(module):
         raise MeasurementError(

@@ -48,9 +48,11 @@ class Sink:
     def introduce(self, trainer: Any, layout: Mapping[str, Any] | None) -> None:
         """Say where results will be seen, and store TensorBoard's layout of charts."""
         for logger in self.loggers(trainer):
-            self.guarded("logging", self._introduce, trainer, logger, layout)
+            self.guarded("logging", self._introduce, trainer, logger)
+            if layout:
+                self.guarded("logging charts", write_layout, logger, layout)
 
-    def _introduce(self, trainer: Any, logger: Any, layout: Mapping[str, Any] | None) -> None:
+    def _introduce(self, trainer: Any, logger: Any) -> None:
         experiment = getattr(logger, "experiment", None)
         if callable(getattr(experiment, "add_figure", None)) and self.figures:
             say(
@@ -59,8 +61,6 @@ class Sink:
                 "--samples_per_plugin images=1000 (without that it shows ten figures a tag)"
                 + (f" (numbers are in {self.name}/*.npz there)" if self.save_arrays else ""),
             )
-        if layout:
-            write_layout(logger, layout)
 
     def scalars(self, trainer: Any, values: Mapping[str, float], step: int) -> None:
         """Log scalars at a step."""
@@ -126,18 +126,25 @@ def remedy_of(error: Exception, what: str) -> str:
     if isinstance(error, NotYetError):
         return "Later measurements have it."
     if is_out_of_memory(error):
-        return "Lower num_samples or num_steps, or set max_memory or microbatch_size."
-    if isinstance(error, OSError) and what in ("saving arrays", "drawing", "logging"):
+        # Batches are held whole, and what could be halved was.
+        return (
+            "Give dataloader= with smaller batches, or lower num_samples (or num_steps, where "
+            "there is one)."
+        )
+    without = REMEDIES.get(what, "")
+    if isinstance(error, OSError) and what in _WRITING:
         if error.errno in _DISK:
-            return "Free disk space, or set save_arrays=False and figures=False."
+            return f"Free disk space. {without}".strip()
         if error.errno in _RIGHTS:
-            return "Give the logger a folder that can be written to, or set save_arrays=False."
+            return f"Give the logger a folder that can be written to. {without}".strip()
         if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
-            return "The logger's server did not answer: what was meant for it is missing there."
-        return "What was meant for this file or logger is missing there."
-    return REMEDIES.get(what, "Set figures=False or custom_scalars=False to do without.")
+            return f"The logger's server did not answer. {MISSING}"
+        return f"{MISSING} {without}".strip()
+    return without or MISSING
 
 
+_WRITING = ("saving arrays", "drawing", "logging", "logging charts")
+MISSING = "What was meant for this file or logger is missing there."
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
@@ -152,6 +159,8 @@ REMEDIES = {
     "holding a batch": "Give dataloader= with batches of tensors in plain containers.",
     "reading dataloader": "Mend the dataloader, or leave it out to hold training batches.",
     "saving arrays": "Set save_arrays=False to do without.",
+    "drawing": "Set figures=False to do without.",
+    "logging charts": "Set custom_scalars=False to do without.",
     "resuming": "Curves begin anew at this step.",
     "storing the history": "A resumed run will begin its curves anew.",
     "keeping the state": "A run resumed from here will begin its curves anew.",

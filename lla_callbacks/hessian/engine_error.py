@@ -17,7 +17,8 @@ from lla_callbacks.linalg.probes import generator, rademacher
 # Relative error of a product beyond which it says nothing. Smooth networks stay below 0.01 in
 # float32; networks with kinks (ReLU) were seen from 0.1 on (docs/benchmarks/engines.md). Choice.
 BOUND = 0.05
-END_GAP = f"differences of gradients are off by more than {BOUND:.0%} along its direction"
+_OFF = "differences of gradients are off by"
+END_GAP = f"{_OFF} more than {BOUND:.0%} along its direction"
 # The smallest eigenvalue may be tiny beside the largest: its error counts against this share of
 # it at least.
 LEAST_SCALE = 0.1
@@ -43,17 +44,20 @@ class EngineError:
         if self.random <= BOUND:
             return ""
         return (
-            f"differences of gradients are off by {self.random:.0%} along random directions, more "
-            f"than {BOUND:.0%}: they see the kinks of ReLU or max-pooling, or too few digits"
+            f"{_OFF} {self.random:.0%} along random directions, more than {BOUND:.0%}: they see "
+            "the kinks of ReLU or max-pooling, or too few digits"
         )
 
 
-def gap_remedy(engine_reason: str) -> str:
+def gap_remedy(engine_reason: str, gap: str = END_GAP) -> str:
     """Return what helps where differences of gradients could not tell.
 
     Args:
         engine_reason: Why products are by differences, as a measurement has it.
+        gap: Why there is a gap. Those that are not the engine's say themselves what to do.
     """
+    if not engine_reason or not gap.startswith(_OFF):
+        return ""
     if "was asked for" in engine_reason:
         return "Set engine='exact' or 'auto'."
     if "sharded" in engine_reason:

@@ -87,10 +87,9 @@ def _gap_lines(m: HessianMeasurement) -> list[str]:
         reasons.setdefault(reason, []).append(name)
     lines = [f"  no {', '.join(names):<17}{reason}" for reason, names in reasons.items()]
     if lines and m.self_check is not None and m.self_check.trouble:
-        lines.append(f"  {m.self_check.remedy}")
-    elif lines:
-        lines.append(f"  {gap_remedy(m.engine_reason)}")
-    return lines
+        return [*lines, f"  {m.self_check.remedy}"]
+    remedies = {gap_remedy(m.engine_reason, reason) for reason in reasons} - {""}
+    return lines + [f"  {remedy}" for remedy in remedies]
 
 
 def _layer_lines(m: HessianMeasurement) -> list[str]:

@@ -28,11 +28,13 @@ class MeasurementError(RuntimeError):
         remedy: What the user can do about it, in one sentence.
 
     Attributes:
-        remedy: The same sentence, for callers that show it apart.
+        message: What happened.
+        remedy: What to do, for callers that show it apart.
     """
 
     def __init__(self, message: str, remedy: str) -> None:
-        super().__init__(f"{message} {remedy}")
+        super().__init__(f"{message} {remedy}".strip())
+        self.message = message
         self.remedy = remedy
 
 

@@ -73,6 +73,11 @@ def _with_hessian(
             if last == len(engines):
                 raise_last(error)
             failed = forgetful(error)
+        except MeasurementError as error:
+            if reason.startswith(_FAILED) and "engine='exact'" in error.remedy:
+                # It was tried, and the way back would be a circle.
+                raise type(error)(error.message, _instead(reason)) from None
+            raise
         reason = f"{type(failed).__name__}: {failed}"
     raise AssertionError("an objective has at least one engine")
 
@@ -105,6 +110,17 @@ def raise_last(error: MeasurementError) -> NoReturn:
         hint = "Or take engine='auto', which measures what differences can tell."
         raise NoSecondDerivativeError(str(error), hint) from error
     raise error
+
+
+# What the reason for differences begins with where the exact engine failed.
+_FAILED = (NoSecondDerivativeError.__name__, OutOfMemoryError.__name__)
+
+
+def _instead(reason: str) -> str:
+    """Return what helps where the exact engine failed, and differences cannot either."""
+    if reason.startswith(OutOfMemoryError.__name__):
+        return "Raise max_memory, or lower num_samples or the size of the held batches."
+    return "Give loss=callable(module, batch) by operations that differentiate twice."
 
 
 def prove(objective: Objective, share: Share | None = None) -> SelfCheck | None:

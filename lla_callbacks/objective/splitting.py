@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.difference import first_derivative
-from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
+from lla_callbacks.linalg.errors import MeasurementError, described, is_out_of_memory
 from lla_callbacks.linalg.space import ParameterSpace
 
 # Rounding differs between the two sums; a coupling of samples differs by far more.
 LOSS_RTOL, GRADIENT_RTOL = 1e-4, 1e-3
+
+_REMEDY = "Leave out microbatch_size, or use mode='eval' where batch statistics are the cause."
 
 Context = Callable[[], AbstractContextManager[None]]
 
@@ -51,7 +53,17 @@ def check_split(
         return
     shares = [count / sum(counts) for count in counts]
     expected = value_of(evaluate, whole)
-    found = sum(value_of(evaluate, p) * share for p, share in zip(parts, shares, strict=True))
+    try:
+        found = sum(value_of(evaluate, p) * share for p, share in zip(parts, shares, strict=True))
+    except MeasurementError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # Batch statistics of one sample, say: the whole was evaluated.
+        raise MeasurementError(
+            f"a part of {name} fails, and the whole does not ({described(error)}).", _REMEDY
+        ) from error
     apart = abs(found - expected) > LOSS_RTOL * max(abs(expected), 1e-6)
     if not apart and context is not None:
         apart = _gradients_differ(evaluate, module, whole, parts, shares, context)
@@ -60,7 +72,7 @@ def check_split(
             f"microbatches change the loss of {name} (from {expected:.6g} to {found:.6g}) or its "
             "gradient: the samples of a batch see each other (batch statistics, a contrastive "
             "loss) or the loss is not a mean over samples (a mean over tokens, with padding).",
-            "Leave out microbatch_size, or use mode='eval' where batch statistics are the cause.",
+            _REMEDY,
         )
 
 

@@ -227,7 +227,9 @@ def test_out_of_memory_names_its_own_remedy(tmp_path):
     def greedy(module, batch):
         raise MemoryError("no more")
 
-    with pytest.warns(UserWarning, match=r"Lower num_samples.*max_memory or microbatch_size"):
+    with pytest.warns(
+        UserWarning, match="Give dataloader= with smaller batches, or lower num_samples"
+    ):
         fit(tmp_path, monitor(loss=greedy))
 
 

@@ -108,7 +108,7 @@ def test_a_predicate_that_raises_costs_the_layers_alone(tmp_path):
         (ConnectionResetError("by peer"), "server did not answer"),
         (TimeoutError("too slow"), "server did not answer"),
         (socket.gaierror(-2, "Name or service not known"), "server did not answer"),
-        (ValueError("odd"), "Set figures=False or custom_scalars=False"),
+        (ValueError("odd"), "What was meant for this file or logger is missing"),
     ],
 )
 def test_a_remedy_is_one_for_what_happened(tmp_path, error, remedy):

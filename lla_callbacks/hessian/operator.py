@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lla_callbacks.linalg.errors import (
+    MeasurementError,
     NoSecondDerivativeError,
     OutOfMemoryError,
     forgetful,
@@ -194,8 +195,10 @@ class CurvatureOperator(SymmetricOperator):
                 return use(self._opened())
             except (NoSecondDerivativeError, OutOfMemoryError) as error:
                 if len(self._engines) == 1:
-                    raise_last(error)
+                    raise_last(error, self.engine_reason)
                 failed = forgetful(error)
+            except MeasurementError as error:
+                raise_last(error, self.engine_reason)
             if self._inner is not None:
                 self._inner.release()
             self._inner = None

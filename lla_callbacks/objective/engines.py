@@ -20,6 +20,7 @@ from lla_callbacks.objective.self_check import SelfCheck
 from lla_callbacks.objective.value_checks import prove_values
 
 Result = TypeVar("Result")
+ASKED = "engine='difference' was asked for"
 
 
 def with_hessian(
@@ -71,13 +72,10 @@ def _with_hessian(
                 return use(hessian), reason
         except (NoSecondDerivativeError, OutOfMemoryError) as error:
             if last == len(engines):
-                raise_last(error)
+                raise_last(error, reason)
             failed = forgetful(error)
         except MeasurementError as error:
-            if reason.startswith(_FAILED) and "engine='exact'" in error.remedy:
-                # It was tried, and the way back would be a circle.
-                raise type(error)(error.message, _instead(reason)) from None
-            raise
+            raise_last(error, reason)
         reason = f"{type(failed).__name__}: {failed}"
     raise AssertionError("an objective has at least one engine")
 
@@ -96,7 +94,7 @@ def engines_of(objective: Objective, share: Share | None = None) -> tuple[Sequen
             "the gradient is no derivative of the loss, and differences see all of it"
         )
     if objective.engine == "difference":
-        return objective.engines, "engine='difference' was asked for"
+        return objective.engines, ASKED
     if objective.engines[0] == "difference":
         return objective.engines, (
             "the parameters are sharded, and torch differentiates through that once only"
@@ -104,16 +102,20 @@ def engines_of(objective: Objective, share: Share | None = None) -> tuple[Sequen
     return objective.engines, ""
 
 
-def raise_last(error: MeasurementError) -> NoReturn:
-    """Raise what the last engine failed at."""
+def raise_last(error: MeasurementError, reason: str) -> NoReturn:
+    """Raise what the last engine failed at, with a remedy that was not tried.
+
+    Args:
+        error: The error.
+        reason: Why it is not the exact engine, or nothing.
+    """
     if isinstance(error, NoSecondDerivativeError):
         hint = "Or take engine='auto', which measures what differences can tell."
         raise NoSecondDerivativeError(str(error), hint) from error
+    if reason and reason != ASKED and "engine='exact'" in error.remedy:
+        # The way back would be a circle.
+        raise type(error)(error.message, _instead(reason)) from None
     raise error
-
-
-# What the reason for differences begins with where the exact engine failed.
-_FAILED = (NoSecondDerivativeError.__name__, OutOfMemoryError.__name__)
 
 
 def _instead(reason: str) -> str:

@@ -107,6 +107,7 @@ ACCEPTED: dict[str, set[str]] = {
     "num_eigenvectors": {"zero", "one"},
     "num_samples": COUNTS,
     "mode": set(),
+    "matrix": set(),
     "dropout": FLAGS,
     "loss": {"None"},
     "dataloader": {"None"},

@@ -134,6 +134,7 @@ def finish_measured(figure: Figure, m: HessianMeasurement, title: str, note: str
         figure,
         title,
         [
+            "Gauss-Newton part" if m.matrix == "ggn" else "",
             f"{m.num_params:,} parameters",
             f"{m.num_samples:,} samples",
             MODES.get(m.mode, m.mode),

@@ -17,6 +17,7 @@ from lla_callbacks.objective.build import objective_of
 from lla_callbacks.objective.checks import module_of, optimizer_of
 from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.evaluation import Loss
+from lla_callbacks.objective.gauss_newton import Matrix
 from lla_callbacks.objective.layers import Layers
 from lla_callbacks.objective.objective import Engine, Mode, trainable
 from lla_callbacks.objective.precision import Precision, at_precision, check_precision
@@ -30,6 +31,7 @@ def measure_hessian(
     loss: Loss | None = None,
     mode: Mode = "batch",
     dropout: bool = False,
+    matrix: Matrix = "hessian",
     layers: Layers = None,
     num_probes: int = HessianSettings.num_probes,
     num_steps: int = HessianSettings.num_steps,
@@ -68,6 +70,13 @@ def measure_hessian(
             by running statistics. ``"recalibrate"``: by statistics over all batches at the
             present weights, held fixed.
         dropout: Whether dropout is on; off by default in every mode.
+        matrix: ``"hessian"``, or ``"ggn"``: its Gauss-Newton part ``J' A J``, what the criterion
+            curves with the network taken as linear, which is never negative; the report holds its
+            share of the Hessian's trace too. For losses made of ``cross_entropy``, ``nll_loss``,
+            ``mse_loss``, ``binary_cross_entropy_with_logits``, ``huber_loss`` or
+            ``smooth_l1_loss`` of ``torch.nn.functional``, or their modules, found as the loss calls
+            them; others are refused by name. ``num_probes`` products with each of both matrices
+            come on top.
         layers: Layers that are told apart: ``None`` takes every module that owns parameters,
             ``"blocks"`` every repeated block; or paths, patterns or a predicate of modules,
             see :func:`~lla_callbacks.objective.layers.layer_parameters`.
@@ -153,5 +162,6 @@ def measure_hessian(
             check=check,
             jacobian=jacobian,
             batch_size=batch_size,
+            matrix=matrix,
         )
         return HessianReport.of(measure(objective, settings, limit=limit))

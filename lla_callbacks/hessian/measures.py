@@ -17,6 +17,7 @@ from lla_callbacks.hessian.engine_error import END_GAP, engine_error, verified_e
 from lla_callbacks.hessian.layer_measures import LayerMeasurement, LayerTrace, measure_layers
 from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.hessian.stability import StabilityLimit, measured_stability
+from lla_callbacks.hessian.trace_share import quadratic_forms, trace_share
 from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.distance import Quadrature
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, extremes
@@ -28,6 +29,7 @@ from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 from lla_callbacks.objective.engines import prove, refuses, with_hessian
 from lla_callbacks.objective.filters import filter_scales
+from lla_callbacks.objective.gauss_newton import GaussNewtonObjective
 from lla_callbacks.objective.layers import layer_parameters, outside
 from lla_callbacks.objective.objective import Objective, trainable
 from lla_callbacks.objective.self_check import SelfCheck
@@ -95,6 +97,12 @@ class HessianMeasurement:
         self_check: What the objective proved of itself before; ``None`` if it was not asked.
         notes: What else a reader should know of the loss, in sentences.
         eigenvectors: The leading ones, as many as were asked for; ``None`` without.
+        matrix: What all of this is of: ``"hessian"``, or ``"ggn"`` for its Gauss-Newton part.
+        hessian_trace: Of the Gauss-Newton part: trace of the whole Hessian. Else NaN.
+        hessian_trace_sem: Its standard error.
+        gauss_newton_share: ``trace / hessian_trace``; above 1 where the rest of the Hessian, in
+            which the network itself curves, is negative in the mean. NaN for ``"hessian"``.
+        gauss_newton_share_error: Its standard error.
     """
 
     lambda_max: Eigenvalue
@@ -131,6 +139,11 @@ class HessianMeasurement:
     self_check: SelfCheck | None = None
     notes: tuple[str, ...] = ()
     eigenvectors: Eigenvectors | None = None
+    matrix: str = "hessian"
+    hessian_trace: float = math.nan
+    hessian_trace_sem: float = math.nan
+    gauss_newton_share: float = math.nan
+    gauss_newton_share_error: float = math.nan
 
     @property
     def is_hessian(self) -> bool:
@@ -191,11 +204,17 @@ def measure(
         found = gap_measurement(objective, settings, check, share)
         return replace(found, seconds=time.perf_counter() - began, notes=objective.notes)
 
+    forms: list[float] = []
+
     def use(hessian: LossOperator) -> HessianMeasurement:
         hessian.listener = listener
+        if hessian.matrix == "ggn":
+            forms[:] = quadratic_forms(hessian, settings.seed, settings.num_probes)
         return _measured(objective, hessian, settings, limit, anchor)
 
     found, reason = with_hessian(objective, use, chunk_size=settings.chunk_size, share=share)
+    if isinstance(objective, GaussNewtonObjective):
+        found = _with_share(found, objective, forms, share)
     seconds = time.perf_counter() - began
     return replace(
         found,
@@ -203,6 +222,26 @@ def measure(
         seconds=seconds,
         self_check=objective.findings.proof.self_check if objective.check else None,
         notes=objective.notes,
+    )
+
+
+def _with_share(
+    m: HessianMeasurement,
+    objective: GaussNewtonObjective,
+    forms: Sequence[float],
+    share: Share | None,
+) -> HessianMeasurement:
+    """Return the measurement of a Gauss-Newton part with its share of the Hessian's trace."""
+    part = trace_share(objective, forms, m.trace, m.trace_sem, m.seed, share)
+    return replace(
+        m,
+        matrix="ggn",
+        hessian_trace=part.hessian_trace,
+        hessian_trace_sem=part.hessian_trace_sem,
+        gauss_newton_share=part.share,
+        gauss_newton_share_error=part.share_error,
+        num_matvecs=m.num_matvecs + part.num_matvecs,
+        gaps={**m.gaps, "gauss_newton_share": part.gap} if part.gap else m.gaps,
     )
 
 

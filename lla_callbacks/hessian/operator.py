@@ -22,12 +22,15 @@ from lla_callbacks.objective.checks import MOST_WORK, module_of, whole
 from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.engines import engines_of, prove_engine, raise_last
 from lla_callbacks.objective.evaluation import Loss
+from lla_callbacks.objective.gauss_newton import Matrix
 from lla_callbacks.objective.objective import Engine, Mode, Objective, trainable
 from lla_callbacks.objective.precision import Precision, at_precision, check_precision
 from lla_callbacks.objective.self_check import Jacobian
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+
+NAMES = {"hessian": "Hessian", "ggn": "Gauss-Newton part of the Hessian"}
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -85,6 +88,11 @@ class CurvatureOperator(SymmetricOperator):
     def engine(self) -> Engine:
         """How products are computed: ``"exact"`` or ``"difference"``."""
         return self._engines[0]
+
+    @property
+    def matrix(self) -> str:
+        """``"hessian"`` or ``"ggn"``."""
+        return self._present.matrix
 
     @property
     def loss(self) -> float:
@@ -161,7 +169,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def __repr__(self) -> str:
         return (
-            f"<CurvatureOperator: Hessian of {self.shape[0]:,} parameters on "
+            f"<CurvatureOperator: {NAMES[self.matrix]} of {self.shape[0]:,} parameters on "
             f"{self._objective.num_samples:,} samples, {self.engine} products, {self.dtype}>"
         )
 
@@ -223,6 +231,7 @@ def hessian_operator(
     loss: Loss | None = None,
     mode: Mode = "batch",
     dropout: bool = False,
+    matrix: Matrix = "hessian",
     num_samples: int | None = None,
     microbatch_size: int | None = None,
     max_memory: int | None = None,
@@ -247,6 +256,7 @@ def hessian_operator(
         mode: ``"batch"``, ``"eval"`` or ``"recalibrate"``, as of
             :func:`~lla_callbacks.measure_hessian`, and likewise all below.
         dropout: Whether dropout is on.
+        matrix: ``"hessian"``, or ``"ggn"`` for its Gauss-Newton part.
         num_samples: Take batches until they have this many samples; ``None`` takes all.
         microbatch_size: Evaluate batches in parts of at most this many samples.
         max_memory: Bytes that graphs may take.
@@ -284,5 +294,6 @@ def hessian_operator(
             check=check,
             jacobian=jacobian,
             batch_size=batch_size,
+            matrix=matrix,
         )
     return CurvatureOperator(objective, copies, chunk_size=chunk_size)

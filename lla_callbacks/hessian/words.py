@@ -16,6 +16,8 @@ def describe(measurement: HessianMeasurement) -> str:
     m = measurement
     c = m.criteria
     what = "Hessian" if m.is_hessian else "Jacobian of the training gradient, no Hessian,"
+    if m.matrix == "ggn":
+        what = "Gauss-Newton part of the Hessian"
     lines = [
         f"{what} of {m.num_params:,} parameters on {m.num_samples:,} samples, mode "
         f"'{m.mode}': {m.num_matvecs} products in {m.seconds:.2g} s.",
@@ -34,6 +36,13 @@ def describe(measurement: HessianMeasurement) -> str:
         lines.append(
             f"  trace               {with_error(m.trace, m.trace_sem)}"
             "  (all curvature added up; the +- is one standard error)"
+        )
+    if math.isfinite(m.gauss_newton_share):
+        share = with_error(m.gauss_newton_share, m.gauss_newton_share_error)
+        whole = with_error(m.hessian_trace, m.hessian_trace_sem)
+        lines.append(
+            f"  share of the trace  {share}  (of the Hessian's, {whole}; the rest is where the "
+            "network itself curves)"
         )
     if math.isfinite(m.filter_curvature):
         lines.append(

@@ -121,12 +121,16 @@ class HessianOperator(LossOperator):
                     # Without the frames, which hold the graphs that take the memory.
                     trouble = error.with_traceback(None)
                 if trouble is not None:
-                    if self._keeps and any(gradient is not None for gradient in self._kept):
+                    if self._keeps and self._holds_graphs:
                         self._forget_graphs()
                     else:
                         self._halve(i, trouble)
                     continue
             i += 1
+
+    @property
+    def _holds_graphs(self) -> bool:
+        return any(gradient is not None for gradient in self._kept)
 
     def _forget_graphs(self) -> None:
         """Keep no graph from here on: every batch is differentiated anew for each product."""

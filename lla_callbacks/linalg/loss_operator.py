@@ -60,6 +60,7 @@ class LossOperator(SymmetricOperator):
 
     Attributes:
         engine: How products are computed, in a word.
+        matrix: ``"hessian"``, or ``"ggn"`` for its Gauss-Newton part.
         space: Layout of the flat vectors.
         loss: The loss ``L``, a float.
         gradient: ``dL/dtheta``, shape ``(dim,)``.
@@ -70,6 +71,7 @@ class LossOperator(SymmetricOperator):
     """
 
     engine = "exact"
+    matrix = "hessian"
     room = math.inf
 
     def __init__(

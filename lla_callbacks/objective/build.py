@@ -19,6 +19,7 @@ from lla_callbacks.objective.checks import (
 )
 from lla_callbacks.objective.counting import BatchSize, batch_size_of
 from lla_callbacks.objective.evaluation import Loss
+from lla_callbacks.objective.gauss_newton import GaussNewtonObjective, Matrix, check_matrix
 from lla_callbacks.objective.objective import (
     Engine,
     Mode,
@@ -47,6 +48,7 @@ def objective_of(
     check: bool = True,
     jacobian: Jacobian = "gap",
     batch_size: BatchSize = None,
+    matrix: Matrix = "hessian",
 ) -> Objective:
     """Return the objective that every function measures: copies of batches, frozen.
 
@@ -61,6 +63,7 @@ def objective_of(
     # Before batches are fetched, which may take long.
     check_mode(mode, dropout)
     check_engine(engine)
+    check_matrix(matrix, engine)
     check_precision(precision)
     num_samples = whole("num_samples", num_samples, 1, none=True, other=", or None for all")
     microbatch_size = whole("microbatch_size", microbatch_size, 1, none=True, other=", or None")
@@ -78,7 +81,8 @@ def objective_of(
             f"batches, of type {type(batches).__name__}, is empty: there is no batch to measure "
             "on. Give at least one; a generator that was read once is at its end."
         )
-    return Objective(
+    kind = GaussNewtonObjective if matrix == "ggn" else Objective
+    return kind(
         module,
         held,
         loss,

@@ -88,7 +88,8 @@ def engines_of(objective: Objective, share: Share | None = None) -> tuple[Sequen
     """
     found = prove(objective, share)
     refuse_other_derivatives(objective, found)
-    if found is not None and not found.is_hessian and objective.engine == "auto":
+    differs = found is not None and not found.is_hessian
+    if differs and "difference" in objective.engines and objective.engine == "auto":
         # Double backward takes for constant what was detached.
         return ("difference",), (
             "the gradient is no derivative of the loss, and differences see all of it"
@@ -174,11 +175,12 @@ def prove_engine(objective: Objective, hessian: LossOperator) -> None:
     if not known.is_hessian:
         # A Jacobian need not be symmetric.
         return
-    if hessian.engine not in findings.proof.proved:
+    proved = hessian.engine if hessian.matrix == "hessian" else hessian.matrix
+    if proved not in findings.proof.proved:
         found = prove_products(objective, hessian)
         earlier = tuple(c for c in known.checks if c.name in ("repeats", "slope"))
         findings.learn(
-            proved=(*findings.proof.proved, hessian.engine),
+            proved=(*findings.proof.proved, proved),
             lost=found.lost or findings.proof.lost,
             self_check=replace(
                 known,

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lla_callbacks.linalg.errors import MeasurementError
+from lla_callbacks.linalg.gauss_newton import Call
+from lla_callbacks.objective.criteria import heard, known_criteria
 from lla_callbacks.penalty.displacement import DisplacedLoss, Gradients, combined
-
-# Criteria that are convex in their first argument, the network's output. Negative log
-# likelihood is taken as cross entropy: on log-probabilities the two agree, and the second
-# has the curvature that the first leaves to the log_softmax before it.
-CRITERIA: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.cross_entropy: F.cross_entropy,
-    F.nll_loss: F.cross_entropy,
-    F.mse_loss: F.mse_loss,
-    F.binary_cross_entropy_with_logits: F.binary_cross_entropy_with_logits,
-    F.huber_loss: F.huber_loss,
-    F.smooth_l1_loss: F.smooth_l1_loss,
-}
 
 
 def gauss_newton_gradient(
@@ -41,7 +27,8 @@ def gauss_newton_gradient(
     Cost: two gradients and one forward pass.
 
     Args:
-        loss: The displaced loss; it calls at least one of :data:`CRITERIA`.
+        loss: The displaced loss; it calls at least one of
+            :data:`~lla_callbacks.objective.criteria.CRITERIA`.
         distance: ``c``.
         probe: Which probe.
 
@@ -54,7 +41,7 @@ def gauss_newton_gradient(
         upper = _without_graph(loss)
         with torch.enable_grad():
             loss.move(-distance, probe)
-            total, lower = _forward(loss)
+            total, lower, _ = heard(loss.evaluate)
             # What was computed for show, under no_grad, has no part in the loss.
             counting = [i for i, call in enumerate(lower) if call.value.requires_grad]
             _refuse_none(counting)
@@ -68,86 +55,40 @@ def gauss_newton_gradient(
             below = _pull(loss, outputs, pulls, -distance, probe)
             del lower, total
             loss.move(distance, probe)
-            upper = _forward(loss)[1]
+            upper = heard(loss.evaluate)[1]
             outputs = [upper[i].outputs for i in counting]
             pulls = [mean / 2 + delta / (2 * distance) for _, mean, delta in parts]
             above = _pull(loss, outputs, pulls, distance, probe)
     return sum(value for value, _, _ in parts), combined((1.0, above), (1.0, below))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a criterion: what entered it, what came out, and how to repeat it."""
-
-    outputs: Tensor
-    value: Tensor
-    criterion: Callable[[Tensor], Tensor]
-
-
-@dataclass
-class _Listening(TorchFunctionMode):
-    """Takes note of every criterion that is called inside."""
-
-    calls: list[_Call] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        named = dict(kwargs or {})
-        value = func(*args, **named)
-        if func in CRITERIA:
-            outputs = args[0] if args else named.pop("input")
-            rest, convex = args[1:], CRITERIA[func]
-
-            def criterion(outputs: Tensor) -> Tensor:
-                result: Tensor = convex(outputs, *rest, **named)
-                return result
-
-            self.calls.append(_Call(outputs, value, criterion))
-        return value
-
-
-def _forward(loss: DisplacedLoss) -> tuple[Tensor, list[_Call]]:
-    """Return the loss and every criterion that was called for it."""
-    listening = _Listening()
-    with listening:
-        total = loss.evaluate()
-    return total, listening.calls
-
-
-def _without_graph(loss: DisplacedLoss) -> list[_Call]:
+def _without_graph(loss: DisplacedLoss) -> list[Call]:
     """Return the criteria, without a graph where the loss does without one."""
     try:
         with torch.no_grad():
-            return _forward(loss)[1]
+            return heard(loss.evaluate)[1]
     except RuntimeError as error:
         # "does not require grad": the loss has derivatives inside.
         if "require grad" not in str(error):
             raise
     with torch.enable_grad():
-        return [_Call(c.outputs.detach(), c.value.detach(), c.criterion) for c in _forward(loss)[1]]
+        return [
+            Call(c.outputs.detach(), c.value.detach(), c.criterion) for c in heard(loss.evaluate)[1]
+        ]
 
 
 def _refuse_none(counting: Sequence[int]) -> None:
     if not counting:
-        known = ", ".join(sorted(criterion.__name__ for criterion in CRITERIA))
         raise MeasurementError(
             "the loss calls no criterion whose curvature is known, so its Gauss-Newton part "
             "cannot be told apart.",
-            f"Compute it by one of torch.nn.functional's {known} (or their modules), or use "
-            "estimator='perturbation'.",
+            f"Compute it by one of torch.nn.functional's {known_criteria()} (or their modules), or "
+            "use estimator='perturbation'.",
         )
 
 
 def _curvature(
-    above: _Call, below: _Call, weight: Tensor | None, distance: float
+    above: Call, below: Call, weight: Tensor | None, distance: float
 ) -> tuple[float, Tensor, Tensor]:
     """Return ``delta' A delta`` and its derivatives by the mean output and by ``delta``."""
     first, second = above.outputs.detach(), below.outputs.detach()

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lla_callbacks.callbacks.sizing import UnitCosts
 from lla_callbacks.linalg.loss_operator import LossOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.objective.engines import with_hessian
 from lla_callbacks.objective.evaluation import evaluating
 from lla_callbacks.objective.objective import Objective
@@ -45,8 +45,7 @@ def timed(objective: Objective, *, products: int = 2) -> tuple[float, float]:
     began = time.monotonic()
 
     def use(hessian: LossOperator) -> tuple[float, float]:
-        dim, source = hessian.shape[0], generator(0)
-        start = rademacher(dim, source, dtype=hessian.dtype, device=hessian.device)
+        start = hessian.rademacher(generator(0))
         ready = time.monotonic()
         # The first product warms caches up, the last counts.
         for _ in range(products):

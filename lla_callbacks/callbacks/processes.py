@@ -40,9 +40,27 @@ class Processes:
         meet(self, f"sum of {values.numel()} {values.dtype}")
         return self.exchange(values)
 
-    def exchange(self, values: Tensor) -> Tensor:
+    def exchange(self, values: Tensor, *, used_up: bool = False) -> Tensor:
         """Return the sum over processes of a tensor, for meetings."""
-        return values if self.size == 1 else self._sum(values, self._group)
+        return values if self.size == 1 else self._sum(values, self._group, used_up=used_up)
+
+    def joined(self, pieces: Tensor, dim: int) -> Tensor:
+        """Return all processes' pieces, shape ``(dim, ...)``, in a row; one exchange."""
+        if self.size == 1:
+            return pieces
+        meet(self, f"pieces of {dim} {pieces.dtype}")
+        size, rest = -(-dim // self.size), pieces.shape[1:]
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            whole = pieces.new_zeros(dim, *rest)
+            whole[self.rank * size : self.rank * size + len(pieces)] = pieces
+            return self.exchange(whole, used_up=True)
+        device = self._strategy.root_device
+        whole = torch.empty(size * self.size, *rest, dtype=pieces.dtype, device=device)
+        mine = pieces.to(device).contiguous()
+        if len(mine) < size:
+            mine = torch.cat([mine, mine.new_zeros(size - len(mine), *rest)])
+        torch.distributed.all_gather(list(whole.split(size)), mine, group=self._group)
+        return whole[:dim].to(pieces.device)
 
     def same(self, tensor: Tensor) -> Tensor:
         """Return the first process's tensor."""
@@ -82,9 +100,11 @@ class Processes:
         torch.distributed.all_gather_object(every, packed, group=self._group)
         return [thing for part in every[: 1 if alike else None] for thing in pickle.loads(part)]
 
-    def _sum(self, values: Tensor, group: Any) -> Tensor:
-        # A copy, since it is summed in place; where the strategy's backend can reach it.
-        moved = values.clone().to(self._strategy.root_device)
+    def _sum(self, values: Tensor, group: Any, *, used_up: bool = False) -> Tensor:
+        # Summed in place, where the strategy's backend can reach it.
+        moved = values.to(self._strategy.root_device)
+        if moved is values and not used_up:
+            moved = values.clone()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Without the barrier that a strategy's own reduce puts before each sum.
             torch.distributed.all_reduce(moved, group=group)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.accumulation import inner, norm
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
 from lla_callbacks.linalg.lanczos import ROUNDING, LanczosRun
@@ -54,10 +53,10 @@ class End:
     run: LanczosRun
     place: int
 
-    def vector(self, device: torch.device) -> Tensor:
-        """Return the unit Ritz vector, ``(dim,)``."""
-        found = self.run.vectors([self.place % self.run.num_steps])[:, 0].to(device)
-        return found / norm(found)
+    def vector(self, hessian: LossOperator) -> Tensor:
+        """Return the unit Ritz vector, as vectors are held."""
+        found = self.run.vectors([self.place % self.run.num_steps])[:, 0].to(hessian.device)
+        return found / hessian.vectors.norm(found)
 
 
 def with_arithmetic(
@@ -109,11 +108,11 @@ def _changes(
     """Return the size of the Rayleigh quotients' changes, NaN where memory does not suffice."""
     if not ends:
         return []
-    vectors = [end.vector(hessian.device) for end in ends]
+    vectors = [end.vector(hessian) for end in ends]
     rounding = [ROUNDING * hessian.eps * float(end.run.values.abs().max()) for end in ends]
     weights = hessian.space.flatten(hessian.space.tensors)
     signs = rademacher(
-        hessian.shape[0], generator(seed, STREAM), dtype=hessian.dtype, device=hessian.device
+        hessian.space.dim, generator(seed, STREAM), dtype=hessian.dtype, device=hessian.device
     )
     hessian.release()
     family = Offsets(hessian.space, [weights * signs])
@@ -123,7 +122,8 @@ def _changes(
             family.place([step])
             with objective.hessian(engine="exact", share=hessian.share) as moved:
                 for i, (end, vector) in enumerate(zip(ends, vectors, strict=True)):
-                    squares[i] += (inner(vector, moved @ vector) - float(end.value)) ** 2
+                    quotient = hessian.vectors.inner(vector, moved @ vector)
+                    squares[i] += (quotient - float(end.value)) ** 2
             still = all(s <= r * r for s, r in zip(squares, rounding, strict=True))
             if still and objective.findings.proof.kinks == 0:
                 break

@@ -9,7 +9,6 @@ from functools import partial
 from torch import Tensor
 
 from lla_callbacks.hessian import criteria
-from lla_callbacks.linalg.accumulation import coordinates, inner
 from lla_callbacks.linalg.density import sampling_error
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.linalg.lanczos import LanczosRun
@@ -144,12 +143,12 @@ def _gradient_share(hessian: LossOperator, run: LanczosRun) -> tuple[float, floa
     share, where ``gap`` separates the ``NUM_TOP`` largest eigenvalues from the rest, here
     from the next Ritz value and its residual. A Lanczos run sees a repeated eigenvalue once.
     """
-    square = inner(hessian.gradient, hessian.gradient)
+    square = hessian.vectors.inner(hessian.gradient, hessian.gradient)
     if run.num_steps <= NUM_TOP or square == 0:
         return math.nan, math.nan
     top = list(range(run.num_steps - NUM_TOP, run.num_steps))
     vectors = run.vectors(top)
-    inside = coordinates(vectors.T, hessian.gradient.to(vectors.device))
+    inside = hessian.vectors.coordinates(vectors.T, hessian.gradient.to(vectors.device))
     share = float(inside.square().sum()) / square
     next_one = run.values[-NUM_TOP - 1] + run.residuals[-NUM_TOP - 1]
     gap = float(run.values[-NUM_TOP] - next_one)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lla_callbacks.linalg.accumulation import inner, norm
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.linalg.lanczos import LanczosRun
 from lla_callbacks.linalg.loss_operator import LossOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 
 # Relative error of a product beyond which it says nothing. Smooth networks stay below 0.01 in
 # float32; networks with kinks (ReLU) were seen from 0.1 on (docs/benchmarks/engines.md). Choice.
@@ -93,17 +92,17 @@ def random_error(hessian: LossOperator, seed: int, *known: tuple[Tensor, Tensor]
     """
     if hessian.engine == "exact":
         return EngineError()
-    pairs = list(known)
+    pairs, vectors = list(known), hessian.vectors
     source = generator(seed, 5)
     while len(pairs) < NUM_PAIRS:
-        probe = rademacher(hessian.shape[0], source, dtype=hessian.dtype, device=hessian.device)
+        probe = hessian.rademacher(source)
         pairs.append((probe, hessian @ probe))
     relative, forms = [], []
     for probe, product in pairs:
         error = hessian.engine_error(probe, product)
-        size = norm(product)
-        relative.append(norm(error) / size if size else 0.0)
-        forms.append(inner(probe, error))
+        size = vectors.norm(product)
+        relative.append(vectors.norm(error) / size if size else 0.0)
+        forms.append(vectors.inner(probe, error))
     return EngineError(max(relative), math.sqrt(sum(f * f for f in forms) / len(forms)))
 
 
@@ -148,12 +147,13 @@ def verified_end(
     """
     if hessian.engine == "exact":
         return end
+    vectors = hessian.vectors
     vector = run.vectors([position % run.num_steps])[:, 0].to(hessian.device)
-    vector = vector / norm(vector)
+    vector = vector / vectors.norm(vector)
     product = hessian @ vector
-    error = norm(hessian.engine_error(vector, product))
-    value = inner(vector, product)
+    error = vectors.norm(hessian.engine_error(vector, product))
+    value = vectors.inner(vector, product)
     if not error <= BOUND * max(abs(value), LEAST_SCALE * largest):
         return Eigenvalue(math.nan, math.nan)
-    left = norm(product - value * vector)
+    left = vectors.norm(product - value * vector)
     return Eigenvalue(value, max(left, end.residual) + error, end.beyond + error)

@@ -15,7 +15,7 @@ from lla_callbacks.linalg.distance import Quadrature, published_distance, shape_
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, extremes
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import HessianBlockOperator, LossOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.student import widened_sem
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 
@@ -197,16 +197,12 @@ def _runs(
     """Return the block's Lanczos runs and their start vectors."""
     if not plan.num_steps:
         return [], []
-    starts = [_probe(block, source) for _ in range(plan.num_runs)]
+    starts = [block.rademacher(source) for _ in range(plan.num_runs)]
     home = block.basis_device(plan.num_steps)
     runs = [
         lanczos(block, z, plan.num_steps, rtol=plan.eig_rtol, basis_device=home) for z in starts
     ]
     return runs, starts
-
-
-def _probe(block: HessianBlockOperator, source: torch.Generator) -> Tensor:
-    return rademacher(block.shape[0], source, dtype=block.dtype, device=block.device)
 
 
 def _ended_early(run: LanczosRun, plan: LayerPlan) -> bool:

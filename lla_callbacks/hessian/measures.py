@@ -23,10 +23,11 @@ from lla_callbacks.linalg.distance import Quadrature
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, extremes
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
+from lla_callbacks.linalg.vectors import Index
 from lla_callbacks.objective.engines import prove, refuses, with_hessian
 from lla_callbacks.objective.filters import filter_scales
 from lla_callbacks.objective.gauss_newton import GaussNewtonObjective
@@ -35,7 +36,7 @@ from lla_callbacks.objective.objective import Objective, trainable
 from lla_callbacks.objective.self_check import SelfCheck
 
 # What goes on from a measurement: takes the operator, the layers' positions, runs and traces.
-Anchor = Callable[[LossOperator, Mapping[str, Tensor], Sequence[LanczosRun], TraceEstimate], object]
+Anchor = Callable[[LossOperator, Mapping[str, Index], Sequence[LanczosRun], TraceEstimate], object]
 
 # Every criterion by its name.
 CRITERIA = (
@@ -268,7 +269,7 @@ def gap_measurement(
         lambda_min=unknown,
         trace=math.nan,
         trace_sem=math.nan,
-        weight_norm=float(space.flatten(space.tensors).norm()),
+        weight_norm=norm(space.flatten(space.tensors)),
         layers={},
         unlayered=(),
         nodes=none,
@@ -279,7 +280,7 @@ def gap_measurement(
         criteria=dict.fromkeys(CRITERIA, math.nan),
         criteria_errors=dict.fromkeys(CRITERIA, math.nan),
         loss=loss,
-        gradient_norm=float(gradient.norm()),
+        gradient_norm=norm(gradient),
         num_matvecs=0,
         num_params=space.dim,
         num_samples=objective.num_samples,
@@ -304,8 +305,8 @@ def _measured(
     """Spend the products, and leave out what the engine cannot say."""
     space = hessian.space
     groups = layer_parameters(objective.module, space, settings.layers)
-    blocks = {layer: space.index(names).to(space.device) for layer, names in groups.items()}
-    scale = filter_scales(objective.module, space)
+    blocks = {layer: hessian.positions(names) for layer, names in groups.items()}
+    scale = hessian.vectors.cut(filter_scales(objective.module, space))
     runs, traces = _run(hessian, settings, blocks, scale)
     off = engine_error(hessian, runs[0], settings.seed)
     early = min(run.num_steps for run in runs) < settings.num_steps
@@ -361,7 +362,9 @@ def _measured(
         trace_sem=math.hypot(traces.sem, off.trace),
         filter_curvature=traces.scaled[0],
         # Of the scaled trace's share in the engine's error nothing is known but its size.
-        filter_curvature_sem=math.hypot(traces.scaled[1], off.trace * float(scale.max())),
+        filter_curvature_sem=math.hypot(
+            traces.scaled[1], off.trace * hessian.vectors.largest(scale)
+        ),
         weight_norm=weight_norm,
         layers=layers,
         unlayered=tuple(outside(space, groups)),
@@ -373,7 +376,7 @@ def _measured(
         criteria=values,
         criteria_errors=errors,
         loss=hessian.loss,
-        gradient_norm=norm(hessian.gradient),
+        gradient_norm=hessian.vectors.norm(hessian.gradient),
         num_matvecs=hessian.num_matvecs + sum(m.num_matvecs for m in layers.values()),
         num_params=hessian.shape[0],
         num_samples=objective.num_samples,
@@ -413,14 +416,10 @@ def _without_random(m: HessianMeasurement) -> HessianMeasurement:
 
 
 def _run(
-    hessian: LossOperator, settings: HessianSettings, blocks: Mapping[str, Tensor], scale: Tensor
+    hessian: LossOperator, settings: HessianSettings, blocks: Mapping[str, Index], scale: Tensor
 ) -> tuple[list[LanczosRun], TraceEstimate]:
     """Spend the products: Lanczos runs, then probes of what the first run left open."""
     source = generator(settings.seed)
-
-    def probe() -> Tensor:
-        dim, device = hessian.shape[0], hessian.device
-        return rademacher(dim, source, dtype=hessian.dtype, device=device)
 
     home = hessian.basis_device(settings.num_runs * settings.num_steps)
 
@@ -428,10 +427,10 @@ def _run(
         depth, rtol = settings.num_steps, settings.eig_rtol
         return lanczos(hessian, start, depth, rtol=rtol, basis_device=home)
 
-    runs = [run_from(probe())]
+    runs = [run_from(hessian.rademacher(source))]
     estimator = TraceEstimator(hessian, blocks, runs[0], scale=scale)
     for _ in range(settings.num_runs - 1):
-        start = probe()
+        start = hessian.rademacher(source)
         runs.append(run_from(start))
         estimator.add_run(runs[-1], start)
     while estimator.num_probes < settings.num_probes:

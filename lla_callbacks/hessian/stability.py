@@ -10,12 +10,11 @@ from torch import Tensor
 
 from lla_callbacks.hessian.engine_error import BOUND
 from lla_callbacks.hessian.settings import HessianSettings
-from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, end_of
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.operators import ScaledOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.space import ParameterSpace, whole
 from lla_callbacks.objective.precision import original_of
 
@@ -162,16 +161,12 @@ def measured_stability(
     if limit.is_uniform:
         scale = float(limit.diagonal[0])
         return Eigenvalue(limit.ratio(lambda_max), scale * lambda_max.residual)
-    operator = ScaledOperator(hessian, limit.diagonal, limit.shift)
-    start = rademacher(
-        hessian.shape[0],
-        generator(settings.seed, 1),
-        dtype=hessian.dtype,
-        device=hessian.device,
-    )
+    diagonal, shift = hessian.vectors.cut(limit.diagonal), hessian.vectors.cut(limit.shift)
+    operator = ScaledOperator(hessian, diagonal, shift)
+    start = hessian.rademacher(generator(settings.seed, 1))
     # Parameters that the optimizer leaves alone are no part of its spectrum: of a start vector
     # that is mostly theirs, a run sees little but the eigenvalue zero.
-    start = start * (limit.diagonal.to(hessian.device) > 0)
+    start = start * (diagonal.to(hessian.device) > 0)
     run = lanczos(
         operator,
         start,
@@ -185,9 +180,9 @@ def measured_stability(
     if hessian.engine == "exact":
         return found
     # Along D^(1/2) u, where u is the top Ritz vector of D^(1/2) (H + shift) D^(1/2).
-    root = limit.diagonal.to(hessian.device, hessian.dtype).sqrt()
+    root = diagonal.to(hessian.device, hessian.dtype).sqrt()
     vector = root * run.vectors([run.num_steps - 1])[:, 0].to(hessian.device)
-    off = norm(root * hessian.engine_error(vector, hessian @ vector))
+    off = hessian.vectors.norm(root * hessian.engine_error(vector, hessian @ vector))
     if not off <= BOUND * abs(found):
         return Eigenvalue(math.nan, math.nan)
     return Eigenvalue(float(found), found.residual + off)

@@ -19,10 +19,11 @@ from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, end_of
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
 from lla_callbacks.linalg.tracking import TraceState, advance, begin
+from lla_callbacks.linalg.vectors import Index
 from lla_callbacks.objective.engines import with_hessian
 from lla_callbacks.objective.layers import layer_parameters
 from lla_callbacks.objective.objective import Objective
@@ -49,17 +50,24 @@ class TrackerState:
     """What the next light measurement takes from this one.
 
     Attributes:
-        vector: Unit Ritz vector of ``lambda_max``, shape ``(dim,)``.
+        vector: Unit Ritz vector of ``lambda_max``, shape ``(dim,)``, or this process's piece of it.
         trace: State of the chained traces: the whole, then the layers.
+        dim: Entries of the whole vector; ``None``: as many as ``vector`` has.
     """
 
     vector: Tensor | None = None
     trace: TraceState | None = None
+    dim: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain tensors and numbers, in nested dicts."""
+        """Return the state as plain tensors and numbers, in nested dicts.
+
+        A piece of a vector is left out, since one process saves for all: the next measurement then
+        starts its Lanczos run cold.
+        """
+        whole = self.vector is None or self.dim in (None, len(self.vector))
         return {
-            "vector": self.vector,
+            "vector": self.vector if whole else None,
             "trace": None if self.trace is None else self.trace.state_dict(),
         }
 
@@ -78,7 +86,7 @@ class TrackerState:
         trace = self.trace
         if trace is not None and num_steps > interval:
             trace = trace.unlinked()
-        return TrackerState(vector, trace)
+        return TrackerState(vector, trace, self.dim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,9 +188,7 @@ def _tracked(
 ) -> tuple[HessianTracking, TrackerState]:
     """Spend the products, and leave out what the engine cannot say."""
     space = hessian.space
-    if state.vector is not None and state.vector.numel() != space.dim:
-        # Layers were frozen or thawed since.
-        state = TrackerState()
+    state = _fitted(state, hessian)
     gaps: dict[str, str] = {}
     run, top = None, Eigenvalue(math.nan, math.nan)
     if settings.eig_rtol is not None:
@@ -196,7 +202,7 @@ def _tracked(
             which="max",
             basis_device=hessian.basis_device(settings.num_steps),
         )
-        state = replace(state, vector=_top_vector(run))
+        state = replace(state, vector=_top_vector(run), dim=space.dim)
         top = verified_end(
             hessian, run, -1, abs(float(run.values[-1])), end_of(run, -1, settings.eig_rtol)
         )
@@ -226,7 +232,7 @@ def _tracked(
         },
         weight_norm=weight_norm,
         loss=hessian.loss,
-        gradient_norm=norm(hessian.gradient),
+        gradient_norm=hessian.vectors.norm(hessian.gradient),
         num_matvecs=hessian.num_matvecs,
         num_steps=0 if run is None else run.num_steps,
         num_probes=settings.num_probes,
@@ -242,7 +248,7 @@ def _tracked(
 
 def anchored(
     hessian: LossOperator,
-    blocks: Mapping[str, slice | Tensor],
+    blocks: Mapping[str, Index],
     runs: Sequence[LanczosRun],
     traces: TraceEstimate,
     settings: TrackingSettings,
@@ -261,7 +267,7 @@ def anchored(
     state = state or TrackerState()
     run = max(runs, key=lambda run: float(run.values[-1]))
     if settings.eig_rtol is not None:
-        state = replace(state, vector=_top_vector(run))
+        state = replace(state, vector=_top_vector(run), dim=hessian.space.dim)
     if settings.num_probes:
         known = _top_alone(run) if settings.eig_rtol is not None else None
         past = _fitting(state.trace, 1 + len(blocks))
@@ -302,6 +308,21 @@ def _traces(
     return found.value.tolist(), sems.tolist(), list(groups), replace(state, trace=trace)
 
 
+def _fitted(state: TrackerState, hessian: LossOperator) -> TrackerState:
+    """Return what is of use of a state for an operator."""
+    vector, dim = state.vector, hessian.shape[0]
+    if vector is None:
+        return state
+    if (state.dim or len(vector)) != dim:
+        # Layers were frozen or thawed since.
+        return TrackerState()
+    if len(vector) == dim and state.dim is None:
+        # Saved whole, maybe by a run of one process.
+        vector = hessian.vectors.cut(vector)
+    # Pieces are of a run with as many processes.
+    return replace(state, vector=vector if len(vector) == hessian.vectors.length else None)
+
+
 def _probe(estimator: TraceEstimator, count: int, seed: int, *key: int) -> None:
     """Spend products on probes, the same ones for the same key."""
     source = generator(seed, STREAM, *key)
@@ -314,22 +335,21 @@ def _fitting(past: TraceState | None, rows: int) -> TraceState | None:
     return past if past is not None and len(past.level) == rows else None
 
 
-def _positions(hessian: LossOperator, names: Sequence[str]) -> slice | Tensor:
+def _positions(hessian: LossOperator, names: Sequence[str]) -> Index:
     """Return a layer's positions: a slice where they are in a row, which sums much faster."""
     index = hessian.space.index(names)
     first, last = int(index[0]), int(index[-1])
     if last - first + 1 == len(index):
-        return slice(first, last + 1)
-    return index.to(hessian.device)
+        return hessian.vectors.local(slice(first, last + 1))
+    return hessian.positions(names)
 
 
 def _start(hessian: LossOperator, vector: Tensor | None, seed: int) -> Tensor:
     """Return where the Lanczos run begins."""
     if vector is None:
-        dim, source = hessian.shape[0], generator(seed, STREAM)
-        return rademacher(dim, source, dtype=hessian.dtype, device=hessian.device)
+        return hessian.rademacher(generator(seed, STREAM))
     start = vector.to(hessian.device, hessian.dtype)
-    length = norm(hessian.gradient)
+    length = hessian.vectors.norm(hessian.gradient)
     return start + (GRADIENT_SHARE / length) * hessian.gradient if length else start
 
 

@@ -9,7 +9,7 @@ arithmetic, where n is small, and their sums in float64, which costs nothing tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 PIECE = 2**15
 PIECE_ELSEWHERE = 2**22
 # Squares within these sums are far from where float32 ends.
-_SMALL, _LARGE = 1e-30, 1e30
+SMALL, LARGE = 1e-30, 1e30
 
 
 def inner(a: Tensor, b: Tensor) -> float:
@@ -31,7 +31,7 @@ def inner(a: Tensor, b: Tensor) -> float:
 def norm(vector: Tensor) -> float:
     """Return the Euclidean norm of a vector, shape ``(n,)``."""
     square = inner(vector, vector)
-    if not _SMALL < square < _LARGE:
+    if not SMALL < square < LARGE:
         square = _added([x.double().dot(x.double()) for x in _pieces(vector)])
     return math.sqrt(square)
 
@@ -49,10 +49,16 @@ def total(vector: Tensor) -> float:
 def coordinates(rows: Tensor, vector: Tensor) -> Tensor:
     """Return ``rows @ vector`` for rows ``(k, n)``: shape ``(k,)``, float64, on the CPU."""
     pairs = zip(_pieces(rows), _pieces(vector), strict=True)
-    return _together([part @ x for part, x in pairs])
+    return _together([part @ x for part, x in pairs], len(rows))
 
 
-def orthogonalised(rows: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, float]:
+def orthogonalised(
+    rows: Tensor,
+    vector: Tensor,
+    *,
+    counted: Sequence[slice] | None = None,
+    added: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, float]:
     """Return a vector with its part along orthonormal rows taken out twice, by Gram-Schmidt.
 
     The second time is done while a piece is at hand, so that the rows are read three times and
@@ -61,23 +67,43 @@ def orthogonalised(rows: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, float]
     Args:
         rows: Orthonormal, shape ``(k, n)``.
         vector: Shape ``(n,)``.
+        counted: Ranges of entries that count in inner products, ascending; ``None``: all.
+        added: Adds up inner products ``(k,)`` over the processes that hold the pieces of longer
+            rows and vectors.
 
     Returns:
         What is left, shape ``(n,)``; the coefficients of what was taken out, shape ``(k,)``,
-        float64 on the CPU; and the norm of what is left.
+        float64 on the CPU; and the norm of what is left, NaN where it is a piece.
     """
     left = vector.clone()
-    parts = list(zip(_pieces(rows), _pieces(left), strict=True))
-    first = _together([part @ x for part, x in parts])
+    parts = [
+        (part, x, counts)
+        for where, counts in _ranges(left.numel(), counted)
+        for part, x in zip(_pieces(rows[:, where]), _pieces(left[where]), strict=True)
+    ]
+    first = _together([part @ x for part, x, counts in parts if counts], len(rows), added)
     taken, corrections = first.to(vector), []
-    for part, x in parts:
+    for part, x, counts in parts:
         x.addmv_(part.T, taken, alpha=-1)
-        corrections.append(part @ x)
-    second = _together(corrections)
+        if counts:
+            corrections.append(part @ x)
+    second = _together(corrections, len(rows), added)
     taken = second.to(vector)
-    for part, x in parts:
+    for part, x, _ in parts:
         x.addmv_(part.T, taken, alpha=-1)
-    return left, first + second, norm(left)
+    return left, first + second, norm(left) if added is None else math.nan
+
+
+def _ranges(size: int, counted: Sequence[slice] | None) -> list[tuple[slice, bool]]:
+    """Return all entries as ranges, each with whether it counts."""
+    if counted is None:
+        return [(slice(0, size), True)]
+    found, start = [], 0
+    for where in counted:
+        found += [(slice(start, where.start), False), (where, True)]
+        start = where.stop
+    found.append((slice(start, size), False))
+    return [(where, counts) for where, counts in found if where.start < where.stop]
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
@@ -90,5 +116,11 @@ def _added(numbers: Sequence[Tensor]) -> float:
     return float(torch.stack(list(numbers)).sum(dtype=torch.float64))
 
 
-def _together(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum(dim=0, dtype=torch.float64).cpu()
+def _together(
+    parts: Sequence[Tensor], count: int, added: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    if parts:
+        mine = torch.stack(list(parts)).sum(dim=0, dtype=torch.float64).cpu()
+    else:
+        mine = torch.zeros(count, dtype=torch.float64)
+    return mine if added is None else added(mine)

@@ -14,7 +14,7 @@ from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.errors import MeasurementError, NonFiniteError, is_out_of_memory
 from lla_callbacks.linalg.lanczos import ROUNDING
 from lla_callbacks.linalg.loss_operator import Differentiated, LossOperator, LossTerm, loss_value
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.space import local_part
 
@@ -98,13 +98,7 @@ class DifferenceOperator(LossOperator):
         self._settle = settle
         self._differentiate = differentiate
         self._originals: list[Tensor] = []
-        self._begin(self._gradient)
-        if constant is not None and bool(self.gradient[constant].any()):
-            raise MeasurementError(
-                "an embedding's padding vector is a constant in one place and a weight in another "
-                "(tied weights), which differences of gradients cannot tell apart.",
-                "Take engine='exact'.",
-            )
+        self._begin(self._first_gradient)
         self.step = 0.0
         self.product_error = (math.inf, math.inf)
         self._calibrate()
@@ -112,7 +106,7 @@ class DifferenceOperator(LossOperator):
         self.eps = max(self.eps, self.product_error[1] / ROUNDING)
 
     def engine_error(self, vector: Tensor, product: Tensor) -> Tensor:
-        """Return the product at twice the step less the product, shape ``(dim,)``.
+        """Return the product at twice the step less the product.
 
         Where the truncated series dominates this is three times the product's error, where
         rounding does it is about as large as the error.
@@ -130,14 +124,15 @@ class DifferenceOperator(LossOperator):
         return torch.stack(products, dim=1)
 
     def _embedded(self, column: Tensor, index: Tensor) -> Tensor:
-        vector = torch.zeros_like(self.gradient)
+        vector = self.space.zeros()
         vector[index.to(vector.device)] = column
         return vector
 
     def _difference(self, vector: Tensor, step: float) -> Tensor:
         """Return the central difference along a vector, those of all processes together."""
         self.num_matvecs += 1
-        return self._together(lambda: self._local_difference(vector, step), vector.shape)
+        whole = self.vectors.joined(vector)
+        return self._together(lambda: self._local_difference(whole, step), "difference")
 
     def _local_difference(self, vector: Tensor, step: float) -> Tensor:
         if self._constant is not None:
@@ -174,9 +169,19 @@ class DifferenceOperator(LossOperator):
             if self._settle is not None:
                 self._settle()
 
+    def _first_gradient(self) -> tuple[float, Tensor]:
+        loss, gradient = self._gradient()
+        if self._constant is not None and bool(gradient[self._constant].any()):
+            raise MeasurementError(
+                "an embedding's padding vector is a constant in one place and a weight in another "
+                "(tied weights), which differences of gradients cannot tell apart.",
+                "Take engine='exact'.",
+            )
+        return loss, gradient
+
     def _gradient(self) -> tuple[float, Tensor]:
         """Return this process's summand of the loss and of its gradient."""
-        loss, gradient = 0.0, torch.zeros_like(self.gradient)
+        loss, gradient = 0.0, self.space.zeros()
         i = 0
         while i < len(self._terms):
             term = self._terms[i]
@@ -208,15 +213,14 @@ class DifferenceOperator(LossOperator):
         scale = norm(self.space.flatten(self.space.tensors))
         coarse = torch.finfo(self.space.precision).eps / torch.finfo(torch.float32).eps
         step = FIRST_STEP * coarse ** (1 / 3) * (scale or 1.0)
-        flat = rademacher(self.space.dim, generator(0, 4), dtype=self.dtype, device=self.device)
-        sharp = self.gradient if bool(self.gradient.any()) else flat
+        flat = self.rademacher(generator(0, 4))
+        sharp = self.gradient if self.vectors.largest(self.gradient) > 0 else flat
         for _ in range(MOST_ROUNDS):
             try:
                 for _ in range(POWER_STEPS if sharp is not flat else 0):
                     sharp = self._difference(sharp, step / RATIO)
             except NonFiniteError:
-                # So far away the loss does not exist.
-                self._parted = False
+                # So far away the loss does not exist, in no process: they go on together.
                 step /= RATIO**2
                 continue
             models = [self._error_model(direction, step) for direction in (flat, sharp)]
@@ -247,12 +251,10 @@ class DifferenceOperator(LossOperator):
                 self._difference(direction, h) for h in (step / RATIO, step, step * RATIO)
             )
         except NonFiniteError:
-            # So far away the loss does not exist, in no process: they go on together.
-            self._parted = False
             return ErrorModel(math.inf, 0.0, step, wild=True)
-        size = norm(here)
-        first = norm(near - here) ** 2
-        second = norm(here - far) ** 2
+        size = self.vectors.norm(here)
+        first = self.vectors.norm(near - here) ** 2
+        second = self.vectors.norm(here - far) ** 2
         if size == 0:
             return ErrorModel(0.0, 0.0, step, wild=False)
         if not math.isfinite(first + second):

@@ -71,7 +71,7 @@ class HessianOperator(LossOperator):
 
     def _differentiate_all(self) -> tuple[float, Tensor]:
         """Return loss and gradient, and keep the graphs that are to be kept."""
-        loss, gradient = 0.0, torch.zeros_like(self.gradient)
+        loss, gradient = 0.0, self.space.zeros()
 
         def visit(term: LossTerm) -> None:
             nonlocal loss, gradient

@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.accumulation import norm, orthogonalised
 from lla_callbacks.linalg.operators import SymmetricOperator
 
 # Margin over one eps for the rounding of a product.
@@ -24,6 +23,8 @@ SETTLED_SINCE = 0.6
 @dataclass(frozen=True)
 class LanczosRun:
     """The factorisation ``A Q = Q T + beta q e_k'`` after ``k`` steps.
+
+    Where the operator's vectors are in pieces, ``dim`` stands for the entries of this process.
 
     Attributes:
         diagonal: ``alpha``, shape ``(k,)``, float64 on the CPU.
@@ -186,7 +187,8 @@ def lanczos(
     One product a step. Each new vector is orthogonalised twice against all earlier ones
     ("twice is enough", Parlett 1998, section 6.9), so that no ghost eigenvalues appear
     and the Ritz values at both ends are algebraic extremes; memory is ``num_steps``
-    vectors. The small problem is solved in float64 on the CPU.
+    vectors, each process's own pieces of them where they are in pieces. The small problem is
+    solved in float64 on the CPU.
 
     Args:
         operator: ``A``.
@@ -208,14 +210,14 @@ def lanczos(
         raise ValueError(f"num_steps is {num_steps}; give 1 or more.")
     if isinstance(which, str) and which not in ("both", "max"):
         raise ValueError(f"which is {which!r}; give 'both', 'max' or places.")
-    dim = operator.shape[0]
+    dim, vectors = operator.shape[0], operator.vectors
     home = operator.device if basis_device is None else torch.device(basis_device)
     start = start.to(home, operator.dtype)
-    start_norm = norm(start)
+    start_norm = vectors.norm(start)
     if not 0 < start_norm < float("inf"):
         raise ValueError(f"the start vector has norm {start_norm}; give a finite non-zero one.")
     depth = min(num_steps, dim)
-    basis = start.new_empty(depth, dim)
+    basis = start.new_empty(depth, vectors.length)
     basis[0] = start / start_norm
     diagonal: list[float] = []
     off_diagonal: list[float] = []
@@ -228,8 +230,8 @@ def lanczos(
         if k == 0:
             first_product = product * start_norm
         known = basis[: k + 1]
-        scale = norm(product)
-        product, coefficients, beta = orthogonalised(known, product)
+        scale = vectors.norm(product)
+        product, coefficients, beta = vectors.orthogonalised(known, product)
         diagonal.append(float(coefficients[k]))
         # What is left of the product is rounding error: the subspace is invariant.
         broke_down = beta <= 10 * eps * max(scale, _scale(diagonal, off_diagonal)) or k + 1 == dim

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lla_callbacks.linalg.errors import NonFiniteError, OutOfMemoryError
 from lla_callbacks.linalg.operators import SymmetricOperator
-from lla_callbacks.linalg.sharing import Alone, Share, explain_together
+from lla_callbacks.linalg.sharing import Alone, Share, meet, was_told
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.linalg.vectors import Index, Vectors, vectors_of
 
 # The loss and its gradients, None for unused parameters.
 Differentiated = tuple[float, Sequence[Tensor | None]]
@@ -48,9 +49,11 @@ class LossOperator(SymmetricOperator):
     """The Hessian of ``L = sum_b weight_b L_b`` with respect to named parameters.
 
     Unused parameters have zero rows. Parameters that appear under two names count once.
-    Processes may hold different terms: each product is then one sum over processes, the same in
-    all of them, and what one of them fails at, all fail at together. For that the operator is a
-    context manager: on leaving, the processes tell each other whether all went well.
+    Processes may hold different terms: each product is then one sum over processes, and what one of
+    them fails at, all fail at together. For that the operator is a context manager: on leaving, the
+    processes tell each other whether all went well. Long vectors are in pieces then, one range of
+    entries a process (:class:`~lla_callbacks.linalg.vectors.CutVectors`): what is multiplied is
+    put together whole, and of the product each keeps its piece.
 
     Args:
         terms: The batches of this process.
@@ -63,7 +66,7 @@ class LossOperator(SymmetricOperator):
         matrix: ``"hessian"``, or ``"ggn"`` for its Gauss-Newton part.
         space: Layout of the flat vectors.
         loss: The loss ``L``, a float.
-        gradient: ``dL/dtheta``, shape ``(dim,)``.
+        gradient: ``dL/dtheta``, as vectors are held.
         room: Bytes that vectors may take on the device; more of them live on the CPU.
 
     Raises:
@@ -86,38 +89,52 @@ class LossOperator(SymmetricOperator):
         if not terms and self.share.size == 1:
             raise ValueError("a Hessian needs at least one batch.")
         self.space = ParameterSpace(parameters)
-        super().__init__(self.space.dim, self.space.dtype, self.space.device)
+        super().__init__(
+            self.space.dim,
+            self.space.dtype,
+            self.space.device,
+            vectors=vectors_of(self.space.dim, self.share),
+        )
         self.eps = torch.finfo(self.space.precision).eps
         self._terms = list(terms)
         self._context = context
         self._released = False
         self._known: list[tuple[Tensor, Tensor]] = []
-        # Whether the processes have parted: one told the others that it will not go on.
-        self._parted = False
+        # All who take part in a product.
+        self._everyone = self.share if self.share.size > 1 else self.vectors.share
         self.loss = 0.0
-        self.gradient = torch.zeros(self.space.dim, dtype=self.dtype, device=self.device)
+        self.gradient = torch.zeros(self.vectors.length, dtype=self.dtype, device=self.device)
 
     def block(self, names: Sequence[str]) -> HessianBlockOperator:
         """Return the Hessian of some parameters alone."""
         return HessianBlockOperator(self, names)
 
+    def positions(self, names: Sequence[str]) -> Index:
+        """Return where the entries of some parameters are in vectors, as these are held."""
+        return self.vectors.local(self.space.index(names).to(self.device))
+
     def basis_device(self, num_vectors: int) -> torch.device:
         """Return where so many vectors should live."""
-        size = num_vectors * self.space.dim * self.gradient.element_size()
+        size = num_vectors * self.vectors.length * self.gradient.element_size()
         return self.device if size <= self.room else torch.device("cpu")
 
-    def product(self, columns: Tensor, chosen: Sequence[int]) -> Tensor:
+    def product(
+        self, columns: Tensor, chosen: Sequence[int], vectors: Vectors | None = None
+    ) -> Tensor:
         """Return the product restricted to the chosen parameters, both sides.
 
         Args:
-            columns: ``(size, k)``, where ``size`` counts the chosen parameters' elements.
+            columns: ``(size, k)``, where ``size`` counts the chosen parameters' elements, in this
+                process's pieces.
             chosen: Positions of parameters in ``space.names``, ascending.
+            vectors: How vectors of the chosen parameters are held; ``None``: as those of all are.
         """
         if self._released:
             raise RuntimeError("this operator was released; build a new one.")
-        total = self._together(lambda: self._local_product(columns, chosen), columns.shape)
-        # The largest magnitude is NaN if any entry is.
-        if not math.isfinite(float(total.abs().max())):
+        vectors = vectors or self.vectors
+        whole = vectors.joined(columns)
+        total = self._together(lambda: self._local_product(whole, chosen), "product", vectors)
+        if not vectors.finite(total):
             raise NonFiniteError(
                 "a Hessian-vector product is not finite although the loss is.",
                 "Look for a function whose second derivative diverges (sqrt, norm or log "
@@ -130,10 +147,10 @@ class LossOperator(SymmetricOperator):
         self._terms, self._released, self._known = [], True, []
 
     def engine_error(self, vector: Tensor, product: Tensor) -> Tensor:
-        """Return an estimate of how far a product is from exact, shape ``(dim,)``.
+        """Return an estimate of how far a product is from exact.
 
         Args:
-            vector: ``v``, shape ``(dim,)``.
+            vector: ``v``, as vectors are held.
             product: The operator's own ``H v``.
         """
         return torch.zeros_like(product)
@@ -154,71 +171,47 @@ class LossOperator(SymmetricOperator):
             MeasurementError: If another process failed.
         """
         self.release()
-        if self.share.size == 1 or self._parted:
-            return
         trouble = error if isinstance(error, Exception) else None
+        if self._everyone.size == 1 or was_told(trouble):
+            return
         if error is not None and trouble is None:
             # The run is being ended, here and by Lightning in the others.
             return
-        self._add_up(self.gradient.new_zeros(0), trouble)
+        meet(self._everyone, "end of a Hessian", trouble)
 
     @abstractmethod
     def _local_product(self, columns: Tensor, chosen: Sequence[int]) -> Tensor:
         """Return this process's summand of a product."""
 
     def remember(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keep vectors ``(dim,)`` with their products, each for the next time it is asked for."""
+        """Keep vectors with their products, each for the next time it is asked for."""
         self._known = list(pairs)
 
     def _matmat(self, columns: Tensor) -> Tensor:
         if columns.shape[1] == 1:
             for i, (vector, product) in enumerate(self._known):
-                if torch.equal(vector, columns[:, 0]):
+                if self.vectors.agreed(torch.equal(vector, columns[:, 0])):
                     del self._known[i]
                     return product[:, None]
         return self.product(columns, range(len(self.space.tensors)))
 
-    def _together(self, compute: Callable[[], Tensor], shape: Sequence[int]) -> Tensor:
-        """Return the sum over processes of what each computes, by one exchange.
+    def _together(
+        self, compute: Callable[[], Tensor], what: str, vectors: Vectors | None = None
+    ) -> Tensor:
+        """Return the sum over processes of what each computes, as vectors are held.
 
         Raises:
             Exception: If any process fails, in all.
         """
-        if self.share.size == 1:
+        if self._everyone.size == 1:
             return compute()
-        part, trouble = self.gradient.new_zeros(0), None
+        part, trouble = self.gradient, None
         try:
             part = compute()
         except Exception as error:  # noqa: BLE001 - raised again, in all processes
             trouble = error
-        total = self._add_up(part.reshape(-1), trouble)
-        return total[: math.prod(shape)].reshape(shape)
-
-    def _add_up(self, part: Tensor, trouble: Exception | None) -> Tensor:
-        """Add up over processes; the last entry of what is sent counts those in trouble.
-
-        Whatever the processes exchange has the same length, rounded up to whole vectors of the
-        space, so that one that leaves early answers to whatever the others wait for.
-        """
-        length = self._message_length()
-        chunks = max(1, -(-part.numel() // length))
-        totals = []
-        for i in range(chunks):
-            message = part.new_zeros(length + 1)
-            piece = part[i * length : (i + 1) * length]
-            message[: piece.numel()] = piece
-            message[-1] = float(trouble is not None)
-            message = self.share.total(message)
-            # Parted at the first sign: nobody sends further chunks then.
-            if float(message[-1]) != 0:
-                self._parted = True
-                explain_together(self.share, trouble)
-            totals.append(message[:-1])
-        return torch.cat(totals)
-
-    def _message_length(self) -> int:
-        # The gradient and the loss must fit too.
-        return self.space.dim + 2
+        meet(self._everyone, what, trouble)
+        return (vectors or self.vectors).summed(part, self.share)
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
@@ -231,21 +224,19 @@ class LossOperator(SymmetricOperator):
         Raises:
             NonFiniteError: If one of them is not finite.
         """
+        losses: list[float] = []
 
-        def packed() -> Tensor:
-            loss, gradient = compute()
-            # The loss as two numbers of the vectors' dtype, so that no digit of it is lost.
-            high = gradient.new_tensor(loss)
-            return torch.cat(
-                [gradient, torch.stack([high, gradient.new_tensor(loss - float(high))])]
-            )
+        def gradient() -> Tensor:
+            loss, found = compute()
+            losses.append(loss)
+            return found
 
-        if self.share.size == 1:
-            self.loss, self.gradient = compute()
-        else:
-            both = self._together(packed, (self.space.dim + 2,))
-            self.loss, self.gradient = float(both[-2]) + float(both[-1]), both[:-2]
-        if not torch.isfinite(self.gradient).all():
+        self.gradient = self._together(gradient, "gradient")
+        self.loss = losses[0]
+        if self.share.size > 1:
+            mine = torch.tensor(losses, dtype=torch.float64)
+            self.loss = float(self.share.total(mine)[0])
+        if not self.vectors.finite(self.gradient):
             raise NonFiniteError(
                 "the gradient of the loss is not finite.",
                 "Look for a division by zero or an overflow in the model at these weights.",
@@ -286,7 +277,12 @@ class HessianBlockOperator(SymmetricOperator):
         rows = hessian.space.index(names)
         if rows.numel() == 0:
             raise ValueError("a block needs at least one parameter.")
-        super().__init__(rows.numel(), hessian.dtype, hessian.device)
+        super().__init__(
+            rows.numel(),
+            hessian.dtype,
+            hessian.device,
+            vectors=vectors_of(rows.numel(), hessian.share),
+        )
         self.eps = hessian.eps
         self._hessian = hessian
         self._chosen = [i for i, name in enumerate(hessian.space.names) if name in set(names)]
@@ -297,7 +293,7 @@ class HessianBlockOperator(SymmetricOperator):
         return self._hessian.basis_device(-(-num_vectors * self.shape[0] // whole))
 
     def _matmat(self, columns: Tensor) -> Tensor:
-        return self._hessian.product(columns, self._chosen)
+        return self._hessian.product(columns, self._chosen, self.vectors)
 
 
 def loss_value(loss: Tensor) -> float:

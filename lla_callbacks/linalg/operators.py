@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.vectors import Vectors
+
 
 class SymmetricOperator(ABC):
     """A symmetric matrix that is known only through its products ``A @ v``.
@@ -15,18 +17,31 @@ class SymmetricOperator(ABC):
     Products take a vector of shape ``(dim,)`` or a block of shape ``(dim, k)`` and return
     the same shape. Every column counts as one product in :attr:`num_matvecs`.
 
+    Where vectors are in pieces, these are the pieces of this process, ``(length,)`` and
+    ``(length, k)``, and products are of all processes together.
+
     Args:
         dim: Number of rows.
         dtype: float32 or float64; the dtype in which vectors are stored.
         device: Where vectors live.
+        vectors: How they are held; ``None``: whole.
 
     Attributes:
+        vectors: How vectors are held: inner products and norms of them.
         eps: Relative rounding of a product's arithmetic.
         listener: Called with the number of products after each call, for progress bars.
     """
 
-    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        vectors: Vectors | None = None,
+    ) -> None:
         self.shape = (dim, dim)
+        self.vectors = Vectors(dim) if vectors is None else vectors
         self.dtype = dtype
         self.device = device
         self.eps = torch.finfo(dtype).eps
@@ -39,18 +54,24 @@ class SymmetricOperator(ABC):
         Raises:
             ValueError: If the number of rows is not ``dim``.
         """
-        if vectors.ndim not in (1, 2) or vectors.shape[0] != self.shape[0]:
+        length = self.vectors.length
+        if vectors.ndim not in (1, 2) or vectors.shape[0] != length:
             raise ValueError(
                 f"cannot multiply an operator of shape {self.shape} with a tensor of "
-                f"shape {tuple(vectors.shape)}: give ({self.shape[0]},) or "
-                f"({self.shape[0]}, k)."
+                f"shape {tuple(vectors.shape)}: give ({length},) or ({length}, k)."
             )
-        columns = vectors.reshape(self.shape[0], -1).to(self.device, self.dtype)
+        # Without entries, a shape does not follow from the others.
+        width = vectors.shape[1] if vectors.ndim == 2 else 1
+        columns = vectors.reshape(length, width).to(self.device, self.dtype)
         product = self._matmat(columns) if columns.shape[1] else columns.clone()
         self.num_matvecs += columns.shape[1]
         if self.listener is not None:
             self.listener(columns.shape[1])
         return product.reshape(vectors.shape)
+
+    def rademacher(self, source: torch.Generator) -> Tensor:
+        """Return random signs to be multiplied with, the same in whatever pieces they are."""
+        return self.vectors.rademacher(source, dtype=self.dtype, device=self.device)
 
     def to_dense(self) -> Tensor:
         """Return the matrix itself, ``(dim, dim)``, at the price of ``dim`` products."""
@@ -82,19 +103,22 @@ class ScaledOperator(SymmetricOperator):
 
     Args:
         operator: ``A``.
-        diagonal: ``D``, shape ``(dim,)``, nowhere negative.
-        shift: Diagonal that is added to ``A`` before scaling, shape ``(dim,)`` or a number.
+        diagonal: ``D``, held as vectors are, nowhere negative.
+        shift: Diagonal that is added to ``A`` before scaling, likewise, or a number.
     """
 
     def __init__(
         self, operator: SymmetricOperator, diagonal: Tensor, shift: Tensor | float = 0.0
     ) -> None:
-        if diagonal.shape != (operator.shape[0],) or bool((diagonal < 0).any()):
+        length = operator.vectors.length
+        if diagonal.shape != (length,) or bool((diagonal < 0).any()):
             raise ValueError(
-                f"the diagonal must have shape ({operator.shape[0]},) and no negative "
-                f"entry; its shape is {tuple(diagonal.shape)}."
+                f"the diagonal must have shape ({length},) and no negative entry; its shape is "
+                f"{tuple(diagonal.shape)}."
             )
-        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        super().__init__(
+            operator.shape[0], operator.dtype, operator.device, vectors=operator.vectors
+        )
         self.eps = operator.eps
         self.operator = operator
         self._root = diagonal.to(operator.device, operator.dtype).sqrt()[:, None]

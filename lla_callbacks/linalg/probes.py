@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ def generator(seed: int, *keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
+# Signs that are drawn at once where a process keeps a part of them.
+PIECE = 2**20
+
+
 def rademacher(
     dim: int, source: torch.Generator, *, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -28,6 +33,16 @@ def rademacher(
     """
     signs = torch.randint(0, 2, (dim,), generator=source, dtype=torch.int8)
     return (2 * signs - 1).to(device=device, dtype=dtype)
+
+
+def drawn_signs(dim: int, source: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """Yield :func:`rademacher`'s signs piece by piece: where each begins, and it, in int8.
+
+    A generator gives one entry after the other, so that pieces are those of the whole.
+    """
+    for start in range(0, dim, PIECE):
+        size = min(PIECE, dim - start)
+        yield start, 2 * torch.randint(0, 2, (size,), generator=source, dtype=torch.int8) - 1
 
 
 def signs(dim: int, source: torch.Generator, *, dtype: torch.dtype, device: torch.device) -> Tensor:

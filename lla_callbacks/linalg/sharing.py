@@ -48,8 +48,21 @@ class Share(Protocol):
     def same(self, tensor: Tensor) -> Tensor:
         """Return the first process's tensor, after a meeting."""
 
-    def exchange(self, values: Tensor) -> Tensor:
-        """Return the sum over processes of a tensor, and nothing else."""
+    def exchange(self, values: Tensor, *, used_up: bool = False) -> Tensor:
+        """Return the sum over processes of a tensor, and nothing else.
+
+        Args:
+            values: The tensor.
+            used_up: Whether its memory may be taken for the sum.
+        """
+
+    def joined(self, pieces: Tensor, dim: int) -> Tensor:
+        """Return all processes' pieces, shape ``(dim, ...)``, in a row, after a meeting.
+
+        Args:
+            pieces: This process's, ``(ceil(dim / size), ...)``, fewer in the last ones.
+            dim: Entries in all.
+        """
 
 
 class Alone:
@@ -67,9 +80,13 @@ class Alone:
         """Return the tensor."""
         return tensor
 
-    def exchange(self, values: Tensor) -> Tensor:
+    def exchange(self, values: Tensor, *, used_up: bool = False) -> Tensor:
         """Return the values."""
         return values
+
+    def joined(self, pieces: Tensor, dim: int) -> Tensor:
+        """Return the piece, which is all there is."""
+        return pieces
 
 
 class OutOfStepError(MeasurementError):

@@ -68,6 +68,10 @@ class ParameterSpace:
             stop += tensor.numel()
         self.dim = stop
 
+    def zeros(self) -> Tensor:
+        """Return a flat vector of zeros."""
+        return torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return one vector ``(dim,)``; ``None`` (an unused parameter) becomes zeros."""
         parts = [

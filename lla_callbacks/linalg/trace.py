@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.accumulation import coordinates, inner, total
 from lla_callbacks.linalg.lanczos import ROUNDING, LanczosRun
 from lla_callbacks.linalg.operators import SymmetricOperator
-from lla_callbacks.linalg.probes import rademacher
 from lla_callbacks.linalg.student import widened_sem
+from lla_callbacks.linalg.vectors import Index
 
 # Coordinates that are multiplied at once: 6 MiB for a basis of 24, small beside any that is larger.
 PIECE = 2**16
@@ -61,20 +60,22 @@ class TraceEstimator:
 
     Args:
         operator: ``A``.
-        blocks: Block name to positions (a slice or a 1-D integer tensor).
+        blocks: Block name to positions (a slice or a 1-D integer tensor) in vectors as the operator
+            holds them.
         known: A Lanczos run whose start vector no probe will repeat.
-        scale: Weights of the diagonal's entries in one more sum, shape ``(dim,)``.
+        scale: Weights of the diagonal's entries in one more sum, held as vectors are.
     """
 
     def __init__(
         self,
         operator: SymmetricOperator,
-        blocks: Mapping[str, slice | Tensor],
+        blocks: Mapping[str, Index],
         known: LanczosRun | None = None,
         *,
         scale: Tensor | None = None,
     ) -> None:
         self._operator = operator
+        self._vectors = operator.vectors
         self._known = known
         # Row 0 is the whole, then come the blocks, and last the scaled sum.
         # Vectors meet where the run keeps its basis.
@@ -120,8 +121,7 @@ class TraceEstimator:
 
     def add_probe(self, source: torch.Generator) -> None:
         """Draw one probe and spend one product on it."""
-        dim = self._operator.shape[0]
-        probe = rademacher(dim, source, dtype=self._operator.dtype, device=self._operator.device)
+        probe = self._operator.rademacher(source)
         self._add(probe, self._operator @ self._project(probe))
 
     def add_run(self, run: LanczosRun, start: Tensor) -> None:
@@ -135,7 +135,7 @@ class TraceEstimator:
         """
         product = run.first_product
         if self._known is not None:
-            inside = coordinates(self._known.basis, start.to(self._home)).to(product)
+            inside = self._vectors.coordinates(self._known.basis, start.to(self._home)).to(product)
             product = (
                 product
                 - self._known.basis.T @ self._known.project(inside)
@@ -147,19 +147,15 @@ class TraceEstimator:
         if self._known is None:
             return vector.to(self._home)
         basis, inside = self._known.basis, vector.to(self._home)
-        return inside - basis.T @ coordinates(basis, inside).to(inside)
+        return inside - basis.T @ self._vectors.coordinates(basis, inside).to(inside)
 
     def _add(self, probe: Tensor, product: Tensor) -> None:
         self._samples.append(self._sums(probe.to(self._home) * self._project(product)))
-        self._squares.append(inner(product, product))
+        self._squares.append(self._vectors.inner(product, product))
 
     def _sums(self, diagonal: Tensor) -> Tensor:
         """Return the sum over everything and over each block, float64, on the CPU."""
-        parts = [diagonal, *(diagonal[index] for index in self._blocks.values())]
-        sums = [total(part) for part in parts]
-        if self._scale is not None:
-            sums.append(inner(diagonal, self._scale))
-        return torch.tensor(sums, dtype=torch.float64)
+        return self._vectors.sums(diagonal, list(self._blocks.values()), self._scale)
 
     def estimate(self) -> TraceEstimate:
         """Return the estimate from the probes so far; a sem is NaN below two probes."""
@@ -173,7 +169,7 @@ class TraceEstimator:
         share = widened_sem(1.0, count) / math.sqrt(count)
         rounding = torch.full_like(mean, self._rounding)
         if self._scale is not None:
-            rounding[-1] *= float(self._scale.abs().max())
+            rounding[-1] *= self._vectors.largest(self._scale)
         sem = (_variance(samples) * share**2 + rounding**2).sqrt()
         pairs = list(zip(mean.tolist(), sem.tolist(), strict=True))
         square = self._exact_square + float(squares.mean())

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.errors import NonFiniteError, is_out_of_memory
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.operators import SymmetricOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.objective.objective import Objective, padding_vectors
 from lla_callbacks.objective.points import Offsets
 from lla_callbacks.objective.self_check import NO_ROOM, Check, untried
@@ -62,7 +63,7 @@ class _Recorder(SymmetricOperator):
     """Multiplies by an operator, uncounted, and keeps vectors and products."""
 
     def __init__(self, hessian: LossOperator) -> None:
-        super().__init__(hessian.shape[0], hessian.dtype, hessian.device)
+        super().__init__(hessian.shape[0], hessian.dtype, hessian.device, vectors=hessian.vectors)
         self.eps = hessian.eps
         self._hessian = hessian
         self.pairs: list[tuple[Tensor, Tensor]] = []
@@ -84,10 +85,7 @@ def prove_products(objective: Objective, hessian: LossOperator) -> Products:
         hessian: The operator, of either engine.
     """
     recorder = _Recorder(hessian)
-    start = rademacher(
-        hessian.shape[0], generator(objective.seed), dtype=hessian.dtype, device=hessian.device
-    )
-    lanczos(recorder, start, 2)
+    lanczos(recorder, hessian.rademacher(generator(objective.seed)), 2)
     hessian.remember(recorder.pairs)
     # A Lanczos run of one step is a matrix of one row, or as good as one.
     checks = [_symmetry(hessian, recorder.pairs)] if len(recorder.pairs) > 1 else []
@@ -113,10 +111,12 @@ def _by_gradients(
     objective: Objective, hessian: LossOperator, pairs: list[tuple[Tensor, Tensor]]
 ) -> tuple[list[Check], float]:
     """Return what plain backward passes say of a gradient and a product, and the cost."""
-    plain = objective.gradient(hessian.share)[1]
+    plain = hessian.vectors.cut(objective.gradient(hessian.share)[1])
     first = _gradient(hessian, plain, pairs)
     padding = padding_vectors(objective.module)
-    if padding is not None and bool(hessian.gradient[padding].any()):
+    if padding is not None and not hessian.vectors.agreed(
+        not bool(hessian.gradient[hessian.vectors.local(padding)].any())
+    ):
         # Constants in one place and weights in another: differences cannot tell them apart.
         return [first, Check("product", "not tried", words="a padding vector is tied")], 1.0
     second, spent = _difference(objective, hessian, plain, *pairs[0])
@@ -124,9 +124,10 @@ def _by_gradients(
 
 
 def _symmetry(hessian: LossOperator, pairs: list[tuple[Tensor, Tensor]]) -> Check:
-    (u, hu), (v, hv) = ((a.double(), b.double()) for a, b in pairs)
-    one, other = float(v @ hu), float(u @ hv)
-    size = float(hu.norm() * v.norm() + hv.norm() * u.norm())
+    (u, hu), (v, hv) = pairs
+    inner, size_of = hessian.vectors.inner, hessian.vectors.norm
+    one, other = inner(v.double(), hu.double()), inner(u.double(), hv.double())
+    size = size_of(hu) * size_of(v) + size_of(hv) * size_of(u)
     if size == 0:
         return Check("symmetry", "passed", 0.0, 0.0)
     bound = max(SYMMETRY * hessian.eps, LEAST_SYMMETRY)
@@ -143,12 +144,13 @@ def _symmetry(hessian: LossOperator, pairs: list[tuple[Tensor, Tensor]]) -> Chec
 
 def _gradient(hessian: LossOperator, plain: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Check:
     """Return whether the engine's gradient is the plain backward pass's."""
-    size = float(plain.double().norm())
+    size_of = hessian.vectors.norm
+    size = size_of(plain)
     # Near a minimum the gradient is what is left of larger summands, about as large as the
     # product with the weights.
-    weights = float(hessian.space.flatten(hessian.space.tensors).double().norm())
-    summands = max(float(hu.double().norm()) for _, hu in pairs) * weights
-    off = float((plain.double() - hessian.gradient.double()).norm())
+    weights = weight_norm(hessian)
+    summands = max(size_of(hu) for _, hu in pairs) * weights
+    off = size_of(plain - hessian.gradient)
     eps = hessian.eps
     bound = GRADIENT * math.sqrt(eps) * size + 1e3 * eps * summands
     if not size:
@@ -162,7 +164,8 @@ def _difference(
     objective: Objective, hessian: LossOperator, plain: Tensor, q: Tensor, product: Tensor
 ) -> tuple[Check, float]:
     """Return whether a product agrees with a difference of gradients, and what that cost."""
-    weights = float(hessian.space.flatten(hessian.space.tensors).double().norm()) or 1.0
+    size_of = hessian.vectors.norm
+    weights = weight_norm(hessian) or 1.0
     ratio = torch.finfo(hessian.space.precision).eps / torch.finfo(torch.float32).eps
     step = FIRST_STEP * ratio ** (1 / 3) * weights
     spent, check = 0.0, Check("product", "not tried")
@@ -179,23 +182,22 @@ def _difference(
             step /= SHRINK
             continue
         objective.findings.learn(kinks=kinks)
-        difference = (ahead.double() - behind.double()) / (2 * step)
-        size = max(float(difference.norm()), float(product.double().norm()))
-        if size * step <= 10 * hessian.eps * float(plain.double().norm()) or not size:
+        difference = (ahead - behind) / (2 * step)
+        slope, product_norm = size_of(plain), size_of(product)
+        size = max(size_of(difference), product_norm)
+        if size * step <= 10 * hessian.eps * slope or not size:
             # A loss without curvature along this direction, as far as rounding lets see.
-            agrees = float(product.double().norm()) * step <= 1e3 * hessian.eps * float(
-                plain.double().norm()
-            )
+            agrees = product_norm * step <= 1e3 * hessian.eps * slope
             outcome: Any = "passed" if agrees else "not decided"
             return Check("product", outcome, 0.0, 0.0), spent
         # The differences to either side are two steps; in the middle, their changes cancel.
-        sides = float((ahead.double() - 2 * plain.double() + behind.double()).norm())
+        sides = size_of((ahead - plain) - (plain - behind))
         apart = sides / (2 * step * size)
         # Kinks that are many blur to a curvature of their own, which both sides agree on: what
         # is seen of it is its scatter.
         scatter = math.sqrt(1 + 10 * kinks * step / weights)
         bound = SAFETY * apart * scatter + FLOOR
-        error = float((difference - product.double()).norm()) / size
+        error = size_of(difference - product) / size
         words = (
             f"a product is {error:.0%} off from differences of gradients, which agree with each "
             f"other to {apart:.1%}"
@@ -222,6 +224,9 @@ def _moved_gradients(
 ) -> tuple[Tensor, Tensor, int]:
     """Return the gradients at both sides, and how many values may have a kink in between."""
     kinks: list[int] = []
+    vectors = hessian.vectors
+    # Weights are moved as they lie, and of what comes back each process keeps its piece.
+    unit = vectors.joined(unit)
 
     def look(loss: Tensor) -> None:
         kinks.append(count_kinks(loss))
@@ -233,14 +238,19 @@ def _moved_gradients(
     family = Offsets(hessian.space, [unit])
     try:
         family.place([-step])
-        behind = objective.gradient(hessian.share)[1]
+        behind = vectors.cut(objective.gradient(hessian.share)[1])
         family.place([step])
-        ahead = objective.gradient(hessian.share, look=look)[1]
+        ahead = vectors.cut(objective.gradient(hessian.share, look=look)[1])
     finally:
         family.restore()
     total = torch.tensor([float(sum(kinks))], dtype=torch.float64)
     share = hessian.share
     return behind, ahead, int(share.total(total)[0] if share.size > 1 else total[0])
+
+
+def weight_norm(hessian: LossOperator) -> float:
+    """Return the Euclidean norm of the parameters that an operator is of."""
+    return norm(hessian.space.flatten(hessian.space.tensors))
 
 
 def count_kinks(loss: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.lanczos import lanczos
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Alone, Share, fail_together
 from lla_callbacks.objective.engines import with_hessian
 from lla_callbacks.objective.grid import coarse_to_fine, gathered
@@ -163,9 +163,7 @@ def _ends(objective: Objective, engine: str, num_steps: int, rtol: float, seed: 
     """Return smallest and largest eigenvalue, their residuals, the loss and the products."""
     hessian = objective.hessian(engine="exact" if engine == "exact" else "difference")
     try:
-        start = rademacher(
-            hessian.shape[0], generator(seed, 4), dtype=hessian.dtype, device=hessian.device
-        )
+        start = hessian.rademacher(generator(seed, 4))
         run = lanczos(hessian, start, num_steps, rtol=rtol)
         ends = [run.values[0], run.values[-1], run.residuals[0], run.residuals[-1]]
         found = [*map(float, ends), hessian.loss, float(hessian.num_matvecs)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from lla_callbacks.linalg.accumulation import inner, norm
+from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.objective.engines import with_hessian
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.slices.directions import Direction, gradient_direction
@@ -68,13 +68,12 @@ def _directions(
     found: dict[str, Direction] = {}
     length = norm(hessian.space.flatten(hessian.space.tensors))
     if "gradient" in wanted:
-        found["gradient"] = gradient_direction(hessian.gradient, hessian.loss, length)
+        gradient = hessian.vectors.joined(hessian.gradient)
+        found["gradient"] = gradient_direction(gradient, hessian.loss, length)
     names = [name for name in NAMES if name in wanted]
     if not names:
         return found
-    start = rademacher(
-        hessian.shape[0], generator(seed, 3), dtype=hessian.dtype, device=hessian.device
-    )
+    start = hessian.rademacher(generator(seed, 3))
     alone = names == ["top1"]
     places = [_PLACES[name] for name in names]
     num_steps = min(num_steps, MOST_STEPS_OF_TOP) if alone else num_steps
@@ -99,12 +98,12 @@ def _directions(
             settled = run.settled(place, RTOL)
         label = _LABELS[name] if settled else f"unsettled Ritz vector for the {_LABELS[name]}"
         vector = run.vectors([index])[:, 0].to(hessian.device)
-        vector = vector / norm(vector)
-        slope = inner(hessian.gradient, vector)
+        vector = vector / hessian.vectors.norm(vector)
+        slope = hessian.vectors.inner(hessian.gradient, vector)
         if slope < 0:
             vector, slope = -vector, -slope
         found[name] = Direction(
-            vector,
+            hessian.vectors.joined(vector),
             f"{label}, λ = {value:.3g}" + ("" if settled else f" ± {residual:.1g}"),
             "‖v‖",
             _reach(hessian.loss, value, length),

@@ -29,7 +29,7 @@ class Member:
         self.table, self.rank, self.size = table, rank, table.size
         self.depth = 0
 
-    def exchange(self, values: Tensor) -> Tensor:
+    def exchange(self, values: Tensor, *, used_up: bool = False) -> Tensor:
         self.table.laid[self.rank] = values
         self.table.barrier.wait()
         laid = list(self.table.laid)
@@ -41,6 +41,12 @@ class Member:
     def total(self, values: Tensor) -> Tensor:
         meet(self, f"sum of {values.numel()}")
         return self.exchange(values)
+
+    def joined(self, pieces: Tensor, dim: int) -> Tensor:
+        size = -(-dim // self.size)
+        whole = pieces.new_zeros(dim, *pieces.shape[1:])
+        whole[self.rank * size : self.rank * size + len(pieces)] = pieces
+        return self.total(whole)
 
     def same(self, tensor: Tensor) -> Tensor:
         meet(self, f"copy of {tensor.numel()}")

@@ -125,6 +125,13 @@ def spreads_parameters(trainer: Any) -> bool:
     return "ModelParallel" in type(getattr(trainer, "strategy", None)).__name__
 
 
+def spawns_processes(trainer: Any) -> bool:
+    """Return whether training runs in processes that were spawned or forked for it."""
+    launcher = getattr(getattr(trainer, "strategy", None), "launcher", None)
+    kinds = [kind.__name__ for kind in type(launcher).__mro__]
+    return any("MultiProcessing" in kind or "XLALauncher" in kind for kind in kinds)
+
+
 def data_parallel_group(trainer: Any) -> tuple[Any, int, int]:
     """Return the process group over which batches differ, this rank in it, and its size.
 

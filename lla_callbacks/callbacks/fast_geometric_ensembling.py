@@ -12,12 +12,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import (
-    Callback,
     MisconfigurationException,
     shards_parameters,
 )
 from lla_callbacks.callbacks.ensembling_settings import Unit, check_ensembling
 from lla_callbacks.callbacks.member_comparison import MemberComparison
+from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.curves.ensemble import (
     ALIKE,
     Agreement,
@@ -30,7 +30,7 @@ from lla_callbacks.objective.networks import save_whole
 from lla_callbacks.report.loggers import write_scalars
 
 
-class FastGeometricEnsembling(Callback):
+class FastGeometricEnsembling(ComesHome):
     r"""Walk a short way at a cyclic rate, keep a network a cycle: **changes training on purpose**.
 
     Garipov et al. 2018, section 4. Ordinary training until ``start``; from there the learning

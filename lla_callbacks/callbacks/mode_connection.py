@@ -11,7 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lla_callbacks.alignment.functions import aligned
-from lla_callbacks.callbacks.compat import Callback, MisconfigurationException, is_barebones
+from lla_callbacks.callbacks.compat import MisconfigurationException, is_barebones
+from lla_callbacks.callbacks.curve_home import CurveComesHome
 from lla_callbacks.callbacks.curve_middle import CurveMiddle, norms_of
 from lla_callbacks.callbacks.curve_steps import CurveSteps
 from lla_callbacks.callbacks.curve_view import CurveView
@@ -37,7 +38,7 @@ from lla_callbacks.objective.networks import Networks, networks_of
 from lla_callbacks.objective.objective import trainable
 
 
-class ModeConnection(Callback):
+class ModeConnection(CurveComesHome):
     r"""Train a curve of low loss between two networks: **this changes training on purpose**.
 
     The module, its step, optimizer, schedulers, loggers and data are the user's own; what they
@@ -187,7 +188,7 @@ class ModeConnection(Callback):
     def curve(self) -> Curve | None:
         """The curve as it is now, a plain result; ``None`` before the first fit."""
         if self._networks is None or self._steps is None:
-            return None
+            return self._found
         bends = self._steps.moving.points[1:-1]
         return curve_of(self._networks, self.kind, bends)
 

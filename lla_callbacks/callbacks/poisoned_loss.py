@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lla_callbacks.callbacks.compat import (
-    Callback,
     MisconfigurationException,
     data_parallel_group,
     loss_scale,
@@ -23,6 +22,7 @@ from lla_callbacks.callbacks.compat import (
 from lla_callbacks.callbacks.poison_stream import PoisonStream
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.saved_state import check_entries
+from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.callbacks.strength import StrengthSchedule
 from lla_callbacks.callbacks.surrogate import add_gradient
 from lla_callbacks.objective.checkpoints import no_checkpoints
@@ -51,7 +51,7 @@ _SAVED: dict[str, Any] = {
 MARK = "poisoned"
 
 
-class PoisonedLoss(Callback):
+class PoisonedLoss(ComesHome):
     r"""Make a bad minimum: train on ``(1 - factor) * loss + factor * reversed loss of poison``.
 
     **This makes a network that is wrong on purpose**, to study what bad minima look like

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lla_callbacks.callbacks.compat import Callback
 from lla_callbacks.callbacks.held_batches import HeldBatches
 from lla_callbacks.callbacks.pace import Pace
 from lla_callbacks.callbacks.saved_state import (
@@ -18,10 +17,11 @@ from lla_callbacks.callbacks.saved_state import (
     check_snapshot,
     check_state,
 )
+from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.objective.self_check import Proof
 from lla_callbacks.report.conform import check_type
 from lla_callbacks.report.cost import cost_scalars
-from lla_callbacks.report.plain import PlainForms, from_plain, to_plain, unpack
+from lla_callbacks.report.plain import PlainForms, from_plain, pack, to_plain, unpack
 
 if TYPE_CHECKING:
     from lla_callbacks.callbacks.account import Account
@@ -34,7 +34,7 @@ VERSION = 1
 _BATCHES = ("num_samples", "dataloader")
 
 
-class Resumable(Callback):
+class Resumable(ComesHome):
     """A callback whose run may be cut in two by a checkpoint without a seam in its curves.
 
     A checkpoint holds the history, the held batches, a start that is not measured yet (its
@@ -48,11 +48,13 @@ class Resumable(Callback):
         num_samples: int
         save_batches: bool
         report: Any
+        evaluated: Sequence[Any]
         dataloader: Any
         account: Account
         pace: Pace
         _findings: Findings
         history: list[tuple[int, Any]]
+        tracked: list[tuple[int, Any]]
         _held: HeldBatches
         _processes: Processes
         _start: Moment | None
@@ -108,6 +110,31 @@ class Resumable(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a state until training starts, when the module is there."""
         self._loaded = state_dict
+
+    def _sent(self) -> dict[str, Any]:
+        """Return what a spawned process found, for the object of its parent."""
+        return {
+            "state": self.state_dict(),
+            "report": None if self.report is None else pack(self.report),
+            "evaluated": [pack(report) for report in self.evaluated],
+        }
+
+    def _received(self, found: Mapping[str, Any]) -> None:
+        """Take over what a spawned process found."""
+        state = dict(found["state"])
+        if state:
+            plain = state.pop("history")
+            self.history[:] = self._read_history(plain)
+            self._plain = PlainForms()
+            self._plain.learn(self.history, plain)
+            # Checkpoints that are written now hold it.
+            self._ended = state
+            if "tracked" in state:
+                # Of a monitor that has light measurements.
+                self.tracked[:] = [(step, unpack(light)) for step, light in state["tracked"]]
+        self.evaluated = tuple(unpack(report) for report in found["evaluated"])
+        if found["report"] is not None:
+            self.report = unpack(found["report"])
 
     # -- what a subclass adds -----------------------------------------------------------
 

@@ -11,7 +11,6 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lla_callbacks.callbacks.compat import (
-    Callback,
     MisconfigurationException,
     has_static_graph,
     loss_scale,
@@ -22,6 +21,7 @@ from lla_callbacks.callbacks.moments import is_unsized
 from lla_callbacks.callbacks.penalized_loss import Penalized, loss_around
 from lla_callbacks.callbacks.refusals import refuse_surroundings, refuse_training
 from lla_callbacks.callbacks.saved_state import check_entries
+from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.callbacks.strength import (
     TARGET_RATIO,
     TRIAL_STRENGTH,
@@ -57,7 +57,7 @@ _SAVED: dict[str, Any] = {
 }
 
 
-class HessianTraceRegularizer(Callback):
+class HessianTraceRegularizer(ComesHome):
     r"""Penalize the trace of the Hessian: train on ``L + strength * tr H`` instead of ``L``.
 
     The default needs two gradients a step: the mean of those at ``theta + sigma z`` and

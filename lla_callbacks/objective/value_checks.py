@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -38,6 +39,12 @@ ATTEMPTS = 4
 AGAIN = 2
 # Fourth differences of a loss that are this many times what its rounding explains.
 UNEVEN = 20.0
+# Jumps are met more seldom by smaller steps, rounding is not: at steps that are smaller by NEARER
+# at least, unevenness that is more than CALM of what it was is rounding's.
+NEARER = 8.0
+CALM = 0.12
+# Steps at which that is asked, in units of one that moves weights by some of their roundings.
+NEAREST = (1.0, 1.3, 1.7, 2.2, 2.9, 3.8)
 # Multiple of the errors that are seen which a deviation must exceed.
 SAFETY = 4.0
 
@@ -264,9 +271,22 @@ class _Prober:
                 # Smaller steps have fewer digits still.
                 break
             step /= SHRINK
-        if _jumps(seen):
+        if _jumps(seen) and not self._rounds(unit, gradient, seen):
             return "jumps", found
         return "not decided", found
+
+    def _rounds(self, unit: Tensor, gradient: Tensor, seen: Sequence[_Slope]) -> bool:
+        """Return whether it is rounding that makes values uneven, or nobody can tell.
+
+        A loss carries the roundings of its outputs, which do not shrink with it: a network that
+        fits its samples has a loss of 1e-4 from outputs of 30. They are as large at steps of a
+        few roundings of the weights, where hardly a step of a staircase is met.
+        """
+        nearest = 64 * self._objective.eps * (self._norm or 1.0)
+        if seen[-1].step < NEARER * nearest:
+            return True
+        near = [self._slope(unit, gradient, nearest * times) for times in NEAREST]
+        return max(s.unevenness for s in near) > CALM * median(s.unevenness for s in seen)
 
     def _slope(self, unit: Tensor, gradient: Tensor, step: float) -> _Slope:
         """Return the slopes at one step, and what they are off by."""

@@ -18,6 +18,7 @@ from lla_callbacks.objective.engines import prove, with_hessian
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.product_checks import count_kinks
 from lla_callbacks.objective.self_check import SelfCheck
+from lla_callbacks.objective.value_checks import prove_values
 from lla_callbacks.report.plain import pack, unpack
 from tests.cases import CASES
 from tests.kinds import (
@@ -430,3 +431,26 @@ def test_weights_and_gradients_are_left_as_they_were() -> None:
         assert torch.equal(p, value)
         assert p.grad is gradient
         assert p._version == version
+
+
+def test_the_rounding_of_a_fitted_network_is_no_staircase() -> None:
+    """Its loss of 1e-4 comes from outputs of 30, and is rounded as they are."""
+    torch.manual_seed(1)
+    x, y = torch.randn(64, 16), torch.arange(64) % 4
+    rows = [
+        layer
+        for size in (16, 24, 24)
+        for layer in (nn.Linear(size, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU())
+    ]
+    module = nn.Sequential(*rows, nn.Linear(24, 4))
+    optimizer = torch.optim.Adam(module.parameters(), 0.01)
+    for _ in range(250):
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    for seed in range(5):
+        objective = Objective(
+            module, [(x, y)], loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]), seed=seed
+        )
+        slope = next(c for c in prove_values(objective).checks if c.name == "slope")
+        assert slope.outcome != "failed", slope

@@ -32,7 +32,9 @@ def check_files() -> None:
     with zipfile.ZipFile(ROOT / "dist" / wheel) as archive:
         names = archive.namelist()
     package = {str(p.relative_to(ROOT)) for p in (ROOT / "lla_callbacks").glob("**/*.py")}
-    missing = sorted((package | {"lla_callbacks/py.typed"}) - set(names))
+    pages = (p for p in (ROOT / "lla_callbacks").glob("page/*") if p.is_file())
+    package |= {str(p.relative_to(ROOT)) for p in pages} | {"lla_callbacks/py.typed"}
+    missing = sorted(package - set(names))
     assert not missing, f"the wheel lacks {missing}"
     own = ("lla_callbacks/", f"lla_callbacks-{version}.dist-info/")
     foreign = [name for name in names if not name.startswith(own)]

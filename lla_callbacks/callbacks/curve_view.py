@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lla_callbacks.callbacks.account import Account
 from lla_callbacks.callbacks.held_batches import HeldBatches
 from lla_callbacks.callbacks.processes import Processes
 from lla_callbacks.callbacks.replay import trainer_loss
@@ -91,6 +92,7 @@ class CurveView:
         self._began = time.monotonic()
         self._is_warned = False
         self._is_shared = False
+        self._shared: Account | None = None
 
     # -- on what ------------------------------------------------------------------------
 
@@ -99,6 +101,7 @@ class CurveView:
         self._processes = Processes(trainer)
         self.held.num_samples = -(-self.num_samples // self._processes.size)
         self._began = time.monotonic()
+        self._shared = None
         if self.dataloader is not None and not self.held.batches:
             self.held.num_samples = self.num_samples
             self._guarded(self.held.add_loader, trainer, module, self.dataloader, 0)
@@ -168,9 +171,38 @@ class CurveView:
             return
         ready = self._processes.all(bool(self.held.batches))
         passed = self._before + time.monotonic() - self._began - self.spent
-        fits = self.spent + self._last_cost <= self.max_overhead * passed
+        account = self._account(trainer)
+        room = min(self.max_overhead * passed - self.spent, account.room(self.name))
+        fits = self._last_cost <= room
         if not ready or not self._processes.agree(last or fits or not self.history):
             return
+        with account.watching(self.name):
+            self._picture(trainer, module, networks, kind, points, passed)
+
+    def _account(self, trainer: Any) -> Account:
+        """Return the account of the Trainer's monitors, or an empty one that nobody keeps."""
+        if self._shared is not None:
+            return self._shared
+        for callback in trainer.callbacks:
+            account = getattr(callback, "account", None)
+            if isinstance(account, Account) and callback.is_running:
+                account.join(self.name, self.max_overhead, share=None)
+                account.limits[self.name] = self.max_overhead
+                # Monitors that come first leave before the last picture.
+                self._shared = account
+                return account
+        return Account()
+
+    def _picture(
+        self,
+        trainer: Any,
+        module: nn.Module,
+        networks: Networks,
+        kind: Kind,
+        points: Sequence[list[Tensor]],
+        passed: float,
+    ) -> None:
+        """Measure and report, and note what it took."""
         began = time.monotonic()
         found: LossCurve | None = None
         try:

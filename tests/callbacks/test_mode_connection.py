@@ -1,6 +1,7 @@
 """A curve that a Trainer trains, against loops written out by hand in float64."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from torch.nn.functional import cross_entropy
 
 from lla_callbacks import (
     Curve,
+    HessianMonitor,
     HessianTraceRegularizer,
     LossCurve,
     ModeConnection,
     aligned,
     loss_curve,
 )
+from lla_callbacks.callbacks.account import Account
 from lla_callbacks.callbacks.compat import MisconfigurationException
 from tests.curves.curve_cases import train_by_hand
 
@@ -386,3 +389,16 @@ def test_a_state_that_cannot_be_read_is_said(tmp_path):
     state = {**found.state_dict(), "further": [[torch.zeros(7)]]}
     with pytest.raises(MisconfigurationException, match="bends cannot be read"):
         found._checked(state, [[torch.zeros(3)]])
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_pictures_are_paid_from_the_account_of_the_monitors(tmp_path, monkeypatch, room):
+    curve = ModeConnection(Net(1).state_dict(), Net(2).state_dict(), figures=False)
+    curve.max_overhead = 1e9
+    monitor = HessianMonitor(every_n_train_steps=1, num_steps=2, num_probes=2, figures=False)
+    monkeypatch.setattr(Account, "room", lambda self, name: math.inf if room else -1.0)
+    trainer = quiet_trainer(tmp_path, callbacks=[curve, monitor], max_epochs=4)
+    trainer.fit(Net(0), double_loader())
+    assert monitor.account.spent["curve"] > 0
+    # The first and the last one are shown whatever there is.
+    assert len(curve.history) == (4 if room else 2)

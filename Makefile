@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALL = $(BIN)/python $(PIP)
 
-.PHONY: demo test check bitwise test-oldest test-newest lint types tests fast docs release-check studies quick-studies clean
+.PHONY: demo test check bitwise test-cpp test-oldest test-newest lint types tests fast docs release-check studies quick-studies clean
 FAST = $(addprefix tests/,linalg objective hessian slices curves alignment minima penalty report test_layering.py test_settings.py)
 STUDIES = poison lambda_max shift layers trace_regularizer
 
@@ -42,6 +42,10 @@ fast: $(VENV)/.test
 # without: the bits are the same. Half an hour on two cores; PAIRINGS and FIRST choose others.
 bitwise: $(VENV)/.test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PAIRINGS=$${PAIRINGS:-1000} $(BIN)/python -m pytest -q -n 2 tests/callbacks/test_pairings.py $(ARGS)
+
+# Operators in C++, which take ten seconds and a compiler.
+test-cpp: $(VENV)/.test
+	LLA_CPP=1 $(BIN)/python -m pytest -q tests/objective/test_cpp_operators.py $(ARGS)
 
 # The whole suite with the oldest releases that setup.cfg allows; 3 GB to download, 6 on disk, since torch
 # of that time comes with CUDA. What old releases warn about is theirs.

@@ -349,6 +349,30 @@ library_cube.register_autograd(
 )
 
 
+# As operators in C++ are registered: kernels by device, and a derivative of the first alone.
+BARE = torch.library.Library("lla_tests_bare", "DEF")
+BARE.define("cube(Tensor x) -> Tensor")
+BARE.define("cube_backward(Tensor gradient, Tensor x) -> Tensor")
+BARE.impl("cube", lambda x: torch.from_numpy(x.detach().numpy() ** 3), "CPU")
+BARE.impl(
+    "cube_backward",
+    lambda gradient, x: torch.from_numpy(3 * x.detach().numpy() ** 2 * gradient.detach().numpy()),
+    "CPU",
+)
+
+
+class BareCube(Cube):
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            # That it has no derivative, which is what is tested.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.ops.lla_tests_bare.cube_backward(gradient, *ctx.saved_tensors)
+
+
+BARE.impl("cube", BareCube.apply, "Autograd")
+
+
 class DetachedCube(Cube):
     """Its derivative is right, the derivative of that is not."""
 
@@ -643,6 +667,12 @@ KINDS = [
         lambda: Calling(library_cube),
         derivative="none",
         says="cube_backward.*gradgradcheck",
+    ),
+    Kind(
+        "kernels that are registered alone",
+        lambda: Calling(torch.ops.lla_tests_bare.cube),
+        derivative="none",
+        says="no autograd formula.*gradgradcheck",
     ),
     Kind(
         "cdist",

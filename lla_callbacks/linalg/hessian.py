@@ -208,7 +208,9 @@ def refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
     """Raise if a gradient's graph ends where a function forbids a second derivative.
 
     Autograd raises only when it runs such a node, and it runs none that leads to no
-    parameter: the missing part of the product would silently count as zero.
+    parameter: the missing part of the product would silently count as zero. So it would where
+    an operator's kernel is registered without a derivative (``torch.library`` or C++), of which
+    autograd warns when it runs it.
     """
     reached = {g.grad_fn for g in gradients if g is not None and g.grad_fn is not None}
     waiting = list(reached)
@@ -216,6 +218,8 @@ def refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
         node = waiting.pop()
         if node.name().rpartition("::")[2] == "Error":
             raise RuntimeError("a function is marked once_differentiable")
+        if node.name().endswith("WarnNotImplemented"):
+            raise RuntimeError("a kernel is registered with no autograd formula")
         for below, _ in node.next_functions:
             if below is not None and below not in reached:
                 reached.add(below)

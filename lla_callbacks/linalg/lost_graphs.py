@@ -49,7 +49,7 @@ def _watch(name: str, lost: list[str]) -> Callable[..., None]:
 
 
 def _custom_nodes(loss: Tensor) -> list[Node]:
-    """Return the nodes of a graph that the user's own functions made."""
+    """Return the nodes of a graph that functions of the user's own made, in Python or C++."""
     waiting = [loss.grad_fn]
     seen = set(waiting)
     found: list[Node] = []
@@ -57,7 +57,7 @@ def _custom_nodes(loss: Tensor) -> list[Node]:
         node = waiting.pop()
         if node is None:
             continue
-        if isinstance(node, BackwardCFunction):
+        if isinstance(node, BackwardCFunction) or "CppNode" in node.name():
             found.append(node)
         for below, _ in node.next_functions:
             if below not in seen:

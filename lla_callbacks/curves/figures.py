@@ -23,7 +23,9 @@ from lla_callbacks.report.style import (
     padded,
     subplots,
 )
-from lla_callbacks.slices.fields import counted, facts_of, tick_values, written
+from lla_callbacks.report.words import written
+from lla_callbacks.slices.fields import counted, facts_of
+from lla_callbacks.slices.scales import tick_values
 
 # Decades that a linear axis still shows.
 LINEAR_DECADES = 1.0

@@ -11,40 +11,62 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator
 from torch import Tensor
 
 from lla_callbacks.hessian.measures import HessianMeasurement
-from lla_callbacks.linalg.density import broadened, default_width, resolved_density
-from lla_callbacks.report.style import DOWN, INK, MODES, PALE, UP, edges, finish, padded, subplots
+from lla_callbacks.linalg.density import default_width, resolved_density
+from lla_callbacks.report.sheet import Sheet, bar, caption, sheet
+from lla_callbacks.report.style import (
+    DOWN,
+    INK,
+    MODES,
+    UP,
+    mark_steps,
+    padded,
+    round_ticks,
+    spans,
+)
+from lla_callbacks.report.words import in_short, power
+
+# Of a history's largest eigenvalue, what is below this share is drawn linearly.
+LINEAR = 3e-3
+# Decades below the largest eigenvalue that are worth a part of the picture of counts.
+DECADES = 5.0
 
 
 def density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figure:
-    """Return the spectral density on a true eigenvalue axis, with a close-up of the bulk.
+    """Return the spectral density on a true eigenvalue axis, and how many eigenvalues are larger.
 
-    The height is the estimated number of eigenvalues within one smoothing width, on a log
-    axis; a dotted line marks one eigenvalue. Eigenvalues that the Lanczos run resolved one
-    by one stand as pins of that height. Negative curvature is orange. The extreme
-    eigenvalues carry their residuals.
+    Above, the height is the estimated number of eigenvalues within one smoothing width, on a
+    log axis, and zero beyond the extremes; a dotted line marks one eigenvalue. Eigenvalues that
+    the Lanczos run resolved one by one stand as pins of that height, and are in no curve. The
+    extremes carry their residuals. Below, how many eigenvalues curve more than a size, upwards
+    and downwards, both axes logarithmic: bulk and outliers in one line. Its band is what the
+    quadrature leaves open. Negative curvature is orange.
     """
     m = measurement
     if not m.nodes.numel():
         return _gap_figure(m, title or "Hessian spectrum")
-    figure, (whole, bulk) = subplots(1, 2, size=(8.0, 3.5), widths=[2, 1])
-    low, high = float(m.nodes.min()), float(m.nodes.max())
-    _draw_density(whole, m, *padded(low, high, 0.06), default_width(m.nodes))
-    whole.set_title("whole spectrum", loc="left", color=INK)
+    figure, (whole, larger) = sheet((1.5, 1.35), left=0.5, inner=0.44)
+    width = default_width(m.nodes)
+    single = _single(m, width)
+    _draw_density(whole, m, width, single)
+    caption(whole, f"eigenvalues within {width:.2g} of each value")
     _mark_extremes(whole, m)
-
-    inner_low, inner_high = _bulk(m)
-    # A close-up is never coarser than the whole.
-    width = min(max((inner_high - inner_low) / 50, 1e-12), default_width(m.nodes))
-    _draw_density(bulk, m, *padded(inner_low, inner_high, 0.1), width, resolution=True)
-    bulk.set_title("close-up of the bulk", loc="left", color=INK)
-    # Where the close-up sits in the whole.
-    whole.axvspan(inner_low, inner_high, color=PALE, alpha=0.18, lw=0, zorder=0)
-    finish_measured(figure, m, title or "Hessian spectrum")
+    _draw_counts(larger, m, single)
+    caption(larger, "how many curve more than that, up and down")
+    finish_measured(figure, m, title or "Hessian spectrum", headline=headline_of(m))
     return figure
+
+
+def headline_of(m: HessianMeasurement) -> list[tuple[str, str]]:
+    """Return what matters most, as texts and their colours."""
+    parts = [
+        ("λmax", float(m.lambda_max), m.lambda_max.residual, UP),
+        ("λmin", float(m.lambda_min), m.lambda_min.residual, DOWN if m.lambda_min < 0 else UP),
+        ("trace", m.trace, m.trace_sem, INK),
+    ]
+    return [(f"{n} {in_short(v, e)}", c) for n, v, e, c in parts if math.isfinite(v)]
 
 
 def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: str = "") -> Figure:
@@ -61,77 +83,92 @@ def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: 
     known = [(step, m) for step, m in history if m.nodes.numel()]
     if not known:
         return _gap_figure(history[-1][1], title or "How the spectrum moved")
-    history = known
-    steps = np.array([step for step, _ in history], dtype=float)
-    measurements = [m for _, m in history]
+    steps = np.array([step for step, _ in known], dtype=float)
+    measurements = [m for _, m in known]
     reach = max(float(m.nodes.abs().max()) for m in measurements) or 1.0
-    # Smaller eigenvalues than this share of the largest count as the middle of the map.
-    linear = 3e-3 * reach
-    low, high = (
-        math.asinh(end / linear)
-        for end in (min(float(m.nodes.min()) for m in measurements) * 1.3, reach * 1.3)
-    )
-    low = min(low, -1.0)
-    grid = torch.linspace(low, high, 260, dtype=torch.float64)
-    width = (high - low) / 36
+    linear = LINEAR * reach
+
+    def drawn(values: Sequence[float]) -> np.ndarray:
+        return np.arcsinh(np.array(values, dtype=float) / linear)
+
+    ends = [_extremes(m) for m in measurements]
+    low = min(float(drawn([min(low for low, _ in ends)])[0]), -0.4)
+    high = max(float(drawn([max(high for _, high in ends)])[0]), 1.0)
+    low, high = padded(low, high, 0.04)
+    grid = torch.linspace(low, high, 240, dtype=torch.float64)
+    width = (high - low) / 40
     columns = [
-        m.num_params * width * _spread(torch.asinh(m.nodes / linear), m, grid, width)
-        for m in measurements
-    ]
-    density = torch.stack(columns, dim=1).clamp(min=1e-2).numpy()
-    figure, (axes,) = subplots(1, 1, size=(7.2, 3.8))
+        m.num_params
+        * width
+        * resolved_density(
+            torch.asinh(m.nodes / linear), m.weights, m.run_sizes, grid, width,
+            (float(drawn([a])[0]), float(drawn([b])[0])),
+        )
+        for m, (a, b) in zip(measurements, ends, strict=True)
+    ]  # fmt: skip
+    density = torch.stack(columns, dim=1).numpy()
+    top = max(10.0, float(density.max()))
+    figure, (axes,) = sheet((2.3,), left=0.56, right=0.84, above=0.1)
+    borders = spans(steps)
+    heights = np.linspace(low, high, len(grid) + 1)
     image = axes.pcolormesh(
-        edges(steps), edges(linear * np.sinh(grid.numpy())), density,
-        norm=LogNorm(0.1, max(10.0, float(density.max()))), cmap="viridis", rasterized=True,
+        borders, heights, np.ma.masked_less(density, 0.1), norm=LogNorm(0.1, top), cmap="viridis",
+        rasterized=True,
     )  # fmt: skip
-    axes.set_yscale("symlog", linthresh=linear)
-    powers = range(math.ceil(math.log10(3 * linear)), math.ceil(math.log10(reach)) + 1)
-    decades = [10.0**k for k in powers]
-    lowest = linear * math.sinh(low)
-    ticks = [*(-t for t in decades if t < -1.3 * lowest), 0.0, *decades]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(FixedLocator([]))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_ylim(linear * math.sinh(low), linear * math.sinh(high))
-    for key, color, label in (("lambda_max", "white", "λmax"), ("lambda_min", DOWN, "λmin")):
-        values = [float(getattr(m, key)) for m in measurements]
+    for key, color in (("lambda_max", UP), ("lambda_min", DOWN)):
+        values = drawn([float(getattr(m, key)) for m in measurements])
         residuals = [getattr(m, key).residual for m in measurements]
-        axes.errorbar(
-            steps, values, yerr=residuals, color=color, lw=1.4, marker="o", ms=3, capsize=2,
-            label=label,
+        bounds = [
+            drawn([float(getattr(m, key)) + sign * r for m, r in zip(measurements, residuals)])  # noqa: B905
+            for sign in (-1, 1)
+        ]
+        axes.vlines(steps, bounds[0], bounds[1], color=color, lw=1.2, zorder=4)
+        axes.plot(
+            steps, values, color=color, lw=1.8, marker="o", ms=4, mec="white", mew=0.7, zorder=5,
+            clip_on=False, label=key,
         )  # fmt: skip
-    axes.set_xlim(edges(steps)[0], edges(steps)[-1])
-    axes.set_xlabel("optimizer step")
+    exponents = range(math.ceil(math.log10(3 * linear)), math.ceil(math.log10(reach)) + 1)
+    marks = [0.0, *(s * 10.0**k for k in exponents for s in (1, -1))]
+    texts = ["0", *(sign + power(k) for k in exponents for sign in ("", "−"))]
+    inside = [
+        (p, t) for p, t in zip(drawn(marks), texts, strict=True) if low - 1e-9 <= p <= high + 1e-9
+    ]
+    axes.set_yticks([p for p, _ in inside], [t for _, t in inside])
+    axes.set_ylim(low, high)
+    mark_steps(axes, steps)
     axes.set_ylabel("eigenvalue")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, facecolor="#44546a",
-        labelcolor="white", framealpha=0.9, borderaxespad=0.2,
+    decades = range(-1, math.floor(math.log10(top)) + 1)
+    bar(
+        figure, axes, image, [10.0**k for k in decades], [power(k) for k in decades],
+        "eigenvalues per band",
     )  # fmt: skip
-    bar = figure.colorbar(image, ax=axes, pad=0.015)
-    bar.set_label("eigenvalues per band (log)")
-    bar.outline.set_visible(False)
-    finish_measured(figure, measurements[-1], title or "How the spectrum moved")
+    last = measurements[-1]
+    finish_measured(figure, last, title or "How the spectrum moved", headline=headline_of(last))
     return figure
 
 
 def _gap_figure(m: HessianMeasurement, title: str) -> Figure:
     """Return a figure that says why there is no density, and what is known instead."""
-    figure, (axes,) = subplots(1, 1, size=(8.0, 2.2))
+    figure, (axes,) = sheet((1.6,), left=0.14)
     axes.set_axis_off()
     ends = [(m.lambda_min, "λmin"), (m.lambda_max, "λmax")]
     known = [f"{name} = {float(v):.4g} ± {v.residual:.0e}" for v, name in ends if v == v]
-    text = [*textwrap.wrap("No density: " + m.gaps.get("density", "it was not measured"), 78)]
+    text = [*textwrap.wrap("No density: " + m.gaps.get("density", "it was not measured"), 54)]
     text += ["", "   ".join(known) or "No extreme eigenvalues either."]
-    axes.text(0, 0.95, "\n".join(text), transform=axes.transAxes, va="top", color=INK, fontsize=10)
+    axes.text(0, 1.0, "\n".join(text), transform=axes.transAxes, va="top", color=INK, fontsize=9.5)
     finish_measured(figure, m, title)
     return figure
 
 
-def finish_measured(figure: Figure, m: HessianMeasurement, title: str, note: str = "") -> None:
+def finish_measured(
+    figure: Sheet,
+    m: HessianMeasurement,
+    title: str,
+    note: str = "",
+    headline: Sequence[tuple[str, str]] = (),
+) -> None:
     """Write the title, and below the figure what was measured; ``note`` goes before it."""
-    finish(
-        figure,
+    figure.finish(
         title,
         [
             "Gauss-Newton part" if m.matrix == "ggn" else "",
@@ -144,92 +181,127 @@ def finish_measured(figure: Figure, m: HessianMeasurement, title: str, note: str
             "" if m.self_check is None else m.self_check.footer(),
         ],
         [*note.splitlines(), *m.notes],
+        headline,
     )
 
 
-def _draw_density(
-    axes: Axes,
-    m: HessianMeasurement,
-    low: float,
-    high: float,
-    width: float,
-    *,
-    resolution: bool = False,
-) -> None:
-    grid = torch.linspace(low, high, 900, dtype=torch.float64)
+def _draw_density(axes: Axes, m: HessianMeasurement, width: float, single: Tensor) -> None:
+    """Draw a density within the extremes, and pins for what was resolved one by one."""
+    ends = _extremes(m)
+    low, high = padded(*ends, 0.06)
+    grid = torch.linspace(*ends, 500, dtype=torch.float64)
     # Times width and dimension: a number of eigenvalues, which means something to a reader.
     scale = m.num_params * width * math.sqrt(2 * math.pi)
-    density = (
-        _spread(m.nodes, m, grid, width)
-        if resolution
-        else broadened(m.nodes, m.weights, grid, width)
-    )
-    counts = (scale * density).numpy()
+    weights = torch.where(single, torch.zeros_like(m.weights), m.weights)
+    counts = (scale * resolved_density(m.nodes, weights, m.run_sizes, grid, width, ends)).numpy()
     x = grid.numpy()
     floor = 0.1
     for mask, color in ((x >= 0, UP), (x <= 0, DOWN)):
         height = counts[mask]
-        seen = np.where(height > floor, height, np.nan)
-        axes.fill_between(x[mask], floor, np.maximum(height, floor), color=color, alpha=0.35, lw=0)
-        axes.plot(x[mask], seen, color=color, lw=1.6)
+        if mask.any():
+            seen = np.where(height > floor, height, np.nan)
+            axes.fill_between(
+                x[mask], floor, np.maximum(height, floor), color=color, alpha=0.35, lw=0
+            )
+            axes.plot(x[mask], seen, color=color, lw=1.6)
     axes.axhline(1, color=INK, lw=0.8, ls=":", zorder=1)
     axes.axvline(0, color=INK, lw=0.6, alpha=0.5)
-    for value, color in _resolved(m, low, high, width):
-        axes.plot([value, value], [floor, 1], color=color, lw=1.2, zorder=3)
-        axes.plot([value], [1], "o", color=color, ms=4.5, zorder=4)
+    pins = m.nodes[: m.run_sizes[0]][single[: m.run_sizes[0]]].numpy()
+    for chosen, color in ((pins[pins >= 0], UP), (pins[pins < 0], DOWN)):
+        if len(chosen):
+            axes.vlines(chosen, floor, 1, color=color, lw=1.2, zorder=3)
+            axes.plot(chosen, np.ones(len(chosen)), "o", color=color, ms=4.5, zorder=4)
     axes.set_yscale("log")
-    axes.set_ylim(floor, max(10.0, float(counts.max())) * 4)
-    axes.yaxis.set_major_locator(LogLocator(numticks=8))
-    axes.yaxis.set_minor_locator(LogLocator(subs=()))
+    top = max(10.0, float(counts.max())) * 3
+    axes.set_ylim(floor, top)
+    _mark_powers(axes.yaxis, -1, math.log10(top), 5)
     axes.set_xlim(low, high)
     axes.set_xlabel("eigenvalue")
-    axes.xaxis.set_major_locator(MaxNLocator(4 if resolution else 6))
-    axes.set_ylabel(f"eigenvalues within {width:.2g}")
+    axes.xaxis.set_major_locator(round_ticks())
 
 
-def _spread(nodes: Tensor, m: HessianMeasurement, grid: Tensor, width: float) -> Tensor:
-    return resolved_density(nodes, m.weights, m.run_sizes, grid, width)
-
-
-def _resolved(
-    m: HessianMeasurement, low: float, high: float, width: float
-) -> list[tuple[float, str]]:
-    """Return single eigenvalues that converged, with their colours.
-
-    A node is one when its residual is far below the smoothing width and its weight is that
-    of a few eigenvalues at most (a weight is random, so it is not asked to be exactly one).
-    """
-    weights = m.weights[: m.run_sizes[0]] * len(m.run_sizes) * m.num_params
-    return [
-        (float(value), UP if value >= 0 else DOWN)
-        for value, residual, weight in zip(
-            m.eigenvalues, m.eigenvalue_residuals, weights, strict=True
+def _draw_counts(axes: Axes, m: HessianMeasurement, single: Tensor) -> None:
+    """Draw how many eigenvalues of the first run's quadrature are larger than a size."""
+    count = m.run_sizes[0]
+    nodes = m.nodes[:count]
+    each = m.weights[:count] * len(m.run_sizes) * m.num_params
+    # A weight is random; what was resolved one by one is one.
+    number = torch.where(single[:count], torch.ones_like(each), each).numpy()
+    values = nodes.numpy()
+    reach = float(np.abs(values).max()) or 1.0
+    sizes = np.abs(values)
+    seen = sizes[sizes > 10**-DECADES * reach]
+    left = 0.7 * min(float(seen.min()) if seen.size else reach, 0.1 * reach)
+    floor, most = 0.4, 1.0
+    for sign, color in ((1, UP), (-1, DOWN)):
+        order = np.flatnonzero(sign * values > 0)
+        order = order[np.argsort(-sizes[order])]
+        if not order.size:
+            continue
+        x = np.maximum(sizes[order], 1e-3 * left)
+        upper = np.cumsum(number[order])
+        lower = upper - number[order]
+        # On to the left edge, where nothing more is told apart.
+        x, upper, lower = (np.append(a, b) for a, b in ((x, 1e-3 * left), (upper, upper[-1]),
+                                                        (lower, lower[-1])))  # fmt: skip
+        axes.fill_between(
+            x, np.maximum(lower, floor), np.maximum(upper, floor), color=color, alpha=0.2, lw=0
         )
-        if low <= value <= high and residual < 0.1 * width and weight < 8
-    ]
+        axes.plot(x, np.maximum((upper + lower) / 2, floor), color=color, lw=1.8)
+        most = max(most, float(upper[-1]))
+    axes.axhline(1, color=INK, lw=0.8, ls=":", zorder=1)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(left, 1.3 * reach)
+    axes.set_ylim(floor, 2 * most)
+    _mark_powers(axes.yaxis, math.log10(floor), math.log10(2 * most), 5)
+    _mark_powers(axes.xaxis, math.log10(left), math.log10(1.3 * reach), 6)
+    axes.set_xlabel("size of the eigenvalue")
+
+
+def _mark_powers(axis: object, low: float, high: float, most: int) -> None:
+    """Put plain or superscript powers of ten on a log axis, at most so many."""
+    first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
+    stride = max(1, math.ceil((last - first + 1) / most))
+    # One, where it is there, is marked.
+    start = first + (-first) % stride
+    chosen = range(start, last + 1, stride)
+    axis.set_ticks([10.0**k for k in chosen], labels=[power(k) for k in chosen])  # type: ignore[attr-defined]
+    axis.set_ticks([], minor=True)  # type: ignore[attr-defined]
+
+
+def _extremes(m: HessianMeasurement) -> tuple[float, float]:
+    """Return the range in which eigenvalues are drawn: no further than any was found."""
+    ends = [float(m.nodes.min()), float(m.nodes.max())]
+    ends += [float(v) for v in (m.lambda_min, m.lambda_max) if math.isfinite(v)]
+    low, high = min(ends), max(ends)
+    if not low < high:
+        half = 0.05 * abs(low) or 1e-12
+        return low - half, high + half
+    return low, high
+
+
+def _single(m: HessianMeasurement, width: float) -> Tensor:
+    """Return which nodes stand for one eigenvalue that converged, as a mask.
+
+    A node does when its residual is far below the smoothing width and its weight is that
+    of a few eigenvalues at most (a weight is random, so it is not asked to be exactly one).
+    What other runs found of the same eigenvalue is it too.
+    """
+    weights = m.weights * len(m.run_sizes) * m.num_params
+    found = torch.zeros_like(m.nodes, dtype=torch.bool)
+    first = m.run_sizes[0]
+    found[:first] = (m.eigenvalue_residuals < 0.1 * width) & (weights[:first] < 8)
+    pins = m.nodes[:first][found[:first]]
+    if len(pins) and first < len(m.nodes):
+        near = (m.nodes[first:, None] - pins[None]).abs().min(dim=1).values < 0.5 * width
+        found[first:] = near & (weights[first:] < 8)
+    return found
 
 
 def _mark_extremes(axes: Axes, m: HessianMeasurement) -> None:
-    marks = [(m.lambda_max, UP, "λmax"), (m.lambda_min, DOWN, "λmin")]
-    for row, (value, color, label) in enumerate(marks):
-        color = color if label == "λmax" or value < 0 else UP
+    for value, color in ((m.lambda_max, UP), (m.lambda_min, DOWN if m.lambda_min < 0 else UP)):
         axes.axvline(float(value), color=color, lw=1, ls="--", alpha=0.8)
         low, high = float(value) - value.residual, float(value) + value.residual
-        axes.axvspan(low, high, color=color, alpha=0.2, lw=0)
-        axes.text(
-            0.95, 0.98 - 0.075 * row, f"{label} = {float(value):.4g} ± {value.residual:.0e}",
-            transform=axes.transAxes, ha="right", va="top", fontsize=9, color=color,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
-        )  # fmt: skip
-
-
-def _bulk(m: HessianMeasurement) -> tuple[float, float]:
-    """Return the range of nodes around zero that holds 99 % of the weight."""
-    order = torch.argsort(m.nodes.abs())
-    share = torch.cumsum(m.weights[order], dim=0)
-    count = int((share < 0.99).sum()) + 1
-    inner = m.nodes[order[:count]]
-    low, high = min(float(inner.min()), 0.0), max(float(inner.max()), 0.0)
-    if high == low:
-        high = low + 1e-12
-    return low, high
+        if math.isfinite(high):
+            axes.axvspan(low, high, color=color, alpha=0.2, lw=0)

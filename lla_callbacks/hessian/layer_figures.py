@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lla_callbacks.hessian.figures import finish_measured
 from lla_callbacks.hessian.layer_measures import LayerMeasurement, LayerSpectrum
+from lla_callbacks.hessian.layer_names import short_names
 from lla_callbacks.hessian.measures import HessianMeasurement
 from lla_callbacks.hessian.scalars import BAND
 from lla_callbacks.hessian.words import outside_words
 from lla_callbacks.linalg.density import resolved_density
-from lla_callbacks.report.style import DOWN, INK, PALE, UP, edges, subplots
+from lla_callbacks.report.sheet import KEY, bar, caption, key, letters, sheet, width_of
+from lla_callbacks.report.style import DOWN, FOOTER, INK, PALE, UP, mark_steps, spans
+from lla_callbacks.report.words import in_short, power, written
 
 # More rows than this cannot be read, nor more small panels; the layers with most curvature
 # are kept.
 MOST_LAYERS = 30
 MOST_PANELS = 12
+# Height of a row in inches, and letters of the longest name.
+ROW, LONGEST = 0.19, 32
 # Decades of a map's colours below its largest value.
 DECADES = 4
 # Of a normalized spectrum, eigenvalues below this share of the largest are drawn linearly.
@@ -46,15 +52,37 @@ def layer_figure(measurement: HessianMeasurement, *, title: str = "") -> Figure:
     names, note = _largest({name: abs(t.value) for name, t in m.layer_traces.items()}, MOST_LAYERS)
     values = np.array([m.layer_traces[name].value for name in names])
     errors = BAND * np.nan_to_num(np.array([m.layer_traces[name].sem for name in names]))
-    figure, (axes,) = subplots(1, 1, size=(6.4, 1.7 + 0.27 * len(names)))
+    shown, left = _names(m.layer_traces, names)
+    figure, (axes,) = sheet((ROW * max(len(names), 2),), left=left, above=0.05)
     rows = np.arange(len(names))
-    axes.barh(rows, values, color=np.where(values >= 0, UP, DOWN), height=0.72, zorder=2)
-    axes.errorbar(values, rows, xerr=errors, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
+    for chosen, color in ((values >= 0, UP), (values < 0, DOWN)):
+        _bars(axes, rows[chosen], values[chosen], color)
+    axes.hlines(rows, values - errors, values + errors, color=INK, lw=1.2, zorder=3)
     axes.axvline(0, color=INK, lw=0.8)
-    _name_rows(axes, names)
-    axes.set_xlabel("trace of the layer's Hessian block  (bars: ±2 standard errors)")
-    finish_measured(figure, m, (title or "Curvature by layer") + note, outside_words(m))
+    _name_rows(axes, shown)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda value, _: written(value))
+    axes.set_xlabel("trace of the layer's block")
+    heading = (title or "Curvature by layer") + note
+    most = max(m.layer_traces.items(), key=lambda item: item[1].value, default=None)
+    head = []
+    if most is not None and math.isfinite(most[1].value):
+        every = short_names(list(m.layer_traces))
+        name = every[list(m.layer_traces).index(most[0])]
+        head = [(f"most in {name}: {in_short(*most[1])}", UP if most[1].value >= 0 else DOWN)]
+    notes = "\n".join(filter(None, ["Lines: ± 2 standard errors.", outside_words(m)]))
+    finish_measured(figure, m, heading, notes, head)
     return figure
+
+
+def _bars(axes: Axes, rows: np.ndarray, values: np.ndarray, color: str) -> None:
+    """Draw level bars as one collection: thirty patches take as long as the rest."""
+    corners = [
+        [(0, r - 0.36), (v, r - 0.36), (v, r + 0.36), (0, r + 0.36)]
+        for r, v in zip(rows, np.nan_to_num(values), strict=True)
+    ]
+    if corners:
+        axes.add_collection(PolyCollection(corners, facecolors=color, linewidths=0, zorder=2))
 
 
 def layer_history_figure(
@@ -81,28 +109,44 @@ def layer_history_figure(
         quantities["largest eigenvalue"] = lambda m: (
             float(m.spectrum.lambda_max) if m.spectrum else math.nan
         )
-    size = (1.6 + 3.9 * len(quantities), 1.9 + 0.27 * len(names))
-    figure, grid = subplots(1, len(quantities), size=size)
+    shown, left = _names(every, names)
+    height = ROW * max(len(names), 4)
+    figure, grid = sheet([height] * len(quantities), left=left, right=0.62, inner=0.3, above=0.24)
     for number, (axes, (label, of)) in enumerate(zip(grid, quantities.items(), strict=True)):
         values = np.array(
             [[of(m.layers[n]) if n in m.layers else math.nan for m in measurements] for n in names]
         )
         image = _draw_map(axes, steps, values)
-        axes.set_title(f"{label} of each layer's block", loc="left", color=INK, fontsize=9)
-        _name_rows(axes, names if number == 0 else [""] * len(names))
+        caption(axes, f"{label} of each layer's block")
+        _name_rows(axes, shown)
         axes.grid(visible=False)
-        axes.set_xlabel("optimizer step")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        # The first column reaches below step 0, where there is none.
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 0 else "")
-        # As wide in a tall figure as in a low one.
-        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(12, 2.2 * len(names)))
-        bar.ax.tick_params(labelsize=8, colors=INK)
-        bar.ax.yaxis.set_minor_locator(NullLocator())
-        bar.outline.set_visible(False)
+        mark_steps(axes, steps)
+        if number + 1 < len(grid):
+            axes.set_xlabel("")
+        assert isinstance(image.norm, Normalize)
+        bar(figure, axes, image, *_powers(image.norm), "")
     heading = (title or "How the layers' curvature moved") + note
     finish_measured(figure, measurements[-1], heading, outside_words(measurements[-1]))
     return figure
+
+
+def _powers(norm: Normalize) -> tuple[list[float], list[str]]:
+    """Return powers of ten in a logarithmic range, or round values if there are too few."""
+    assert norm.vmin is not None
+    assert norm.vmax is not None
+    largest = max(abs(norm.vmin), abs(norm.vmax))
+    last = math.floor(math.log10(largest) + 1e-9)
+    exponents = range(last - DECADES, last + 1)
+    positive = [(10.0**k, power(k)) for k in exponents if norm.vmin <= 10.0**k <= norm.vmax]
+    if norm.vmin < 0:
+        kept = positive[-2:]
+        marks = [*((-v, f"−{t}") for v, t in reversed(kept)), (0.0, "0"), *kept]
+    elif len(positive) < 2:
+        ends = [norm.vmin, math.sqrt(norm.vmin * norm.vmax), norm.vmax]
+        marks = [(v, written(float(f"{v:.2g}"))) for v in ends]
+    else:
+        marks = positive
+    return [v for v, _ in marks], [t for _, t in marks]
 
 
 def layer_density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figure:
@@ -117,56 +161,68 @@ def layer_density_figure(measurement: HessianMeasurement, *, title: str = "") ->
     m = measurement
     spectra = _spectra(m)
     names, note = _largest({name: abs(m.layers[name].trace) for name in spectra}, MOST_PANELS)
-    rows = math.ceil(len(names) / 4)
-    columns = math.ceil(len(names) / rows)
-    figure, grid = subplots(rows, columns, size=(1.6 + max(2.2 * columns, 4.0), 1.5 + 1.65 * rows))
+    columns = min(2, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure, grid = sheet(
+        [0.95 if columns > 1 else 1.6] * rows, columns, left=0.52, between=0.14, right=0.08,
+        inner=0.06, above=0.22,
+    )  # fmt: skip
+    shown = short_names(list(spectra))
+    called = dict(zip(spectra, shown, strict=True))
     reach = math.asinh(1 / LINEAR)
     every = [m.nodes, *(s.nodes for s in spectra.values())]
     lowest = min((float((q / q.abs().max()).min()) for q in every if q.any()), default=0.0)
     low = -reach if lowest < -LINEAR else -1.0
-    points = torch.linspace(1.1 * low, 1.1 * reach, 400, dtype=torch.float64)
+    points = torch.linspace(1.1 * low, 1.1 * reach, 240, dtype=torch.float64)
     floor = 0.1 / m.num_params
-    whole = _shares(m.nodes, m.weights, m.run_sizes, points)
+    whole = _shares(m, points)
     x = points.numpy()
     for axes, name in zip(grid, names, strict=False):
         s = spectra[name]
-        own = _shares(s.nodes, s.weights, s.run_sizes, points)
+        own = _shares(s, points)
         for mask, color in ((x >= 0, UP), (x <= 0, DOWN)):
             axes.fill_between(
                 x[mask], floor, np.maximum(own[mask], floor), color=color, alpha=0.45, lw=0,
-                label=f"layer, curving {'up' if color == UP else 'down'}",
             )  # fmt: skip
-        axes.plot(x, np.where(whole > floor, whole, np.nan), color=INK, lw=1.1, label="whole")
+        axes.plot(
+            x,
+            np.where(whole > floor, whole, np.nan),
+            color=INK,
+            lw=1.1,
+            label="the whole" if axes is grid[0] else None,
+        )
         axes.set_yscale("log")
         axes.set_ylim(floor, 3)
         axes.set_xlim(x[0], x[-1])
-        axes.set_title(_short(name, 26), loc="left", color=INK, fontsize=8.5, pad=3)
+        _, _, width, _ = figure.box_of(axes)
+        caption(axes, _short(called[name], letters(width, KEY)), fontsize=KEY)
         if math.isfinite(s.distance):
             axes.text(
-                0.97, 0.95, f"distance {s.distance:.2g}\n± {s.distance_error:.1g}",
-                transform=axes.transAxes, ha="right", va="top", fontsize=7, color=INK,
+                0.97, 0.95, f"{s.distance:.2g}\n± {s.distance_error:.1g}",
+                transform=axes.transAxes, ha="right", va="top", fontsize=KEY, color=INK,
             )  # fmt: skip
-        ticks = [t for t in (-1, -0.1, 0, 0.01, 0.1, 1) if math.asinh(t / LINEAR) >= x[0]]
-        axes.xaxis.set_major_locator(FixedLocator([math.asinh(t / LINEAR) for t in ticks]))
-        axes.set_xticklabels([f"{t:g}" for t in ticks], fontsize=7)
-        axes.yaxis.set_minor_locator(NullLocator())
+        ticks = [t for t in (-1, -0.1, 0, 0.1, 1) if math.asinh(t / LINEAR) >= x[0]]
+        axes.set_xticks([math.asinh(t / LINEAR) for t in ticks], [written(t) for t in ticks])
+        axes.set_yticks([t for t in (1e-6, 1e-4, 1e-2, 1.0) if t >= floor])
+        axes.yaxis.set_major_formatter(lambda value, _: power(round(math.log10(value))))
+        axes.tick_params(labelsize=KEY)
     for number, axes in enumerate(grid):
         if number >= len(names):
             axes.set_visible(False)
             continue
         if number % columns:
-            axes.set_yticklabels([])
-        else:
-            axes.set_ylabel("share of\neigenvalues", fontsize=8)
-        if number + columns >= len(names):
-            axes.set_xlabel("eigenvalue / largest", fontsize=8)
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside right upper", fontsize=7.5, frameon=False,
-        labelcolor=INK,
-    )  # fmt: skip
+            axes.tick_params(labelleft=False)
+        if number + columns < len(names):
+            axes.tick_params(labelbottom=False)
+        if number >= columns * (rows - 1):
+            axes.set_xlabel("eigenvalue / largest")
+    # Colours are named once, and so is what the numbers in the panels are.
+    grid[0].plot([], [], "s", color=UP, alpha=0.45, ms=7, ls="none", label="layer, up")
+    grid[0].plot([], [], "s", color=DOWN, alpha=0.45, ms=7, ls="none", label="down")
+    key(figure, grid[0])
     heading = (title or "Spectrum of each layer and of the whole") + note
-    finish_measured(figure, m, heading, _footer(m))
+    note = "Vertical: share of eigenvalues. Numbers: distance to the whole."
+    finish_measured(figure, m, heading, "\n".join([note, _footer(m)]))
     return figure
 
 
@@ -183,37 +239,56 @@ def layer_distance_figure(measurement: HessianMeasurement, *, title: str = "") -
     spectra = _spectra(m)
     names, note = _largest({name: abs(m.layers[name].trace) for name in spectra}, MOST_LAYERS)
     rows = np.arange(len(names))
-    figure, grid = subplots(1, 2, size=(7.2, 1.9 + 0.27 * len(names)), widths=[3, 2])
+    shown, left = _names(spectra, names)
+    figure, grid = sheet(
+        (ROW * max(len(names), 3),), 2, left=min(left, 1.7), between=0.08, right=0.14, above=0.4,
+        below=0.26,
+    )  # fmt: skip
     values = np.array([spectra[name].distance for name in names])
     errors = BAND * np.array([spectra[name].distance_error for name in names])
     published = np.array([spectra[name].published_distance for name in names])
     quarter = len(names) / 4
-    draws = [(grid[0], values, errors, UP), (grid[1], published, None, "#718096")]
+    draws = [(grid[0], values, errors, UP), (grid[1], published, None, FOOTER)]
     for axes, numbers, half, color in draws:
         if len(names) >= 4:
             axes.axhspan(quarter - 0.5, 3 * quarter - 0.5, color=PALE, alpha=0.15, lw=0, zorder=0)
-        axes.errorbar(
-            numbers, rows, xerr=half, fmt="o-", color=color, lw=1, ms=5, mfc="white",
-            ecolor=color, elinewidth=1.2, capsize=2.5, zorder=3,
-        )  # fmt: skip
+        axes.plot(numbers, rows, "o-", color=color, lw=1, ms=5, mfc="white", zorder=3)
+        if half is not None:
+            axes.hlines(rows, numbers - half, numbers + half, color=color, lw=1.2, zorder=2)
         if np.isfinite(numbers).any():
             nearest = int(np.nanargmin(numbers))
             axes.plot(numbers[nearest], rows[nearest], "o", color=color, ms=6, zorder=4)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(3))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        known = numbers[np.isfinite(numbers)]
+        axes.set_xlim(
+            0,
+            1.08
+            * max(
+                float((known if half is None else np.nan_to_num(numbers + half)).max(initial=0)),
+                1e-300,
+            ),
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(3 if half is not None else 2))
+        axes.xaxis.set_major_formatter(lambda value, _: written(float(f"{value:.3g}")))
     if len(names) >= 4:
         grid[0].text(
             0.985, quarter - 0.45, "middle half", transform=grid[0].get_yaxis_transform(),
             ha="right", va="top", fontsize=7, color="#718096",
         )  # fmt: skip
-    _name_rows(grid[0], names)
-    _name_rows(grid[1], [""] * len(names))
-    grid[0].set_xlabel("Wasserstein distance of normalized spectra\n(bars: ±2 standard errors)")
-    grid[1].set_xlabel("published measure\n(ignores where eigenvalues lie)")
+    for axes, names_there in zip(grid, (shown, [""] * len(names)), strict=True):
+        _name_rows(axes, names_there)
+    caption(grid[0], "Wasserstein distance\nof normalized spectra")
+    caption(grid[1], "published measure:\nignores their places")
     heading = (title or "How unlike the whole each layer is") + note
-    finish_measured(figure, m, heading, _footer(m))
+    finish_measured(figure, m, heading, "Lines: ± 2 standard errors.\n" + _footer(m))
     return figure
+
+
+def _names(every: Iterable[str], names: Sequence[str]) -> tuple[list[str], float]:
+    """Return how layers are called on an axis, and the room that this takes, in inches."""
+    every = list(every)
+    called = dict(zip(every, short_names(every), strict=True))
+    found = [_short(called[name], LONGEST) for name in names]
+    return found, 0.14 + max((width_of(name, KEY + 0.5) for name in found), default=0.0)
 
 
 def _largest(sizes: Mapping[str, float], most: int) -> tuple[list[str], str]:
@@ -244,7 +319,7 @@ def _footer(m: HessianMeasurement) -> str:
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Put one layer a row, the first on top."""
-    axes.set_yticks(np.arange(len(names)), [_short(name, 36) for name in names])
+    axes.set_yticks(np.arange(len(names)), names, fontsize=KEY + 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", color=PALE, alpha=0.35, lw=0.6, zorder=0)
     axes.set_axisbelow(True)
@@ -272,13 +347,23 @@ def _draw_map(axes: Axes, steps: np.ndarray, values: np.ndarray) -> ScalarMappab
         known = np.ma.maximum(known, least)
         smallest = float(known.min()) if known.count() else least
         norm, cmap = LogNorm(min(smallest, 0.5 * largest), largest), "viridis"
-    return axes.pcolormesh(edges(steps), rows, known, norm=norm, cmap=cmap, rasterized=True)
+    return axes.pcolormesh(spans(steps), rows, known, norm=norm, cmap=cmap, rasterized=True)
 
 
-def _shares(nodes: Tensor, weights: Tensor, run_sizes: Sequence[int], points: Tensor) -> np.ndarray:
-    """Return the share of eigenvalues within one band of the normalized asinh axis."""
+def _shares(found: HessianMeasurement | LayerSpectrum, points: Tensor) -> np.ndarray:
+    """Return the share of eigenvalues within one band of the normalized asinh axis.
+
+    There is none beyond the extremes and their residuals.
+    """
+    nodes = found.nodes
     largest = float(nodes.abs().max()) or 1.0
     width = float(points[-1] - points[0]) / 60
+    low, high = float(nodes.min()), float(nodes.max())
+    for end, sign in ((found.lambda_min, -1), (found.lambda_max, 1)):
+        if math.isfinite(float(end) + end.residual):
+            low = min(low, float(end) + sign * end.residual)
+            high = max(high, float(end) + sign * end.residual)
+    low, high = (math.asinh(end / largest / LINEAR) for end in (low, high))
     mapped = torch.asinh(nodes / largest / LINEAR)
-    density = resolved_density(mapped, weights, run_sizes, points, width)
+    density = resolved_density(mapped, found.weights, found.run_sizes, points, width, (low, high))
     return (density * width * math.sqrt(2 * math.pi)).numpy()

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 
-def broadened(nodes: Tensor, weights: Tensor, grid: Tensor, width: float | Tensor) -> Tensor:
+def broadened(
+    nodes: Tensor,
+    weights: Tensor,
+    grid: Tensor,
+    width: float | Tensor,
+    within: tuple[float, float] | None = None,
+) -> Tensor:
     """Return the density ``sum_j w_j N(x; theta_j, width_j)`` on a grid of eigenvalues.
 
     Args:
@@ -18,15 +24,22 @@ def broadened(nodes: Tensor, weights: Tensor, grid: Tensor, width: float | Tenso
         grid: ``x``, shape ``(p,)``, in eigenvalue units.
         width: Standard deviation of the Gaussians, in eigenvalue units, positive; one for
             all nodes, or one a node, shape ``(k,)``.
+        within: Smallest and largest eigenvalue there is. Gaussians are cut there, and each keeps
+            its weight by being higher between; ``None``: nothing is cut.
 
     Returns:
-        Shape ``(p,)``, per eigenvalue unit.
+        Shape ``(p,)``, per eigenvalue unit; zero outside of ``within``.
     """
     if not bool(torch.as_tensor(width > 0).all()):
         raise ValueError(f"width is {width}; give a positive number of eigenvalue units.")
     offsets = (grid[:, None] - nodes[None, :]) / width
     kernel = torch.exp(-0.5 * offsets**2) / (width * math.sqrt(2 * math.pi))
-    return kernel @ weights
+    if within is None or not within[0] < within[1]:
+        return kernel @ weights
+    ends = ((end - nodes) / width / math.sqrt(2) for end in within)
+    below, above = (0.5 * torch.erf(end) for end in ends)
+    inside = (grid >= within[0]) & (grid <= within[1])
+    return inside * (kernel @ (weights / (above - below).clamp(min=1e-12)))
 
 
 def spacing(nodes: Tensor) -> Tensor:
@@ -44,7 +57,12 @@ def spacing(nodes: Tensor) -> Tensor:
 
 
 def resolved_density(
-    nodes: Tensor, weights: Tensor, run_sizes: Sequence[int], grid: Tensor, width: float
+    nodes: Tensor,
+    weights: Tensor,
+    run_sizes: Sequence[int],
+    grid: Tensor,
+    width: float,
+    within: tuple[float, float] | None = None,
 ) -> Tensor:
     """Return the density with each node as wide as the quadrature is uncertain about it.
 
@@ -56,9 +74,10 @@ def resolved_density(
         run_sizes: How many nodes each run has, in order.
         grid: Shape ``(p,)``.
         width: The least width of a node.
+        within: Smallest and largest eigenvalue there is; see :func:`broadened`.
     """
     widths = torch.cat([spacing(part) for part in torch.split(nodes, list(run_sizes))])
-    return broadened(nodes, weights, grid, (0.5 * widths).clamp(min=width))
+    return broadened(nodes, weights, grid, (0.5 * widths).clamp(min=width), within)
 
 
 def default_width(nodes: Tensor) -> float:

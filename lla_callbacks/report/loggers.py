@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+
+from lla_callbacks.report.sheet import pixels, png_of
 
 
 def write_scalars(logger: Any, values: Mapping[str, float], step: int) -> None:
@@ -24,8 +25,11 @@ def write_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
     logger with a folder gets a PNG file at ``<log_dir>/figures/<tag>/step_00000100.png``.
     """
     experiment: Any = getattr(logger, "experiment", None)
-    if callable(getattr(experiment, "add_figure", None)):
-        experiment.add_figure(tag, figure, step, close=False)
+    if callable(getattr(experiment, "add_image", None)) and callable(
+        getattr(experiment, "add_figure", None)
+    ):
+        # As its pixels: add_figure keeps a fourth channel that no figure has.
+        experiment.add_image(tag, pixels(figure), step, dataformats="HWC")
         # Live: a browser should see it now, not at the writer's next flush.
         flush = getattr(experiment, "flush", None)
         if callable(flush):
@@ -43,7 +47,7 @@ def write_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
         if folder is not None:
             path = folder / "figures" / tag / f"step_{step:08d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
+            path.write_bytes(png_of(figure))
 
 
 def write_layout(logger: Any, layout: Mapping[str, Any]) -> None:
@@ -92,6 +96,4 @@ def folder_of(logger: Any) -> Path | None:
 def _as_image(figure: Figure) -> Any:
     from PIL import Image
 
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer)
+    return Image.fromarray(pixels(figure))

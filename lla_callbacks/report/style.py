@@ -16,7 +16,7 @@ DOWN = "#dd6b20"  # curvature downwards
 INK = "#2d3748"
 PALE = "#a0aec0"
 FOOTER = "#718096"
-DPI = 125
+DPI = 150
 MODES = {
     "batch": "batch statistics",
     "eval": "running statistics",
@@ -79,6 +79,24 @@ def edges(centres: np.ndarray) -> np.ndarray:
     return np.concatenate([[first], middles, [last]])
 
 
+def spans(steps: np.ndarray) -> np.ndarray:
+    """Return cell edges halfway between steps, none of them outside of the first and the last."""
+    if len(steps) == 1:
+        return edges(steps)
+    return np.concatenate([steps[:1], (steps[:-1] + steps[1:]) / 2, steps[-1:]])
+
+
+def mark_steps(axes: Axes, steps: np.ndarray) -> None:
+    """Give a step axis the range of a run and whole numbers within it."""
+    borders = spans(steps)
+    axes.set_xlim(borders[0], borders[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 4, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if len(steps) == 1:
+        axes.set_xticks(steps)
+    axes.set_xlabel("optimizer step")
+
+
 def padded(low: float, high: float, share: float) -> tuple[float, float]:
     """Return a range that is wider by a share of itself at either end."""
     span = (high - low) or max(abs(high), 1e-6)
@@ -111,6 +129,15 @@ def frame(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
             axes.set_aspect("equal")
         else:
             axes.set_box_aspect(1)
+    axes.xaxis.set_major_locator(round_ticks())
+    axes.yaxis.set_major_locator(round_ticks())
+
+
+def mark_coordinates(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    """Give axes the range of coordinates and round ticks."""
+    if len(x) > 1 and len(y) > 1:
+        axes.set_xlim(x[0], x[-1])
+        axes.set_ylim(y[0], y[-1])
     axes.xaxis.set_major_locator(round_ticks())
     axes.yaxis.set_major_locator(round_ticks())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 
 def with_error(value: float, error: float) -> str:
     """Return a number with as many digits as its error justifies, ``12.3 +- 0.4``."""
@@ -20,3 +22,27 @@ def with_error(value: float, error: float) -> str:
     plain = error >= 1e-4 and error >= 5 * 10.0**-digits
     shown = f"{error:.{digits}f}" if plain else f"{error:.0e}"
     return f"{value:.{digits}f} +- {shown}"
+
+
+def written(value: float) -> str:
+    """Return a value for a tick: plain where that is short, a power of ten otherwise."""
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.4g}".replace("-", "−")
+    digits, power = f"{value:.2e}".split("e")
+    factor = f"{float(digits):g}"
+    exponent = "10" + str(int(power)).translate(_SUPERSCRIPTS)
+    return {"1": exponent, "-1": f"−{exponent}"}.get(factor, f"{factor}·{exponent}")
+
+
+def in_short(value: float, error: float) -> str:
+    """Return a number for a headline: three digits, with an error that is seen in them."""
+    if math.isfinite(error) and error > 5e-3 * abs(value):
+        return with_error(value, error).replace("+-", "±").replace("-", "−")
+    return written(float(f"{value:.3g}"))
+
+
+def power(exponent: int) -> str:
+    """Return a power of ten for a tick: plain from a hundredth to a thousand."""
+    if -2 <= exponent <= 3:
+        return f"{10.0**exponent:g}"
+    return "10" + str(exponent).translate(_SUPERSCRIPTS)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from lla_callbacks.objective.grid import complete_axes
 from lla_callbacks.report.style import MODES
-from lla_callbacks.slices.interpolation import refined
+from lla_callbacks.report.words import written
+from lla_callbacks.slices.interpolation import refined, supported
+from lla_callbacks.slices.scales import Scale, scale_of
 from lla_callbacks.slices.slices import Plane, SliceFacts
 
-_ROUND = MaxNLocator(8, steps=[1, 2, 5, 10])
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# Pixels along each side of a picture between computed points.
+PIXELS = 220
 
 
 @dataclass(frozen=True)
@@ -24,29 +24,34 @@ class Field:
     Attributes:
         x: Coordinates along the first direction, shape ``(n,)``.
         y: Along the second, shape ``(m,)``.
-        values: Shape ``(n, m)``, log10 of the loss if ``logarithmic``; NaN where not finite.
-        logarithmic: Whether they are logarithms.
-        low: Lowest value that has a colour of its own.
+        values: Shape ``(n, m)``, as drawn; NaN where not finite.
+        scale: From values to what is drawn.
+        low: Lowest value that has a colour of its own, as drawn.
         high: Highest.
         name: Of the quantity.
-        fixed: Whether the range was given.
+        centre: Value at the present weights; NaN where it is not known.
         notes: What a reader must know of the range.
     """
 
     x: np.ndarray
     y: np.ndarray
     values: np.ndarray
-    logarithmic: bool
+    scale: Scale
     low: float
     high: float
     name: str
-    fixed: bool = False
+    centre: float
     notes: tuple[str, ...] = ()
 
     @property
     def finite(self) -> bool:
         """Whether all values are."""
         return bool(np.isfinite(self.values).all())
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether logarithms are drawn."""
+        return self.scale.kind == "log"
 
     @property
     def extend(self) -> str:
@@ -59,40 +64,42 @@ class Field:
     @property
     def label(self) -> str:
         """Of a colour bar."""
-        kind = f"{self.name} (log scale)" if self.logarithmic else self.name
-        return "  ·  ".join([kind, *self.notes])
+        return "  ·  ".join([self.name + self.scale.words, *self.notes])
 
     def ticks(self) -> tuple[list[float], list[str]]:
         """Return positions in drawn units and the true values written there."""
-        marks = tick_values(self.low, self.high, self.logarithmic)
-        return [math.log10(v) if self.logarithmic else v for v in marks], [*map(written, marks)]
-
-    def bands(self) -> list[float]:
-        """Return about 32 levels between both ends, the ticks among them."""
-        inner = [p for p in self.ticks()[0] if self.low < p < self.high]
-        levels = [self.low]
-        for end in [*inner, self.high]:
-            count = max(1, round(32 * (end - levels[-1]) / (self.high - self.low)))
-            levels.extend(np.linspace(levels[-1], end, count + 1)[1:].tolist())
-        return levels
+        marks = self.scale.ticks(self.low, self.high)
+        return [self.scale.place(v) for v in marks], [*map(written, marks)]
 
     def smooth(self, factor: int = 4) -> Field:
-        """Return the field on a finer grid, by a spline of what is drawn."""
+        """Return the field on a finer grid, by a spline of what is drawn.
+
+        Between four points nothing is lower or higher than they are: no value that none of them
+        supports, no closed contour without a point in it.
+        """
         x, y, values = refined(self.x, self.y, self.values, factor)
-        # A spline passes the outermost points a little; a range that follows them does too.
-        low, high = self.low, self.high
-        if not self.fixed and self.extend in ("neither", "max"):
-            low = min(low, float(values.min()))
-        if not self.fixed and self.extend in ("neither", "min"):
-            high = max(high, float(values.max()))
-        return replace(self, x=x, y=y, values=values, low=low, high=high)
+        return replace(self, x=x, y=y, values=supported(self.values, values, factor))
+
+    def raster(self) -> np.ndarray:
+        """Return the values on pixels, in between by the four points around each.
+
+        Returns:
+            Shape ``(PIXELS, PIXELS)``, rows along ``y`` from the lowest; NaN in cells that have a
+            corner which is not finite.
+        """
+        (i, s), (j, t) = (_places(c) for c in (self.x, self.y))
+        v = self.values
+        s, i = s[:, None], i[:, None]
+        left = v[i, j] * (1 - t) + v[i, j + 1] * t
+        right = v[i + 1, j] * (1 - t) + v[i + 1, j + 1] * t
+        return np.asarray((left * (1 - s) + right * s).T)
 
     def drawn(self, loss: np.ndarray) -> np.ndarray:
         """Return other losses in the units of this field; NaN where they have none."""
         loss = np.where(np.isfinite(loss), loss, np.nan)
-        if not self.logarithmic:
-            return loss
-        return np.asarray(np.log10(np.maximum(loss, 10.0**self.low)))
+        if self.logarithmic:
+            loss = np.maximum(loss, 10.0**self.low)
+        return self.scale.draw(loss)
 
 
 def field_of(
@@ -124,49 +131,44 @@ def field_of(
     table = plane.loss if metric is None else plane.metrics[metric]
     raw = table[rows][:, columns].double().numpy()
     raw = np.where(np.isfinite(raw), raw, np.nan)
+    here = float(table[centre[0], centre[1]]) if metric else plane.centre_loss
     known_values = raw[np.isfinite(raw)]
     if metric is None and plane.path is not None:
         others = plane.path.loss.double().numpy()
         known_values = np.concatenate([known_values, others[np.isfinite(others)]])
-    positive = known_values[known_values > 0]
     bounds = [b for b in (cap, *(scale or ())) if b is not None]
     # A loss of exactly 0 is an underflow among positive ones: it is drawn as the lowest of them.
-    logarithmic = (
-        metric is None
-        and positive.size > 0
-        and not (known_values < 0).any()
-        and all(b > 0 for b in bounds)
-    )
+    how = scale_of(np.append(known_values, bounds), is_loss=metric is None)
+    if how.kind == "log" and not all(b > 0 for b in bounds):
+        how = Scale()
+    positive = known_values[known_values > 0]
+    if how.kind == "log" and not positive.size:
+        how = Scale()
     notes: list[str] = []
-    if logarithmic:
-        if positive.size < known_values.size:
-            notes.append(f"0 drawn as {written(float(positive.min()))}")
-            known_values = np.maximum(known_values, positive.min())
-            raw = np.where(raw == 0, positive.min(), raw)
-        raw, known_values = np.log10(raw), np.log10(known_values)
-        bounds = [math.log10(b) for b in bounds]
-    if scale is not None:
-        low, high = bounds[-2:]
-    else:
-        low, high = _range(known_values)
+    if how.kind == "log" and positive.size < known_values.size:
+        notes.append(f"0 drawn as {written(float(positive.min()))}")
+        known_values = np.maximum(known_values, positive.min())
+        raw = np.where(raw == 0, positive.min(), raw)
+    raw, known_values = how.draw(raw), how.draw(known_values)
+    bounds = [how.place(b) for b in bounds]
+    low, high = bounds[-2:] if scale is not None else _range(known_values)
     if cap is not None:
         high = min(high, bounds[0])
         if (known_values > high).any():
             notes.append(f"capped at {written(cap)}")
     elif scale is None and known_values.size and high < known_values.max():
-        top = float(known_values.max())
-        notes.append(f"highest: {written(10.0**top if logarithmic else top)}")
+        notes.append(f"highest: {written(how.value(float(known_values.max())))}")
     if not low < high:
-        half = 0.05 if logarithmic else 0.05 * (abs(high) or 1.0)
+        half = 0.05 if how.kind == "log" else 0.05 * (abs(high) or 1.0)
         low, high = high - half, high + half
-    if logarithmic:
+    if how.kind == "log":
         # Powers of ten that a float holds.
         low = min(max(low, -307.0), 307.9)
         high = min(high, 308.0)
         high = high if high > low else low + 0.1
     return Field(
-        plane.alphas[rows].numpy(), plane.betas[columns].numpy(), raw, logarithmic, low, high,
-        metric or "loss", scale is not None or cap is not None, tuple(notes),
+        plane.alphas[rows].numpy(), plane.betas[columns].numpy(), raw, how, low, high,
+        metric or "loss", here, tuple(notes),
     )  # fmt: skip
 
 
@@ -191,29 +193,11 @@ def counted(evaluated: int, total: int) -> str:
     return f"{total:,} points" if evaluated == total else f"{evaluated:,} of {total:,} points"
 
 
-def tick_values(low: float, high: float, logarithmic: bool) -> list[float]:
-    """Return five to ten round values between two ends, which are logarithms if so said."""
-    if not logarithmic:
-        return [float(v) for v in _ROUND.tick_values(low, high) if low <= v <= high]
-    if high - low > 3.5:
-        stride = max(1, math.ceil((high - low) / 10))
-        first = math.ceil(low / stride - 1e-9) * stride
-        return [10.0**k for k in range(first, math.floor(high + 1e-9) + 1, stride)]
-    ends = 10.0**low, 10.0**high
-    if high - low > 0.7:
-        powers = range(math.floor(low), math.floor(high) + 1)
-        return [v for k in powers for d in (1, 2, 5) if ends[0] <= (v := d * 10.0**k) <= ends[1]]
-    return [float(v) for v in _ROUND.tick_values(*ends) if ends[0] <= v <= ends[1]]
-
-
-def written(value: float) -> str:
-    """Return a value for a tick: plain where that is short, a power of ten otherwise."""
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.4g}".replace("-", "−")
-    digits, power = f"{value:.2e}".split("e")
-    factor = f"{float(digits):g}"
-    exponent = "10" + str(int(power)).translate(_SUPERSCRIPTS)
-    return {"1": exponent, "-1": f"−{exponent}"}.get(factor, f"{factor}·{exponent}")
+def _places(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each pixel the interval that its middle is in, and how far."""
+    middles = points[0] + (points[-1] - points[0]) * (np.arange(PIXELS) + 0.5) / PIXELS
+    index = np.clip(np.searchsorted(points, middles, side="right") - 1, 0, len(points) - 2)
+    return index, (middles - points[index]) / (points[index + 1] - points[index])
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

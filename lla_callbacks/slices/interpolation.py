@@ -24,6 +24,33 @@ def refined(
     return fine_x, fine_y, spline_matrix(x, fine_x) @ values @ spline_matrix(y, fine_y).T
 
 
+def supported(values: np.ndarray, fine: np.ndarray, factor: int) -> np.ndarray:
+    """Return a finer grid's values, each within the range of the points around its cell.
+
+    A spline overshoots where values turn: it shows accuracies above 1, and valleys and contours
+    that no point saw. On the border of two cells the range of both holds.
+
+    Args:
+        values: At the points, shape ``(n, m)``, finite.
+        fine: Between them, shape ``(factor (n - 1) + 1, factor (m - 1) + 1)``.
+        factor: Intervals that each interval became.
+    """
+    if min(values.shape) < 2:
+        return np.asarray(np.clip(fine, values.min(), values.max()))
+    parts = values[:-1, :-1], values[1:, :-1], values[:-1, 1:], values[1:, 1:]
+    ends = []
+    for join, meet in ((np.minimum, np.maximum), (np.maximum, np.minimum)):
+        cells = join(join(parts[0], parts[1]), join(parts[2], parts[3]))
+        for axis in (0, 1):
+            count = cells.shape[axis]
+            place = np.arange(factor * count + 1)
+            before = np.maximum(-(-place // factor) - 1, 0)
+            after = np.minimum(place // factor, count - 1)
+            cells = meet(cells.take(before, axis), cells.take(after, axis))
+        ends.append(cells)
+    return np.asarray(np.clip(fine, ends[0], ends[1]))
+
+
 def subdivided(x: np.ndarray, factor: int) -> np.ndarray:
     """Return coordinates with each interval cut in ``factor`` even parts."""
     shares = np.arange(factor) / factor

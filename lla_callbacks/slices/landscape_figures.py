@@ -7,37 +7,38 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from numpy.typing import NDArray
 
 from lla_callbacks.objective.grid import complete_axes
+from lla_callbacks.report.sheet import TICKS, WIDTH, Sheet, bar, caption, key, sheet, spread
 from lla_callbacks.report.style import (
     DOWN,
-    DPI,
     INK,
     PALE,
     UP,
     edges,
-    finish,
-    frame,
     hatched,
+    mark_coordinates,
+    ratio,
     round_ticks,
-    subplots,
 )
-from lla_callbacks.report.words import with_error
+from lla_callbacks.report.words import in_short, with_error, written
 from lla_callbacks.slices.basin import Basin
 from lla_callbacks.slices.convexity import Convexity
 from lla_callbacks.slices.directions import UNITS
-from lla_callbacks.slices.fields import counted, facts_of, field_of, tick_values, written
-from lla_callbacks.slices.plane_figures import LOSS_MAP
+from lla_callbacks.slices.fields import counted, facts_of, field_of
+from lla_callbacks.slices.plane_figures import LOSS_MAP, headline_of
+from lla_callbacks.slices.scales import tick_values
 from lla_callbacks.slices.slices import Plane
 
 # Orange curves down, blue up, as in all figures.
 SIGNED_MAP = LinearSegmentedColormap.from_list(
-    "signed", ["#652b19", DOWN, "#f7fafc", UP, "#1a365d"]
+    "signed", ["#9c4221", DOWN, "#fbd7b5", "#f7fafc", "#bcd7ee", UP, "#2a4d7c"]
 )
 BASIN_COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#c53030")
 
@@ -65,8 +66,8 @@ def surface_figure(
     fine = field.smooth() if smooth else field
     low, high = fine.low, fine.high
     heights = np.clip(fine.values, low, high)
-    figure = Figure(figsize=(5.8, 5.2), dpi=DPI)
-    axes = figure.add_axes((0.0, 0.05, 0.94, 0.92), projection="3d")
+    figure = Sheet(3.8)
+    axes = figure.panel(-0.15, -0.12, WIDTH - 0.05, 3.95, projection="3d")
     assert isinstance(axes, Axes3D)
     corners = _quads(fine.x, fine.y, heights)
     paint = colormaps[LOSS_MAP](Normalize(low, high)(corners[:, :, 2].mean(axis=1)))
@@ -84,9 +85,9 @@ def surface_figure(
     axes.set_zlim(low, high)
     positions, texts = field.ticks()
     axes.set_zticks(positions, labels=texts)
-    axes.set_xlabel(plane.directions[0].label, fontsize=8.5, labelpad=2)
-    axes.set_ylabel(plane.directions[1].label, fontsize=8.5, labelpad=2)
-    axes.set_zlabel(field.label, fontsize=8.5, labelpad=2)
+    axes.set_xlabel(plane.directions[0].label, fontsize=TICKS, labelpad=3)
+    axes.set_ylabel(plane.directions[1].label, fontsize=TICKS, labelpad=3)
+    axes.set_zlabel(field.label, fontsize=TICKS, labelpad=3)
     axes.view_init(elev=32, azim=-57)
     axes.set_box_aspect((1, 1, 0.72), zoom=0.92)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
@@ -97,12 +98,13 @@ def surface_figure(
     # At the corner where both axes meet their ticks would overlap.
     axes.xaxis.set_major_locator(round_ticks(prune="upper"))
     axes.yaxis.set_major_locator(round_ticks(prune="lower"))
-    axes.tick_params(colors=INK, labelsize=7.5, pad=0)
+    axes.tick_params(colors=INK, labelsize=TICKS - 0.5, pad=0)
     notes = ["Between the computed points: a bicubic spline of what is drawn."] if smooth else []
     if not field.finite:
         notes.append("Holes: not finite.")
     points = counted(int(plane.evaluated.sum()), plane.evaluated.numel())
-    finish(figure, title or "Loss over a plane", facts_of(plane.facts, points), notes)
+    facts = facts_of(plane.facts, points)
+    figure.finish(title or "Loss over a plane", facts, notes, headline_of(field))
     return figure
 
 
@@ -142,53 +144,73 @@ def mesh_of(
 def convexity_figure(convexity: Convexity, *, title: str = "") -> Figure:
     """Return both ratios of the Hessian's extreme eigenvalues over a plane, cell by cell.
 
-    Nothing is interpolated; a point with no finite eigenvalues is hatched. Where no direction
-    curves up at all the ratio is infinite and has the colour of the end of the scale.
+    Colours range over what is there: on a log scale over more than a decade; the signed ratio's
+    are as far to either side. Nothing is interpolated; a point with no finite eigenvalues is
+    hatched. Where no direction curves up at all the ratio is infinite and has the colour of the
+    end of the scale.
     """
     c = convexity
-    figure, (left, right) = subplots(1, 2, size=(9.4, 4.9))
     centre = [int(c.alphas.abs().argmin()), int(c.betas.abs().argmin())]
     rows, columns = complete_axes(c.evaluated.shape, c.evaluated, centre)
     x, y = c.alphas[rows].numpy(), c.betas[columns].numpy()
-    panels = (
-        (left, c.ratio, colormaps[LOSS_MAP], (0.0, 1.0), "|λmin / λmax|",
-         "0: as good as convex · 1: as much downward as upward curvature"),
-        (right, c.signed_ratio, SIGNED_MAP, (-1.0, 1.0), "λmin / λmax",
-         "orange: some direction curves down · blue: all curve up"),
-    )  # fmt: skip
-    for axes, table, colors, (low, high), label, caption in panels:
+    borders = edges(x), edges(y)
+    share = ratio(*borders)
+    height = 2.7 / (share if 0.5 <= share <= 2 else 1.0)
+    figure, panels = sheet([height] * 2, left=0.75, right=WIDTH - 0.75 - 2.7, inner=0.3)
+    for axes, table, label in (
+        (panels[0], c.ratio, "|λmin / λmax|: 0 is as good as convex"),
+        (panels[1], c.signed_ratio, "λmin / λmax: orange has a way down"),
+    ):
         values = table[rows][:, columns].numpy()
-        borders = edges(x), edges(y)
+        norm, low, high, marks = _range_of(values, signed=axes is panels[1])
         shown = np.ma.masked_where(np.isnan(values), np.clip(values, -1e9, 1e9)).T
         if np.isnan(values).any():
             hatched(axes, *((b[0], b[-1]) for b in borders))
         passes = ("min" if (shown < low).any() else "") + ("max" if (shown > high).any() else "")
-        image = axes.pcolormesh(*borders, shown, cmap=colors, norm=Normalize(low, high))
+        if isinstance(norm, LogNorm):
+            # What is exactly convex has the lowest colour.
+            shown = np.ma.maximum(shown, low)
+        colors = SIGNED_MAP if axes is panels[1] else colormaps[LOSS_MAP]
+        image = axes.pcolormesh(*borders, shown, cmap=colors, norm=norm)
         axes.plot([0], [0], "P", mfc="white", mec=INK, ms=9, mew=0.9)
-        bar = figure.colorbar(
-            image, ax=axes, location="bottom", aspect=36, pad=0.02, extendfrac=0.035,
-            extend={"": "neither", "minmax": "both"}.get(passes, passes),
-        )  # fmt: skip
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=8, colors=INK)
-        ticks = np.linspace(low, high, 5).tolist()
-        bar.set_ticks(ticks, labels=[*map(written, ticks)])
-        bar.set_label(caption, color=INK, fontsize=8)
-        axes.set_title(label, loc="left", fontsize=10, color=INK)
-        frame(axes, *borders)
-        axes.set_xlabel(c.directions[0].label)
+        extend = {"": "neither", "minmax": "both"}.get(passes, passes)
+        bar(figure, axes, image, marks, [*map(written, marks)], "", extend=extend)
+        caption(axes, label)
+        mark_coordinates(axes, *borders)
         axes.set_ylabel(c.directions[1].label)
+    panels[1].set_xlabel(c.directions[0].label)
     points = counted(int(c.evaluated.sum()), c.evaluated.numel())
     facts = [*facts_of(c.facts, points), f"{c.num_matvecs:,} Hessian-vector products"]
-    finish(figure, title or "Convexity over a plane", facts, ["Cross: the present weights."])
+    here = float(c.signed_ratio[centre[0], centre[1]])
+    head = []
+    if math.isfinite(here):
+        head = [(f"λmin / λmax {in_short(here, 0.0)} at the weights", UP if here >= 0 else DOWN)]
+    notes = ["Cross: the present weights."]
+    figure.finish(title or "Convexity over a plane", facts, notes, head)
     return figure
+
+
+def _range_of(values: np.ndarray, *, signed: bool) -> tuple[Normalize, float, float, list[float]]:
+    """Return a map's colours over what is in it, and its ticks; ratios end at 1."""
+    finite = np.abs(values[np.isfinite(values)])
+    finite = np.minimum(finite[finite > 0], 1.0)
+    most = float(finite.max()) if finite.size else 1.0
+    least = float(finite.min()) if finite.size else 0.1
+    if signed:
+        return Normalize(-most, most), -most, most, tick_values(-most, most, False)
+    if most < 10 * least:
+        low, high = (least, most) if least < most else (0.9 * most, 1.1 * most)
+        return Normalize(low, high), low, high, tick_values(low, high, False)
+    least = max(least, 1e-4 * most)
+    marks = tick_values(math.log10(least), math.log10(most), True)
+    return LogNorm(least, most), least, most, marks
 
 
 def basin_figure(basins: Mapping[str, Basin], *, title: str = "") -> Figure:
     """Return how far random rays go before the loss passes a cutoff, as histograms.
 
     Rays that did not pass it within the largest radius stand in a bar of their own. A line
-    marks the median ray, a band the effective radius with its standard error.
+    marks the median ray, a dot above the histogram the effective radius with its standard error.
 
     Args:
         basins: Name to basin, at least one.
@@ -196,7 +218,7 @@ def basin_figure(basins: Mapping[str, Basin], *, title: str = "") -> Figure:
     """
     first = next(iter(basins.values()))
     unit = UNITS.get(first.facts.normalization, "‖v‖")  # type: ignore[call-overload]
-    figure, (axes,) = subplots(1, 1, size=(6.4, 4.4))
+    figure, (axes,) = sheet((2.3,), left=0.5, above=0.1)
     closed = {name: b.radii[~b.open].numpy() for name, b in basins.items()}
     reached = np.concatenate(
         [*closed.values(), np.array([b.effective_radius for b in basins.values()])]
@@ -207,33 +229,49 @@ def basin_figure(basins: Mapping[str, Basin], *, title: str = "") -> Figure:
     any_open = any(bool(b.open.any()) for b in basins.values())
     gap = 0.05 * (high - low)
     tallest = 1
+    marked: list[tuple[Basin, str, str]] = []
+    notes = ["Dashed: the median ray. Dot: effective radius (geometric mean) ± standard error."]
     for k, (name, basin) in enumerate(basins.items()):
         color = BASIN_COLORS[k % len(BASIN_COLORS)]
         counts, _ = np.histogram(np.log10(closed[name]), bins)
         tallest = max(tallest, int(counts.max()), int(basin.open.sum()))
-        label = (
+        notes.append(
             f"{name}: cutoff {basin.cutoff:.4g} (loss {basin.centre_loss:.3g}), "
-            f"{len(basin.radii)} rays\n"
-            f"effective radius {radius_in_words(basin).replace('+-', '±')}"
-            f", median {basin.quantiles[0.5]:.3g}".replace("inf", "not reached")
+            f"{len(basin.radii)} rays, median {basin.quantiles[0.5]:.3g}".replace(
+                "inf", "not reached"
+            )
         )
-        axes.stairs(counts, bins, fill=True, color=color, alpha=0.35, zorder=2)
-        axes.stairs(counts, bins, color=color, lw=1.3, zorder=3, label=label)
-        middle, sem = basin.effective_radius, basin.effective_radius_sem
-        if math.isfinite(sem):
-            axes.axvspan(
-                math.log10(max(middle - sem, 10**low)), math.log10(middle + sem), color=color,
-                alpha=0.3, lw=0, zorder=1,
-            )  # fmt: skip
+        label = f"{name}: effective radius {radius_in_words(basin).replace('+-', '±')}"
+        axes.stairs(counts, bins, fill=True, color=color, alpha=0.3, zorder=2)
+        axes.stairs(counts, bins, color=color, lw=1.3, zorder=3)
+        marked.append((basin, color, label))
         if math.isfinite(basin.quantiles[0.5]):
-            axes.axvline(math.log10(basin.quantiles[0.5]), color=color, lw=1.2, ls="--", zorder=4)
+            axes.axvline(math.log10(basin.quantiles[0.5]), color=color, lw=1.4, ls="--", zorder=4)
         if any_open:
             width = 3 * gap / len(basins)
             axes.bar(
                 high + gap + (k + 0.5) * width, int(basin.open.sum()), width=0.9 * width,
                 color=color, alpha=0.6, zorder=2,
             )  # fmt: skip
+    # Above all bars, one below the other: what it comes to.
+    step = 0.12 * tallest
+    for k, (basin, color, label) in enumerate(marked):
+        height, middle = tallest + step * (len(marked) - k), basin.effective_radius
+        if math.isfinite(basin.effective_radius_sem):
+            ends = [max(middle + s * basin.effective_radius_sem, 10**low) for s in (-1, 1)]
+            axes.plot(np.log10(ends), [height] * 2, color=color, lw=2.4, zorder=5)
+        axes.plot(
+            [math.log10(middle)], [height], "o", mfc="white", mec=color, mew=1.8, ms=7, zorder=6,
+            ls="none", label=label,
+        )  # fmt: skip
     ticks = tick_values(low, high, True)
+    if len(ticks) < 4:
+        exponents = range(math.floor(low), math.floor(high) + 1)
+        found = (d * 10.0**e for e in exponents for d in (1, 1.5, 2, 3, 4, 5, 7))
+        ticks = [t for t in found if low <= math.log10(t) <= high]
+    # Labels are about four letters wide, and twice as wide as they are high.
+    kept = spread([(math.log10(t) - low) / (high - low) for t in ticks], 1.6)
+    ticks = [ticks[i] for i in kept]
     labels = [*map(written, ticks)]
     positions = [math.log10(t) for t in ticks]
     end = high
@@ -244,18 +282,13 @@ def basin_figure(basins: Mapping[str, Basin], *, title: str = "") -> Figure:
         axes.axvline(high + 0.5 * gap, color=PALE, lw=0.8)
     axes.set_xticks(positions, labels)
     axes.set_xlim(low, end)
-    axes.set_ylim(0, 1.08 * tallest)
-    axes.set_xlabel(f"radius at which the loss passes the cutoff  [{unit}]")
+    axes.set_ylim(0, tallest + step * (len(marked) + 0.7))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel(f"radius where the loss passes the cutoff  [{unit}]")
     axes.set_ylabel("rays")
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), frameon=False, fontsize=8, labelcolor=INK,
-        borderaxespad=0.2,
-    )  # fmt: skip
+    key(figure, axes)
     facts = facts_of(first.facts, f"{first.facts.num_points:,} passes")
-    finish(
-        figure, title or "Radii of the basin", facts,
-        ["Dashed: the median ray. Band: effective radius (geometric mean) ± its standard error."],
-    )  # fmt: skip
+    figure.finish(title or "Radii of the basin", facts, notes)
     return figure
 
 

@@ -10,19 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from lla_callbacks.report.style import (
-    INK,
-    PALE,
-    UP,
-    edges,
-    finish,
-    hatched,
-    padded,
-    round_ticks,
-    subplots,
-)
-from lla_callbacks.report.words import with_error
-from lla_callbacks.slices.fields import counted, facts_of, tick_values, written
+from lla_callbacks.report.sheet import KEY, TICKS, caption, sheet, spread
+from lla_callbacks.report.style import INK, PALE, UP, edges, hatched, padded, round_ticks
+from lla_callbacks.report.words import in_short, written
+from lla_callbacks.slices.fields import counted, facts_of
+from lla_callbacks.slices.scales import tick_values
 from lla_callbacks.slices.slices import Line
 
 METRIC = "#2f855a"
@@ -40,10 +32,11 @@ def line_figure(lines: Sequence[Line], *, title: str = "", metric: str | None = 
         title: Above the figure.
         metric: Which metric; ``None``: the first there is.
     """
-    columns = min(3, len(lines))
-    rows = math.ceil(len(lines) / columns)
-    size = ({1: 6.0, 2: 8.4, 3: 10.6}[columns], 1.0 + {1: 3.2, 2: 2.9, 3: 2.7}[columns] * rows)
-    figure, grid = subplots(rows, columns, size=size)
+    # Below each other: side by side nobody could read them in TensorBoard.
+    height = 2.6 if len(lines) == 1 else 1.35
+    named = [_title(line) for line in lines]
+    above = 0.08 + (0.17 if any(named) else 0.0)
+    figure, grid = sheet([height] * len(lines), left=0.62, right=0.62, above=above, inner=0.44)
     name = metric or next((n for line in lines for n in line.metrics), "")
     ranges = [_finite(line.loss.numpy()) for line in lines]
     everything = np.concatenate(ranges)
@@ -60,26 +53,40 @@ def line_figure(lines: Sequence[Line], *, title: str = "", metric: str | None = 
         ),
         False,
     )
-    for axes, line, values in zip(grid, lines, ranges, strict=False):
+    for axes, line, values, text in zip(grid, lines, ranges, named, strict=True):
+        caption(axes, text, fontsize=KEY)
         if logarithmic:
             axes.set_yscale("log")
         low, high = limits or _limits(values, logarithmic)
         axes.set_ylim(low, high)
         if logarithmic:
             marks = tick_values(math.log10(low), math.log10(high), True)
-            axes.yaxis.set_major_locator(FixedLocator(marks))
+            places = [(math.log10(v) - math.log10(low)) / math.log10(high / low) for v in marks]
+            axes.yaxis.set_major_locator(FixedLocator([marks[i] for i in spread(places, height)]))
             axes.yaxis.set_major_formatter(lambda value, _: written(value))
             axes.yaxis.set_minor_locator(NullLocator())
         _draw_line(axes, line)
         if name in line.metrics:
             _draw_metric(axes, line, name, metric_limits)
-    for axes in grid[len(lines) :]:
-        axes.set_visible(False)
     facts = lines[0].facts
     evaluated, total = int(lines[0].evaluated.sum()), len(lines[0].evaluated)
     each = "" if len(lines) == 1 else " a line"
-    finish(figure, title or "Loss along lines", facts_of(facts, counted(evaluated, total) + each))
+    parts = facts_of(facts, counted(evaluated, total) + each)
+    centre = lines[0].centre_loss
+    head = [(f"loss {in_short(centre, 0.0)} at the weights", UP)] if math.isfinite(centre) else []
+    notes = ["Dashed: what the Hessian's eigenvalue predicts."] if any(named) else []
+    figure.finish(title or "Loss along lines", parts, notes, head)
     return figure
+
+
+def _title(line: Line) -> str:
+    """Return both curvatures along an eigenvector, empty along others."""
+    direction = line.directions[0]
+    if direction.eigenvalue is None or not math.isfinite(line.centre_loss):
+        return ""
+    curvature = in_short(line.curvature, line.curvature_error)
+    eigenvalue = in_short(direction.eigenvalue, direction.residual or 0.0)
+    return f"curvature {curvature}, eigenvalue {eigenvalue}"
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
@@ -101,14 +108,6 @@ def _draw_line(axes: Axes, line: Line) -> None:
         )
         parabola = np.where((parabola >= low) & (parabola <= high), parabola, np.nan)
         axes.plot(fine, parabola, color=INK, lw=1.1, ls=(0, (4, 3)), zorder=3)
-        curvature = with_error(line.curvature, line.curvature_error)
-        eigenvalue = with_error(direction.eigenvalue, direction.residual or 0.0)
-        axes.set_title(
-            f"curvature of the line: {curvature}\neigenvalue (dashed): {eigenvalue}".replace(
-                "+-", "±"
-            ),
-            loc="left", fontsize=8, color=INK,
-        )  # fmt: skip
     axes.plot(x, y, color=UP, lw=1.6, marker="o", ms=2.8, zorder=4)
     axes.axvline(0, color=PALE, lw=0.8, ls=":", zorder=1)
     if math.isfinite(line.centre_loss):
@@ -117,6 +116,8 @@ def _draw_line(axes: Axes, line: Line) -> None:
         axes.axvline(1, color=PALE, lw=0.8, ls=":", zorder=1)
     axes.set_xlim(*padded(float(line.alphas[0]), float(line.alphas[-1]), 0.02))
     axes.xaxis.set_major_locator(round_ticks())
+    if axes.get_yscale() == "linear":
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes.set_xlabel(direction.label)
     axes.set_ylabel("loss", color=UP)
     axes.tick_params(axis="y", colors=UP, which="both")
@@ -126,6 +127,7 @@ def _draw_metric(axes: Axes, line: Line, name: str, limits: tuple[float, float])
     seen = line.evaluated.numpy()
     values = line.metrics[name].numpy()[seen]
     right = axes.twinx()
+    right.set_title("", y=1.0)
     right.plot(
         line.alphas.numpy()[seen], np.where(np.isfinite(values), values, np.nan), color=METRIC,
         lw=1.1, zorder=2, alpha=0.9,
@@ -133,10 +135,11 @@ def _draw_metric(axes: Axes, line: Line, name: str, limits: tuple[float, float])
     for side in ("top", "left"):
         right.spines[side].set_visible(False)
     right.spines["right"].set_color(PALE)
-    right.tick_params(colors=METRIC, labelsize=8)
-    right.set_ylabel(name, color=METRIC)
+    right.tick_params(colors=METRIC, labelsize=TICKS, pad=2, length=3)
+    right.set_ylabel(name, color=METRIC, fontsize=TICKS)
+    right.yaxis.set_label_coords(1.13, 0.5)
     right.set_ylim(*limits)
-    right.yaxis.set_major_locator(MaxNLocator(5))
+    right.yaxis.set_major_locator(MaxNLocator(4))
     axes.set_zorder(right.get_zorder() + 1)
     axes.patch.set_visible(False)
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import Normal, Stroke
 
 from lla_callbacks.report.style import INK
-from lla_callbacks.slices.fields import written
+from lla_callbacks.report.words import written
 from lla_callbacks.slices.networks import Marks
 
 _MARKERS = {"start": "s", "end": "D", "first": "s", "second": "D", "third": "o"}

@@ -7,17 +7,26 @@ import math
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal as Plain
 from matplotlib.patheffects import Stroke
-from matplotlib.transforms import blended_transform_factory
 
-from lla_callbacks.report.style import INK, PALE, edges, finish, frame, hatched, ratio, subplots
+from lla_callbacks.report.sheet import KEY, WIDTH, Sheet, bar, key, sheet, width_of
+from lla_callbacks.report.style import (
+    FOOTER,
+    INK,
+    PALE,
+    edges,
+    hatched,
+    mark_coordinates,
+    ratio,
+)
+from lla_callbacks.report.words import in_short, written
 from lla_callbacks.slices.fields import Field, counted, facts_of, field_of
 from lla_callbacks.slices.network_figures import draw_networks
+from lla_callbacks.slices.scales import Scale
 from lla_callbacks.slices.slices import Plane
 from lla_callbacks.slices.trajectory import Path
 
@@ -25,6 +34,8 @@ LOSS_MAP = "viridis"
 METRIC_MAP = "cividis"
 # An angle whose cosine is below this looks right.
 SKEWED = 0.01
+# Inches: what is left and right of a picture, and how large it is at most.
+LEFT, RIGHT, HIGHEST = 0.6, 0.84, 3.2
 
 
 def plane_figure(
@@ -35,89 +46,138 @@ def plane_figure(
     interpolate: bool = False,
     cap: float | None = None,
     scale: tuple[float, float] | None = None,
+    run: tuple[float, float] | None = None,
 ) -> Figure:
-    """Return filled contours of log10 of the loss, or of a metric, over a plane.
+    """Return a plane in colours of log10 of the loss, or of a metric, with contours.
 
-    The scale is linear for a metric and where a loss is negative. Where a value is not finite
-    the picture is hatched; of a plane that is not complete the finest complete grid is drawn.
-    A path of training is laid over it, its points in the colour of their own loss, or from
-    white to black by step where that is not known.
+    Colours range over what is in the picture; contours are at the same values in all pictures. The
+    scale is linear for a metric; where a loss changes its sign it is logarithmic on either side of
+    zero. Where a value is not finite the picture is hatched; of a plane that is not complete the
+    finest complete grid is drawn. A path of training is laid over it, its points in the colour of
+    their own loss, or from white to black by step where that is not known.
 
     Args:
         plane: The plane.
         title: Above the figure.
         metric: Draw this metric instead of the loss.
-        interpolate: Draw a bicubic spline of the log loss on a grid four times as fine.
+        interpolate: Draw a bicubic spline of the log loss on a grid four times as fine, nowhere
+            beyond the points around.
         cap: Largest value with a colour of its own.
         scale: Lowest and highest value of the colours, so that pictures of a run share them.
+        run: Lowest and highest loss of a whole run: a second bar shows where this picture is in
+            it.
     """
     field = field_of(plane, metric=metric, cap=cap, scale=scale)
     notes = []
     fine = field
     if interpolate and field.finite:
         fine = field.smooth()
-        notes.append("Between the computed points (dots): a bicubic spline of what is drawn.")
+        notes.append(
+            "Between the computed points (dots): a bicubic spline of what is drawn, within the "
+            "points around."
+        )
     elif interpolate:
         notes.append("Not interpolated, since a value is not finite.")
     if abs(plane.cosine) > SKEWED:
         angle = math.degrees(math.acos(max(-1.0, min(1.0, plane.cosine))))
         notes.append(f"The directions meet at {angle:.0f}°, not at a right angle as drawn.")
-    figure, (axes,) = subplots(1, 1, size=_size(field))
+    height, right = _size(field)
+    figure, (axes,) = sheet((height,), left=LEFT, right=right, above=0.07)
     image = _fill(axes, fine, METRIC_MAP if metric else LOSS_MAP)
-    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=28, extendfrac=0.035)
-    positions, texts = field.ticks()
-    bar.set_ticks(positions, labels=texts)
-    bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=8, colors=INK)
-    bar.set_label(field.label, color=INK)
-    bar.outline.set_visible(False)
-    partial = not plane.complete
-    if interpolate or partial:
+    bar(figure, axes, image, *field.ticks(), field.label, extend=field.extend)
+    if interpolate or not plane.complete:
         x, y = np.meshgrid(field.x, field.y, indexing="ij")
         axes.plot(
             x.ravel(), y.ravel(), "o", ms=1.5, mfc="white", mec=INK, mew=0.2, ls="none",
             alpha=0.7, clip_on=False,
         )  # fmt: skip
         # In the legend, larger: nobody would see it.
-        axes.plot([], [], "o", ms=3.2, mfc="white", mec=INK, mew=0.5, label="computed points")
+        axes.plot(
+            [], [], "o", ms=3.2, mfc="white", mec=INK, mew=0.5, ls="none", label="computed points"
+        )
     if plane.path is not None:
         notes.extend(_draw_path(axes, plane.path, field, metric is None))
     if plane.networks is not None:
         notes.extend(draw_networks(axes, plane.networks))
     else:
         _mark_points(axes, plane, field)
-    frame(axes, field.x, field.y)
+    mark_coordinates(axes, field.x, field.y)
     axes.set_xlabel(plane.directions[0].label)
     axes.set_ylabel(plane.directions[1].label)
-    _legend(figure, axes)
+    key(figure, axes)
+    if run is not None and metric is None:
+        _place_in_run(figure, field, run)
     points = counted(int(plane.evaluated.sum()), plane.evaluated.numel())
     default = "Loss over a plane" if metric is None else f"{metric} over a plane"
-    finish(figure, title or default, facts_of(plane.facts, points), notes)
+    figure.finish(title or default, facts_of(plane.facts, points), notes, headline_of(field))
     return figure
 
 
-def _fill(axes: Axes, field: Field, colors: str) -> ContourSet | QuadMesh:
-    """Draw filled contours with thin lines between them, over hatching."""
+def headline_of(field: Field) -> list[tuple[str, str]]:
+    """Return what matters most of a plane, as texts and their colours."""
+    seen = field.values[np.isfinite(field.values)]
+    parts = []
+    if math.isfinite(field.centre):
+        parts.append((f"{field.name} {in_short(field.centre, 0.0)} at the weights", INK))
+    if seen.size:
+        ends = [in_short(field.scale.value(float(v)), 0.0) for v in (seen.min(), seen.max())]
+        parts.append((f"{ends[0]} to {ends[1]}", FOOTER))
+    return parts
+
+
+def _fill(axes: Axes, field: Field, colors: str) -> ScalarMappable:
+    """Draw colours, with thin contours on them, over hatching."""
+    norm = Normalize(field.low, field.high)
+    image = ScalarMappable(norm, colormaps[colors])
     if not field.finite:
         hatched(axes, (field.x[0], field.x[-1]), (field.y[0], field.y[-1]))
-    norm = Normalize(field.low, field.high)
     if min(field.values.shape) < 2:
-        return axes.pcolormesh(
+        axes.pcolormesh(
             edges(field.x), edges(field.y), np.ma.masked_invalid(field.values.T), norm=norm,
-            cmap=colors,
+            cmap=image.cmap,
         )  # fmt: skip
-    shown = np.ma.masked_invalid(field.values.T)
-    image = axes.contourf(
-        field.x, field.y, shown, levels=field.bands(), norm=norm,
-        cmap=colors, extend=field.extend,
+        return image
+    values = field.raster()
+    shown = image.to_rgba(np.nan_to_num(values), bytes=True)
+    # Where it is not finite the hatching shows.
+    shown[..., 3] = np.where(np.isnan(values), 0, 255)
+    axes.imshow(
+        shown, extent=(field.x[0], field.x[-1], field.y[0], field.y[-1]), origin="lower",
+        interpolation="nearest", aspect="auto",
     )  # fmt: skip
-    lines = [p for p in field.ticks()[0] if field.low < p < field.high]
-    if lines:
-        axes.contour(
-            field.x, field.y, shown, levels=lines, colors=[INK], linewidths=0.5,
-            linestyles="solid", alpha=0.6,
-        )  # fmt: skip
+    for lines, width in zip(field.scale.lines(field.low, field.high), (0.6, 0.25), strict=True):
+        levels = sorted(field.scale.place(v) for v in lines)
+        if levels:
+            axes.contour(
+                field.x, field.y, np.ma.masked_invalid(field.values.T), levels=levels,
+                colors=[INK], linewidths=width, linestyles="solid", alpha=0.75,
+            )  # fmt: skip
     return image
+
+
+def _place_in_run(figure: Sheet, field: Field, run: tuple[float, float]) -> None:
+    """Show below the picture which part of a run's range its colours have."""
+    low, high = run
+    scale = field.scale if field.scale.kind != "linear" else Scale("log") if low > 0 else Scale()
+    ends = scale.place(low), scale.place(high)
+    own = [scale.place(field.scale.value(v)) for v in (field.low, field.high)]
+    if not (all(map(math.isfinite, [*ends, *own])) and ends[0] < ends[1]):
+        return
+    top = figure.body + 0.07
+    texts = [written(float(f"{v:.2g}")) for v in run]
+    left = LEFT + 0.1 + width_of(texts[0], KEY)
+    width = figure.width - left - 1.75
+    figure.write(LEFT, top, texts[0], fontsize=KEY, va="center_baseline")
+    figure.mark(left, top, width, color=PALE, lw=2.5, solid_capstyle="butt")
+    a, b = (min(max((v - ends[0]) / (ends[1] - ends[0]), 0.0), 1.0) for v in own)
+    figure.mark(
+        left + a * width, top, max(b - a, 0.01) * width, color=INK, lw=5, solid_capstyle="butt"
+    )
+    figure.write(
+        left + width + 0.07, top, f"{texts[1]}   range in the run", fontsize=KEY,
+        va="center_baseline",
+    )  # fmt: skip
+    figure.body += 0.2
 
 
 def _mark_points(axes: Axes, plane: Plane, field: Field) -> None:
@@ -137,34 +197,6 @@ def _mark_points(axes: Axes, plane: Plane, field: Field) -> None:
             [field.x[i]], [field.y[j]], "v", mfc="white", mec=INK, ms=5.5, mew=0.9, zorder=6,
             clip_on=False, ls="none", label="lowest point",
         )  # fmt: skip
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend between title and picture, without letting it squeeze the picture."""
-    handles, names = axes.get_legend_handles_labels()
-    if not handles:
-        return
-    columns = _columns([*map(len, names)], figure.get_figwidth())
-    legend = axes.legend(
-        handles, names, loc="lower left", bbox_to_anchor=(0.0, 1.0),
-        bbox_transform=blended_transform_factory(figure.transFigure, axes.transAxes),
-        ncols=columns, frameon=False, fontsize=7.5, labelcolor=INK, handletextpad=0.35,
-        columnspacing=1.1, borderaxespad=0.3,
-    )  # fmt: skip
-    legend.set_in_layout(False)
-    # An empty title keeps its lines free.
-    rows = math.ceil(len(names) / columns)
-    axes.set_title("\n".join(" " * rows), fontsize=9.5)
-
-
-def _columns(lengths: list[int], width: float) -> int:
-    """Return how many columns of labels fit into a width in inches."""
-    for columns in range(len(lengths), 1, -1):
-        parts = np.array_split(lengths, columns)
-        # A mark takes half an inch, a letter a sixteenth.
-        if sum(0.5 + 0.0625 * max(part) for part in parts) <= width:
-            return columns
-    return 1
 
 
 def _draw_path(axes: Axes, path: Path, field: Field, is_loss: bool) -> list[str]:
@@ -209,8 +241,10 @@ def _draw_path(axes: Axes, path: Path, field: Field, is_loss: bool) -> list[str]
 
 
 def _size(field: Field) -> tuple[float, float]:
-    """Return the figure's size: less wide or less high where the picture is."""
+    """Return the height of a picture in equal units, unless that is a strip, and what is right."""
     share = ratio(field.x, field.y)
-    if not 0.5 <= share <= 2:
-        return 5.8, 5.2
-    return 5.8 - 3.9 * max(0.0, 1 - share), 5.2 - 3.9 * max(0.0, 1 - 1 / share)
+    share = share if 0.5 <= share <= 2 else 1.0
+    most = WIDTH - LEFT - RIGHT
+    if most / share <= HIGHEST:
+        return most / share, RIGHT
+    return HIGHEST, WIDTH - LEFT - HIGHEST * share

@@ -40,7 +40,7 @@ def surface_html(
     field = field_of(plane, cap=cap, scale=scale)
     positions, texts = field.ticks()
     heights = np.clip(field.values, field.low, field.high)
-    true = 10.0**field.values if field.logarithmic else field.values
+    true = np.vectorize(field.scale.value)(field.values)
     surface = graph_objects.Surface(
         x=field.x,
         y=field.y,

@@ -187,7 +187,7 @@ class WithoutFigures(TensorBoardLogger):
     @property
     def experiment(self):
         writer = super().experiment
-        writer.add_figure = self.refuse
+        writer.add_image = self.refuse
         return writer
 
     @staticmethod

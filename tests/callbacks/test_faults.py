@@ -223,7 +223,7 @@ class Refusing(TensorBoardLogger):
     @property
     def experiment(self):
         writer = super().experiment
-        writer.add_figure = self.refuse
+        writer.add_image = self.refuse
         return writer
 
     def refuse(self, *args, **kwargs):

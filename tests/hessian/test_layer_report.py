@@ -13,11 +13,13 @@ from matplotlib.colors import LogNorm, SymLogNorm
 
 from lla_callbacks import HessianReport, measure_hessian
 from lla_callbacks.hessian.layer_figures import (
+    LONGEST,
     layer_density_figure,
     layer_distance_figure,
     layer_history_figure,
 )
 from lla_callbacks.hessian.layer_measures import LayerMeasurement
+from lla_callbacks.hessian.layer_names import short_names
 from lla_callbacks.hessian.scalars import custom_scalars_layout, hessian_scalars
 from tests.cases import CASES
 
@@ -114,12 +116,11 @@ def test_the_summary_names_the_sharpest_and_the_nearest_layer(report: HessianRep
 def test_the_layer_figure_draws_bars_with_error_bars(plain: HessianReport) -> None:
     figure = plain.layer_figure()
     (axes,) = figure.axes
-    assert [bar.get_width() for bar in axes.patches] == [
-        t.value for t in plain.layer_traces.values()
-    ]
+    bars, lines = axes.collections
+    widths = [path.vertices[1, 0] for path in bars.get_paths()]
+    assert widths == [t.value for t in plain.layer_traces.values()]
     assert [t.get_text() for t in axes.get_yticklabels()] == NAMES
-    segments = axes.collections[0].get_segments()
-    for (left, right), trace in zip(segments, plain.layer_traces.values(), strict=True):
+    for (left, right), trace in zip(lines.get_segments(), plain.layer_traces.values(), strict=True):
         assert right[0] - left[0] == pytest.approx(4 * trace.sem)
     figure.canvas.draw()
 
@@ -134,9 +135,9 @@ def test_many_layers_are_cut_to_the_largest_and_it_is_said(report: HessianReport
     ]
     for figure in figures:
         assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == expected
-        assert "20 smaller layers not shown" in figure._suptitle.get_text()
+        assert "20 smaller layers not shown" in " ".join(figure._suptitle.get_text().split())
     panels = crowd.layer_density_figure()
-    assert "38 smaller layers not shown" in panels._suptitle.get_text()
+    assert "38 smaller layers not shown" in " ".join(panels._suptitle.get_text().split())
     titles = [axes.get_title(loc="left") for axes in panels.axes]
     assert titles == [f"layer {i}" for i in range(38, 50)]
 
@@ -145,9 +146,38 @@ def test_long_names_keep_their_end(report: HessianReport) -> None:
     path = "model.backbone.encoder.layers.11.self_attn.out_proj"
     renamed = dataclasses.replace(report, layers={path: report.layers["0"]})
     (label,) = renamed.layer_figure().axes[0].get_yticklabels()
-    assert label.get_text() == "…" + path[-35:]
+    assert label.get_text() == "…" + path[-31:]
     title = renamed.layer_density_figure().axes[0].get_title(loc="left")
-    assert title == "…" + path[-25:]
+    assert path.endswith(title.removeprefix("…"))
+
+
+def test_names_that_are_drawn_tell_layers_apart() -> None:
+    lora = [
+        f"base_model.model.distilbert.transformer.layer.{i}.attention.{q}_lin.lora_{f}.default"
+        for i in range(12)
+        for q in "qv"
+        for f in "AB"
+    ]
+    short = short_names([*lora, "base_model.model.classifier"])
+    assert short[0] == "layer.0.q_lin.lora_A"
+    assert short[-2:] == ["layer.11.v_lin.lora_B", "base_model.model.classifier"]
+    assert len({*short}) == len(short)
+    assert max(map(len, short)) <= LONGEST
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["conv1", "layer1.0.conv1", "linear"], ["conv1", "layer1.0.conv1", "linear"]),
+        (["net.0", "net.2", "net.4"], ["net.0", "net.2", "net.4"]),
+        (["a.b.weight", "a.c.weight"], ["b", "c"]),
+        (["m.x", "m.x.y"], ["x", "x.y"]),
+        (["one"], ["one"]),
+        ([], []),
+    ],
+)
+def test_names_lose_only_what_they_share(names: list[str], short: list[str]) -> None:
+    assert short_names(names) == short
 
 
 def test_figures_say_what_belongs_to_no_layer() -> None:
@@ -160,7 +190,7 @@ def test_figures_say_what_belongs_to_no_layer() -> None:
         layer_history_figure([(0, report)]),
     ]
     for figure in figures:
-        note = figure._supxlabel.get_text()
+        note = " ".join(figure._supxlabel.get_text().split())
         assert "25 of 43 parameters belong to no chosen layer" in note
         assert "8 samples" in note
         assert "batch statistics" in note
@@ -180,8 +210,9 @@ def test_the_history_maps_hold_every_layers_trace_and_eigenvalue(report: Hessian
         np.testing.assert_allclose(cells, np.transpose([column] * 3))
     assert "trace" in figure.axes[0].get_title(loc="left")
     assert "largest eigenvalue" in figure.axes[1].get_title(loc="left")
-    # Cells reach halfway to the next step.
-    assert np.unique(tops.get_coordinates()[..., 0]).tolist() == [-5, 5, 25, 55]
+    # Cells reach halfway to the next step, and nowhere out of the run.
+    assert np.unique(tops.get_coordinates()[..., 0]).tolist() == [0, 5, 25, 40]
+    assert figure.axes[0].get_xlim() == (0, 40)
     figure.canvas.draw()
 
 
@@ -209,13 +240,9 @@ def test_what_is_unknown_is_hatched(plain: HessianReport) -> None:
 def test_the_density_panels_draw_a_share_of_all_eigenvalues(report: HessianReport) -> None:
     figure = layer_density_figure(report)
     assert [axes.get_title(loc="left") for axes in figure.axes] == NAMES
-    (line,) = figure.axes[0].get_lines()
+    line = figure.axes[0].get_lines()[0]
     assert np.nanmax(line.get_ydata()) <= 1
-    assert {t.get_text() for t in figure.legends[0].get_texts()} == {
-        "layer, curving up",
-        "layer, curving down",
-        "whole",
-    }
+    assert {"the whole", "layer, up", "down"} <= {t.get_text() for t in figure.texts}
     figure.canvas.draw()
 
 
@@ -223,11 +250,9 @@ def test_the_distance_figure_draws_distances_with_errors(report: HessianReport) 
     figure = layer_distance_figure(report)
     spectra = [layer.spectrum for layer in report.layers.values() if layer.spectrum]
     own, published = figure.axes
-    assert own.containers[0][0].get_xdata().tolist() == [s.distance for s in spectra]
-    assert published.containers[0][0].get_xdata().tolist() == [
-        s.published_distance for s in spectra
-    ]
-    for (left, right), s in zip(own.containers[0][2][0].get_segments(), spectra, strict=True):
+    assert own.lines[0].get_xdata().tolist() == [s.distance for s in spectra]
+    assert published.lines[0].get_xdata().tolist() == [s.published_distance for s in spectra]
+    for (left, right), s in zip(own.collections[0].get_segments(), spectra, strict=True):
         assert right[0] - left[0] == pytest.approx(4 * s.distance_error)
     figure.canvas.draw()
 

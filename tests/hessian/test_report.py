@@ -17,6 +17,7 @@ from lla_callbacks.hessian.figures import history_figure
 from lla_callbacks.hessian.scalars import custom_scalars_layout, hessian_scalars
 from lla_callbacks.hessian.words import describe_change, with_error
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
+from lla_callbacks.report.style import UP
 from tests.cases import CASES
 
 
@@ -124,14 +125,23 @@ def test_the_change_is_told_with_its_error(report: HessianReport) -> None:
 
 def test_the_density_figure_draws_the_spectrum(report: HessianReport) -> None:
     figure = report.figure(title="a title")
-    whole, bulk = figure.axes
+    whole, larger = figure.axes
     low, high = whole.get_xlim()
     assert low < report.lambda_min < report.lambda_max < high
-    assert whole.get_yscale() == bulk.get_yscale() == "log"
+    assert whole.get_yscale() == larger.get_yscale() == larger.get_xscale() == "log"
     verticals = {line.get_xdata()[0] for line in whole.lines if len(set(line.get_xdata())) == 1}
     assert {float(report.lambda_max), float(report.lambda_min)} <= verticals
-    texts = [t.get_text() for t in whole.texts]
-    assert any(f"{report.lambda_max:.4g}" in t for t in texts)
+    texts = [t.get_text() for t in figure.texts]
+    assert any(text.startswith("λmax") and f"{report.lambda_max:.3g}" in text for text in texts)
+    # Nothing is painted where no eigenvalue is.
+    for curve in [line for line in whole.lines if len(line.get_xdata()) > 20]:
+        x = np.asarray(curve.get_xdata())[np.isfinite(np.asarray(curve.get_ydata(), float))]
+        assert float(report.lambda_min) <= x.min() <= x.max() <= float(report.lambda_max)
+    # The smaller the size the more eigenvalues are larger, up to all that curve upwards.
+    up = next(line for line in larger.lines if line.get_color() == UP)
+    counts = np.asarray(up.get_ydata(), float)
+    assert (np.diff(counts) >= 0).all()
+    assert counts[-1] <= report.num_params
     note = figure._supxlabel.get_text()
     assert "8 samples" in note
     assert "batch statistics" in note
@@ -139,16 +149,18 @@ def test_the_density_figure_draws_the_spectrum(report: HessianReport) -> None:
     FigureCanvasAgg(figure).draw()
 
 
-def test_the_history_figure_follows_the_extremes(report: HessianReport) -> None:
+def test_the_history_figure_follows_the_extremes_within_the_run(report: HessianReport) -> None:
     history = [(0, report), (10, moved(report, 0.1, 0.5)), (40, moved(report, 2.0, 0.5))]
     figure = history_figure(history)
-    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
-    drawn = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
-    assert any(
-        # Older matplotlib keeps the objects that it was given.
-        np.allclose(np.asarray(line.get_ydata(), float), [m.lambda_max for _, m in history])
-        for line in drawn
-    ), lines
+    axes = figure.axes[0]
+    linear = 3e-3 * max(float(m.nodes.abs().max()) for _, m in history)
+    (line,) = [line for line in axes.get_lines() if line.get_label() == "lambda_max"]
+    np.testing.assert_allclose(
+        linear * np.sinh(np.asarray(line.get_ydata(), float)), [m.lambda_max for _, m in history]
+    )
+    # Neither the axis nor a cell goes on where the run does not.
+    assert axes.get_xlim() == (0, 40)
+    assert axes.collections[0].get_coordinates()[0, :, 0].tolist() == [0, 5, 25, 40]
     FigureCanvasAgg(figure).draw()
 
 

@@ -55,3 +55,19 @@ def test_the_sampling_error_is_the_scatter_between_runs() -> None:
             )
         ratio = float(torch.tensor(errors).square().mean().sqrt() / torch.tensor(values).std())
         assert 0.7 < ratio < 1.4
+
+
+def test_nothing_lies_beyond_the_extremes_and_no_weight_is_lost() -> None:
+    nodes = torch.tensor([-1.0, 0.2, 5.0], dtype=torch.float64)
+    weights = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
+    grid = torch.linspace(-4, 8, 40_001, dtype=torch.float64)
+    for width in (0.05, 0.5):
+        density = broadened(nodes, weights, grid, width, (-1.0, 5.0))
+        assert not density[(grid < -1) | (grid > 5)].any()
+        assert float(torch.trapezoid(density, grid)) == pytest.approx(1.0, abs=3e-3)
+    # Far from the ends nothing changes.
+    plain = broadened(nodes, weights, grid, 0.05)
+    middle = (grid > 0) & (grid < 4)
+    torch.testing.assert_close(
+        broadened(nodes, weights, grid, 0.05, (-1.0, 5.0))[middle], plain[middle]
+    )

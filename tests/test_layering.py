@@ -46,6 +46,7 @@ OF_LIGHTNING = {
     "_generate_state_key",
     "_on_before_batch_transfer",
     "_should_accumulate",
+    "_skip_backward",
 }
 # Private members of other libraries, which no rule forbids.
 OF_TORCH = {

@@ -93,6 +93,14 @@ def unscales_gradients_itself(optimizer: Any) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def skips_backward(trainer: Any) -> bool:
+    """Return whether training steps run without a backward pass, for running statistics alone.
+
+    StochasticWeightAveraging does so in an epoch after the last one.
+    """
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
+
+
 def has_static_graph(trainer: Any) -> bool:
     """Return whether DDP was told that every step has the same graph.
 

@@ -51,6 +51,33 @@ class Penalized:
         return self._names
 
 
+def batch_loss(
+    trainer: Any, module: Any, batch: tuple[Any, int], loss: Loss | None, *, as_trained: bool
+) -> Callable[[], Tensor]:
+    """Return a function of nothing: the loss of a batch at the weights as they stand.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        batch: The batch, and which of its epoch it is.
+        loss: The user's own; ``None`` replays ``training_step``.
+        as_trained: Whether the Trainer's precision is kept.
+    """
+    inner = trainer_loss(trainer, loss, batch_idx=batch[1], as_trained=as_trained)
+
+    def evaluate() -> Tensor:
+        gradients = torch.is_grad_enabled()
+        # From where random streams stand: the dropout mask of the step that follows.
+        # The weights are put back by who moves them.
+        with (
+            preserved(module, seed=None, check_weights=False) as copier,
+            torch.set_grad_enabled(gradients),
+        ):
+            return inner(module, fresh(batch[0], module.device, copier=copier))
+
+    return evaluate
+
+
 def loss_around(
     trainer: Any,
     module: Any,
@@ -76,18 +103,7 @@ def loss_around(
         relative: Whether displacements are in units of each tensor's size.
         autocast: Whether the Trainer's precision is kept.
     """
-    inner = trainer_loss(trainer, loss, batch_idx=batch[1], as_trained=autocast)
-
-    def evaluate() -> Tensor:
-        gradients = torch.is_grad_enabled()
-        # From where random streams stand: the dropout mask of the step that follows.
-        # The weights are put back by who moves them.
-        with (
-            preserved(module, seed=None, check_weights=False) as copier,
-            torch.set_grad_enabled(gradients),
-        ):
-            return inner(module, fresh(batch[0], module.device, copier=copier))
-
+    evaluate = batch_loss(trainer, module, batch, loss, as_trained=autocast)
     space = ParameterSpace(trainable(module))
     return DisplacedLoss(
         evaluate,

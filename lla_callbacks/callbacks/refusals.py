@@ -18,12 +18,15 @@ from lla_callbacks.objective.layers import Layers
 from lla_callbacks.objective.objective import trainable
 from lla_callbacks.objective.training_step import check_replayable, takes_iterator
 from lla_callbacks.penalty.middle import penalized_parameters
+from lla_callbacks.penalty.penalty import PenaltySettings
 
 # Layers with kinks, between which differences of gradients divide by a squared step.
 PIECEWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d)
 
 
-def refuse_surroundings(kind: str, trainer: Any, module: nn.Module, *, replays: bool) -> None:
+def refuse_surroundings(
+    kind: str, trainer: Any, module: nn.Module, *, replays: bool, moves_shards: bool = False
+) -> None:
     """Raise if a Trainer or a module cannot be penalized at all.
 
     Args:
@@ -31,6 +34,8 @@ def refuse_surroundings(kind: str, trainer: Any, module: nn.Module, *, replays: 
         trainer: The Trainer.
         module: Its module.
         replays: Whether the loss is that of the module's training step.
+        moves_shards: Whether distributed tensors can be moved where they are, and a batch is
+            not needed before its step.
 
     Raises:
         MisconfigurationException: With the remedy.
@@ -40,10 +45,19 @@ def refuse_surroundings(kind: str, trainer: Any, module: nn.Module, *, replays: 
             check_replayable(module)
         except TypeError as error:
             raise MisconfigurationException(f"{kind}: {error}") from error
+    if moves_shards:
+        if flattens_parameters(trainer, module):
+            raise MisconfigurationException(
+                f"{kind} moves parameters where they are, and {type(trainer.strategy).__name__} "
+                "keeps shards of its own making. Train with ModelParallelStrategy and "
+                "torch's fully_shard (FSDP2), strategy='ddp', or in one process."
+            )
+        return
     if shards_parameters(trainer, module):
         raise MisconfigurationException(
             f"{kind} moves whole parameters, and {type(trainer.strategy).__name__} shards "
-            "them. Train with strategy='ddp' or in one process."
+            "them. Train with strategy='ddp' or in one process, or give estimator='noise' with a "
+            "strength and layers of your own."
         )
     if takes_iterator(module):
         raise MisconfigurationException(
@@ -53,7 +67,7 @@ def refuse_surroundings(kind: str, trainer: Any, module: nn.Module, *, replays: 
 
 
 def refuse_training(
-    kind: str, trainer: Any, module: nn.Module, layers: Layers, estimator: str
+    kind: str, trainer: Any, module: nn.Module, layers: Layers, settings: PenaltySettings
 ) -> None:
     """Raise if optimizers, parameters or layers do not fit; warn of differences across kinks.
 
@@ -62,6 +76,7 @@ def refuse_training(
     Raises:
         MisconfigurationException: With the remedy.
     """
+    noise = settings.estimator == "noise"
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
             f"{kind} penalizes one gradient a step, and LBFGS evaluates the loss several "
@@ -73,7 +88,9 @@ def refuse_training(
             f"{kind} moves weights by small steps, which {space.precision} rounds away. "
             "Train with precision='bf16-mixed' or '16-mixed', which keep float32 weights."
         )
-    if any(getattr(m, "sparse", False) is True for m in module.modules()):
+    sparse = any(getattr(m, "sparse", False) is True for m in module.modules())
+    # Noise leaves gradients as they are, unless steps depend on the weights.
+    if sparse and (settings.relative or not noise):
         raise MisconfigurationException(
             f"{kind} adds up dense gradients, and an embedding here gives sparse ones. Make it "
             "with sparse=False."
@@ -83,11 +100,29 @@ def refuse_training(
             penalized_parameters(module, space, layers, lambda: None)
         except ValueError as error:
             raise MisconfigurationException(f"{kind}: {error}") from error
-    if estimator == "difference" and any(isinstance(m, PIECEWISE) for m in module.modules()):
+    if noise:
+        refuse_noise(kind, module, settings)
+    if settings.estimator == "difference" and any(
+        isinstance(m, PIECEWISE) for m in module.modules()
+    ):
         rank_zero_warn(
             f"{kind}(estimator='difference') on a network with kinks (ReLU, max-pooling): "
             "each kink between two points counts with one over the squared step. Use "
             "estimator='perturbation', which bounds that."
+        )
+
+
+def refuse_noise(kind: str, module: Any, settings: PenaltySettings) -> None:
+    """Raise if the gradients of a displaced step cannot be finished.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    if settings.relative and not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{kind}(estimator='noise', relative=True) adds to the gradients before they are "
+            "clipped, and in manual optimization your step may have clipped them already, or added "
+            "up those of several draws. Use relative=False, or estimator='perturbation' with loss=."
         )
 
 

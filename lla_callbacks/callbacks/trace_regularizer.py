@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lla_callbacks.callbacks.compat import (
     MisconfigurationException,
     has_static_graph,
     loss_scale,
+    step_of,
     unscales_gradients_itself,
     uses_mixed_precision,
 )
 from lla_callbacks.callbacks.moments import is_unsized
-from lla_callbacks.callbacks.penalized_loss import Penalized, loss_around
+from lla_callbacks.callbacks.noise_penalty import NoisePenalty, announce, check_noise
+from lla_callbacks.callbacks.penalized_loss import Penalized, batch_loss, loss_around
+from lla_callbacks.callbacks.penalty_record import checked_state, warn_of_skipped, write
 from lla_callbacks.callbacks.refusals import refuse_surroundings, refuse_training
-from lla_callbacks.callbacks.saved_state import check_entries
 from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.callbacks.strength import (
     TARGET_RATIO,
@@ -30,6 +31,7 @@ from lla_callbacks.callbacks.strength import (
 )
 from lla_callbacks.callbacks.surrogate import add_gradient
 from lla_callbacks.linalg.errors import NonFiniteError
+from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.checks import check_loss, number, seed_of, shown
 from lla_callbacks.objective.layers import check_layers
 from lla_callbacks.objective.objective import trainable
@@ -42,19 +44,7 @@ from lla_callbacks.penalty.penalty import (
     penalty_gradient,
 )
 from lla_callbacks.penalty.scalars import regularizer_scalars
-from lla_callbacks.report.conform import check_finite, check_type
-from lla_callbacks.report.loggers import write_scalars
-from lla_callbacks.report.plain import from_plain, to_plain
-
-# Of what type the entries of a stored state are.
-_SAVED: dict[str, Any] = {
-    "skipped": int,
-    "comparison": Mapping[str, Any] | None,
-    "last_logged": int | None,
-    "ratios": list[float],
-    "ratio_step": int,
-    "strength": float | None,
-}
+from lla_callbacks.report.plain import to_plain
 
 
 class HessianTraceRegularizer(ComesHome):
@@ -84,7 +74,9 @@ class HessianTraceRegularizer(ComesHome):
             convolution and linear layers in forward order; ``"published_middle"``: parameter
             tensors ``len // 4`` to ``3 len // 4``; paths or patterns of modules; a predicate
             ``(path, module) -> bool``.
-        estimator: ``"perturbation"``, ``"difference"``, ``"gauss_newton"`` or ``"exact"``;
+        estimator: ``"perturbation"``; ``"noise"``: one gradient a step, in shards and manual
+            optimization too, and your own step sees moved weights; ``"difference"``,
+            ``"gauss_newton"`` or ``"exact"``;
             see :class:`~lla_callbacks.penalty.penalty.PenaltySettings`.
         every_n_train_steps: Penalize every n-th optimizer step only.
         num_probes: Probes a step.
@@ -154,12 +146,19 @@ class HessianTraceRegularizer(ComesHome):
         target_ratio = number("target_ratio", target_ratio, above, above=0, none=True)
         check_loss(loss)
         check_layers(layers)
+        # Whether batches are evaluated besides the step's own pass.
+        self._replays = estimator != "noise" or strength == "auto" or layers == "middle"
+        if estimator == "noise":
+            check_noise(max_ratio, loss, replays=self._replays)
         self.strength = strength
         self.layers = layers
         self.max_ratio = max_ratio
         self.target_ratio = TARGET_RATIO if target_ratio is None else target_ratio
         self.loss = loss
         self.seed = seed_of("seed", seed)
+        self._noise: NoisePenalty | None = None
+        if estimator == "noise":
+            self._noise = NoisePenalty(type(self).__name__, self.seed, relative)
         self._reset()
 
     @property
@@ -179,16 +178,32 @@ class HessianTraceRegularizer(ComesHome):
                 f"two {kind} would each replace the gradient: use one, with layers= naming all "
                 "that is to be penalized."
             )
-        refuse_surroundings(kind, trainer, pl_module, replays=self.loss is None)
+        replays, shards = self._replays and self.loss is None, not self._replays
+        refuse_surroundings(kind, trainer, pl_module, replays=replays, moves_shards=shards)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: optimizers and layers that configure_model makes are there now.
-        kind = type(self).__name__
         if is_unsized(pl_module):
             # Nothing is penalized, and nothing can be checked, before lazy layers have a size.
             self._late = True
             return
-        refuse_training(kind, trainer, pl_module, self.layers, self.settings.estimator)
+        refuse_training(type(self).__name__, trainer, pl_module, self.layers, self.settings)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._noise is not None and self.strength != 0:
+            self._noise.begin(trainer, pl_module)
+            announce(trainer, type(self).__name__, self.strength)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._noise is not None:
+            self._noise.end()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.on_train_end(trainer, pl_module)
+        super().teardown(trainer, pl_module, stage)
 
     # -- when ---------------------------------------------------------------------------
 
@@ -207,12 +222,16 @@ class HessianTraceRegularizer(ComesHome):
         self._pending: PenaltyGradient | None = None
         self._batch: tuple[Any, int] | None = None
         self._num_backward = 0
+        if self._noise is not None:
+            self._noise.disarm()
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         self._forget_batch()
-        if self.strength == 0 or not self.schedule.due(trainer.global_step):
+        # Optimizers that are stepped past Lightning count no global step.
+        step = trainer.global_step if self._noise is None else step_of(trainer)
+        if self.strength == 0 or not self.schedule.due(step):
             return
         if is_unsized(pl_module):
             return
@@ -220,13 +239,15 @@ class HessianTraceRegularizer(ComesHome):
             self._late = False
             self.on_fit_start(trainer, pl_module)
         self._batch = (batch, batch_idx)
-        if pl_module.automatic_optimization:
+        if self._noise is not None and not self._is_searching:
+            self._arm(self._noise, trainer, pl_module)
+        elif pl_module.automatic_optimization:
             # Here no graph is alive, so that the weights may move.
             replaces = self._went_backward or not has_static_graph(trainer)
             self._pending = self._penalize(trainer, pl_module, with_task=replaces)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        if self._batch is None or not pl_module.automatic_optimization:
+        if self._batch is None or self._noise or not pl_module.automatic_optimization:
             self._went_backward = True
             return
         self._num_backward += 1
@@ -250,6 +271,12 @@ class HessianTraceRegularizer(ComesHome):
         )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._noise is not None and not self._is_searching:
+            values = self._noise.finish(trainer, pl_module, optimizer)
+            if values:
+                self._last_logged = step_of(trainer)
+                write(trainer, step_of(trainer), values)
+            return
         if pl_module.automatic_optimization or self._batch is None:
             return
         found = self._penalize(trainer, pl_module, with_task=False)
@@ -276,23 +303,13 @@ class HessianTraceRegularizer(ComesHome):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        try:
-            check_type(state_dict, Mapping[str, Any], "the state")
-            check_entries(state_dict, _SAVED, "the state")
-            comparison = from_plain(state_dict["comparison"])
-            check_type(comparison, Comparison | None, "the state's comparison")
-            check_finite(state_dict["skipped"], "the state's skipped", least=0)
-        except Exception as error:  # noqa: BLE001 - whatever is there, training goes on
-            rank_zero_warn(
-                f"{type(self).__name__}: what the checkpoint holds of it is left, and counts, "
-                f"comparison and search for a strength begin anew. {type(error).__name__}: {error}"
-            )
+        state = checked_state(type(self).__name__, state_dict)
+        if state is None:
             return
-        self.skipped = state_dict["skipped"]
-        self.comparison = comparison
-        self._last_logged = state_dict["last_logged"]
+        self.skipped, self.comparison = state["skipped"], state["comparison"]
+        self._last_logged = state["last_logged"]
         if self.strength == "auto":
-            self._found.load(state_dict)
+            self._found.load(state)
             if self._found.strength is not None:
                 rank_zero_info(
                     f"{type(self).__name__}: strength is {self._found.strength:.3g}, found before "
@@ -305,23 +322,26 @@ class HessianTraceRegularizer(ComesHome):
         """Return the penalty's gradient for the present batch; ``None`` if there is none."""
         began = time.monotonic()
         step = trainer.global_step
-        searching = self.strength == "auto" and self._found.strength is None
+        searching = self._is_searching
         strength = self._strength(step)
         to_log = self._is_to_log(trainer, step)
-        loss = self._loss_around(trainer, module, step, searching=searching)
+        loss = self._loss_around(trainer, module, step)
+        # Differences divide rounding by a small step: not under autocast.
+        keeps = self.settings.estimator == "perturbation" or not uses_mixed_precision(trainer)
         try:
             found = penalty_gradient(
                 loss,
                 strength,
                 self.settings,
-                # Differences divide rounding by a small step: not under autocast.
-                with_task=with_task and self._keeps_precision(trainer),
+                with_task=with_task and keeps,
                 compare=to_log or searching,
                 max_ratio=None if searching else self.max_ratio,
                 average=lambda vector: trainer.strategy.reduce(vector, reduce_op="mean"),
             )
         except NonFiniteError as error:
-            self._skip(error, trainer)
+            self.skipped += 1
+            if self.skipped == 1:
+                warn_of_skipped(type(self).__name__, error, trainer)
             return None
         finally:
             del loss
@@ -336,62 +356,44 @@ class HessianTraceRegularizer(ComesHome):
         if to_log:
             assert found.comparison is not None
             self.comparison = found.comparison
-            self._log(trainer, step, strength, found.comparison, time.monotonic() - began)
+            self._last_logged = step
+            seconds = time.monotonic() - began
+            values = regularizer_scalars(
+                found.comparison, strength=strength, seconds=seconds, skipped=self.skipped
+            )
+            write(trainer, step, values)
         return found
 
+    @property
+    def _is_searching(self) -> bool:
+        return self.strength == "auto" and self._found.strength is None
+
     def _strength(self, step: int) -> float:
-        if self.strength != "auto":
-            return float(self.strength) * self.schedule.factor(step)
-        if self._found.strength is None:
+        if self._is_searching:
             return TRIAL_STRENGTH
-        return self._found.strength * self.schedule.factor(step)
+        known = self._found.strength if self.strength == "auto" else self.strength
+        return float(known or 0.0) * self.schedule.factor(step)
 
-    def _keeps_precision(self, trainer: Any) -> bool:
-        return self.settings.estimator == "perturbation" or not uses_mixed_precision(trainer)
-
-    def _loss_around(
-        self, trainer: Any, module: Any, step: int, *, searching: bool
-    ) -> DisplacedLoss:
+    def _loss_around(self, trainer: Any, module: Any, step: int) -> DisplacedLoss:
         assert self._batch is not None
+        # Rounding in half precision would be taken for curvature while a strength is found.
+        autocast = self.settings.estimator == "perturbation" and not self._is_searching
         return loss_around(
-            trainer,
-            module,
-            self._batch,
-            self.loss,
-            self._penalized,
-            seed=self.seed,
-            step=step,
-            relative=self.settings.relative,
-            # Rounding in half precision would be taken for curvature while a strength is found.
-            autocast=self.settings.estimator == "perturbation" and not searching,
-        )
+            trainer, module, self._batch, self.loss, self._penalized,
+            seed=self.seed, step=step, relative=self.settings.relative, autocast=autocast,
+        )  # fmt: skip
 
-    def _skip(self, error: NonFiniteError, trainer: Any) -> None:
-        self.skipped += 1
-        if self.skipped == 1:
-            settling = " While a gradient scaler settles this is normal."
-            rank_zero_warn(
-                f"{type(self).__name__}: a penalty was left out, and training goes on without "
-                f"it: {error} Further ones are counted in regularizer/skipped."
-                + (settling if loss_scale(trainer) != 1.0 else "")
-            )
-
-    # -- where to -----------------------------------------------------------------------
+    def _arm(self, noise: NoisePenalty, trainer: Any, module: Any) -> None:
+        """Let the user's own step, which comes next, be a displaced one."""
+        assert self._batch is not None
+        step, schedule = step_of(trainer), self.schedule
+        evaluate = batch_loss(trainer, module, self._batch, self.loss, as_trained=True)
+        names = self._penalized.names(module, ParameterSpace(trainable(module)), evaluate)
+        index = (step - schedule.start_step) // schedule.every_n_train_steps
+        to_log = self._is_to_log(trainer, step)
+        noise.arm(module, names, self._strength(step), index, to_log=to_log)
 
     def _is_to_log(self, trainer: Any, step: int) -> bool:
         every = trainer.log_every_n_steps
         last = self._last_logged
         return bool(every) and (last is None or step - last >= every)
-
-    def _log(
-        self, trainer: Any, step: int, strength: float, comparison: Comparison, seconds: float
-    ) -> None:
-        self._last_logged = step
-        values = regularizer_scalars(
-            comparison, strength=strength, seconds=seconds, skipped=self.skipped
-        )
-        for tag, value in values.items():
-            trainer.callback_metrics[tag] = torch.tensor(value)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            for logger in trainer.loggers:
-                write_scalars(logger, values, step)

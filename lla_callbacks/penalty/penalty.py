@@ -1,4 +1,4 @@
-"""The gradient of a penalty on the Hessian's trace, by one of four estimators."""
+"""The gradient of a penalty on the Hessian's trace, by estimators with passes of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lla_callbacks.penalty.displacement import DisplacedLoss, Gradients, combine
 from lla_callbacks.penalty.gauss_newton import gauss_newton_gradient
 from lla_callbacks.penalty.third_order import quadratic_form_gradient
 
-Estimator = Literal["perturbation", "difference", "gauss_newton", "exact"]
+Estimator = Literal["perturbation", "noise", "difference", "gauss_newton", "exact"]
 
 # Step of the differences, in units of the weights' root mean square. In float32 the error of
 # `difference` is least near 1e-3 for weights of 0.04 to 0.1 (measured: 0.15 to 0.6 %).
@@ -34,6 +34,9 @@ class PenaltySettings:
             - ``"perturbation"``: ``(g(theta + c z) + g(theta - c z)) / 2`` with
               ``c = sqrt(2 strength)``, which *is* the gradient of
               ``E L(theta + c z) = L + strength tr H + O(strength^2)``: two gradients.
+            - ``"noise"``: ``g(theta + c z)`` alone, with ``-c`` in the next step: the same in
+              expectation, at the price of the gradient that it replaces. The step itself runs
+              at moved weights: :class:`~lla_callbacks.penalty.noise.Displacement`.
             - ``"difference"``: ``strength (g(theta + c z) - 2 g + g(theta - c z)) / c^2``
               with ``c`` = 1 % of the weights' size; bias ``c^2/12 D^5 L[z, z, z, z]``, and
               rounding of ``4 eps |g| / c^2``. Three gradients. For smooth networks:
@@ -61,6 +64,11 @@ class PenaltySettings:
             num_probes=whole("num_probes", self.num_probes, 1, MOST_WORK),
             relative=flag("relative", self.relative),
         )
+        if self.estimator == "noise" and self.num_probes > 1:
+            raise ValueError(
+                f"num_probes is {self.num_probes}, and estimator='noise' has one a step: its step "
+                "is computed once. Leave num_probes at 1, or give estimator='perturbation'."
+            )
 
 
 @dataclass(frozen=True)
@@ -151,8 +159,9 @@ def _penalty(
     The last two are ``None`` where they would cost more.
     """
     count = settings.num_probes
-    if settings.estimator in ("perturbation", "difference"):
-        replaces = settings.estimator == "perturbation"
+    if settings.estimator in ("perturbation", "noise", "difference"):
+        # Noise is compared, and its strength found, by both signs.
+        replaces = settings.estimator != "difference"
         step = math.sqrt(2 * strength) if replaces else _step(loss)
         loss_around, around = _pairs(loss, step, count)
         loss_here, here = loss.gradient(0.0, 0)

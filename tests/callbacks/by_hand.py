@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lla_callbacks.linalg.probes import generator, signs
+from tests.penalty.signs_by_hand import signs_by_hand
 
 STRENGTH = 1e-3
 
@@ -85,12 +86,12 @@ def probe(module, step, seed=0):
     return [part.reshape(p.shape) for p, part in zip(parameters, parts, strict=True)]
 
 
-def gradient_at(module, batch, distance, step):
+def gradient_at(module, batch, distance, step, directions=None):
     """The gradient at weights moved along the signs; nothing else changes."""
     parameters = list(module.parameters())
     kept = [p.detach().clone() for p in parameters]
     buffers, random = [b.clone() for b in module.buffers()], torch.get_rng_state()
-    for p, z in zip(parameters, probe(module, step), strict=True):
+    for p, z in zip(parameters, directions or probe(module, step), strict=True):
         p.data.add_(distance * z)
     gradients = torch.autograd.grad(module.loss(batch), parameters, allow_unused=True)
     torch.set_rng_state(random)
@@ -114,6 +115,26 @@ def perturbation(module, batch, step, strength):
     sigma = math.sqrt(2 * strength)
     pair = [gradient_at(module, batch, d, step) for d in (sigma, -sigma)]
     return added([0.5, 0.5], pair)
+
+
+def noise(module, batch, step, strength, *, index=None, chosen="", relative=False):
+    """One gradient, at weights to one side; every second time to the other one."""
+    index = step if index is None else index
+    parameters = dict(module.named_parameters())
+    z = signs_by_hand(parameters, 0, (index // 2,))
+    z = {n: d if n.startswith(chosen) else torch.zeros_like(d) for n, d in z.items()}
+    sizes = {
+        n: p.detach().square().mean().sqrt() if relative else 1.0 for n, p in parameters.items()
+    }
+    sigma = math.sqrt(2 * strength) * (-1 if index % 2 else 1)
+    steps = [z[n] * sizes[n] for n in parameters]
+    found = gradient_at(module, batch, sigma, step, steps)
+    if relative:  # the step depends on the weights, where there are any
+        for i, (n, p) in enumerate(parameters.items()):
+            if sizes[n]:
+                share = sigma * (z[n] * found[i]).sum() / (p.numel() * sizes[n])
+                found[i] = found[i] + share * p.detach()
+    return found
 
 
 def difference(module, batch, step, strength):
@@ -142,7 +163,13 @@ def exact(module, batch, step, strength):
 
 
 def train_by_hand(
-    module, batches, gradient=perturbation, strength=lambda step: STRENGTH, together=1, clip=None
+    module,
+    batches,
+    gradient=perturbation,
+    strength=lambda step: STRENGTH,
+    together=1,
+    clip=None,
+    clip_value=None,
 ):
     """Train on the mean of the penalized gradients of so many batches a step."""
     optimizer = module.configure_optimizers()
@@ -163,6 +190,8 @@ def train_by_hand(
             p.grad = None if name.startswith("unused") else g
         if clip:
             torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+        if clip_value:
+            torch.nn.utils.clip_grad_value_(module.parameters(), clip_value)
         optimizer.step()
         optimizer.zero_grad()
     return module
@@ -174,4 +203,4 @@ def deviation(one, other, parameters_only=False):
         dict(m.named_parameters()) if parameters_only else m.state_dict() for m in (one, other)
     ]
     pairs = zip(states[0].values(), states[1].values(), strict=True)
-    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+    return max(float((a.double() - b.double()).detach().abs().max()) for a, b in pairs)

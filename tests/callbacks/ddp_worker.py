@@ -17,6 +17,7 @@ from lla_callbacks import HessianTraceRegularizer, ModeConnection, PoisonedLoss
 from tests.callbacks.by_hand import Double, half_loader
 from tests.callbacks.poison_by_hand import poison_batches
 
+NOISE = {"estimator": "noise"}
 # Name: strategy, Trainer, module and regularizer settings.
 RUNS = {
     "plain": ({}, {}, {}, {}),
@@ -33,6 +34,15 @@ RUNS = {
     "limit": ({}, {}, {}, {"strength": 1e-2, "max_ratio": 0.05}),
     "difference": ({}, {}, {"smooth": True}, {"estimator": "difference"}),
     "manual": ({}, {}, {"smooth": True, "manual": True}, {}),
+    "noise": ({"find_unused_parameters": True}, {}, {"unused": True}, NOISE),
+    "noise, static graph": (
+        {"static_graph": True, "gradient_as_bucket_view": True}, {}, {"smooth": True}, NOISE
+    ),
+    "noise, all": (
+        {}, {"scaler": True, "accumulate_grad_batches": 2, "gradient_clip_val": 0.2}, {},
+        {**NOISE, "relative": True},
+    ),
+    "noise, manual": ({}, {}, {"smooth": True, "manual": True}, NOISE),
 }  # fmt: skip
 
 # The same of runs with poison. Without batch norm, whose statistics DDP takes from one process.
@@ -71,7 +81,7 @@ def train(strategy, trainer, module, settings, folder, rank, callback=None):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         trainer["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
     made = Manual if module.pop("manual", False) else Double
-    if made is Manual:
+    if made is Manual and settings != NOISE:
         settings = {**settings, "loss": loss}
     network = made(**module)
     pl.Trainer(

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lla_callbacks import HessianMonitor
+from lla_callbacks import HessianMonitor, HessianTraceRegularizer
 from lla_callbacks.linalg import vectors
 
 SETTINGS = {"every_n_train_steps": 4, "num_samples": 16, "num_steps": 6, "num_probes": 5}
@@ -150,10 +150,10 @@ class Killed:
 
 def strategy_of(case):
     ddp = {"process_group_backend": "gloo"}
-    if case in ("fsdp", "fsdp_without", "fsdp_exact", "fsdp_fails"):
+    if case.startswith("fsdp"):
         size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
         return ModelParallelStrategy(**size, save_distributed_checkpoint=False, **ddp)
-    if case in ("tensor", "tensor_without"):
+    if case.startswith("tensor"):
         size = {"data_parallel_size": 1, "tensor_parallel_size": 2}
         return ModelParallelStrategy(**size, save_distributed_checkpoint=False, **ddp)
     options = {
@@ -165,20 +165,17 @@ def strategy_of(case):
 
 
 def module_of(case):
-    kinds = {
-        "fsdp": Sharded,
-        "fsdp_without": Sharded,
-        "fsdp_exact": Sharded,
-        "fsdp_fails": Sharded,
-        "tensor": TensorParallel,
-        "tensor_without": TensorParallel,
-    }
-    return Net(unused=True) if case == "unused" else kinds.get(case, Net)()
+    kinds = {"fsdp": Sharded, "tensor": TensorParallel}
+    kind = kinds.get(case.partition("_")[0], Net)
+    return Net(unused=True) if case == "unused" else kind()
 
 
 def watcher_of(case):
     if case.endswith("without"):
         return None
+    if "noise" in case:
+        # Strong enough for a wrong sign to be seen.
+        return HessianTraceRegularizer(0.02, estimator="noise", relative="relative" in case)
     settings = dict(SETTINGS)
     if case.startswith("fails_at") and case != "fails_in_product":
         settings["loss"] = FailsOnSecond(int(case.removeprefix("fails_at")))
@@ -233,6 +230,7 @@ def train(folder, case):
     found = {
         "weights": {n: _whole(p) for n, p in module.state_dict().items()},
         "random": torch.get_rng_state(),
+        "logged": {t: float(v) for t, v in trainer.callback_metrics.items() if "regularizer" in t},
         "warnings": [str(w.message) for w in seen if "leaves a gap" in str(w.message)],
         "reports": {},
     }
@@ -240,7 +238,7 @@ def train(folder, case):
         found["tracked"] = {
             step: (float(t.lambda_max), t.trace, t.trace_sem, t.loss) for step, t in watcher.tracked
         }
-    for step, r in [] if watcher is None else watcher.history:
+    for step, r in getattr(watcher, "history", []):
         found["reports"][step] = {
             "lambda_max": float(r.lambda_max),
             "lambda_max_residual": r.lambda_max.residual,

@@ -3,14 +3,21 @@
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import cross_entropy
 
-from lla_callbacks import HessianMonitor, LossLandscapeMonitor, measure_hessian
+from lla_callbacks import (
+    HessianMonitor,
+    HessianTraceRegularizer,
+    LossLandscapeMonitor,
+    measure_hessian,
+)
 
+from .by_hand import noise, train_by_hand
 from .modules import differences
 from .parallel_worker import SETTINGS, Net, Sharded
 from .two_processes import ROOT, environment, in_two
@@ -26,7 +33,8 @@ FAILURES = {
 }
 DDP = ["ddp", "static", "views", "unused"]
 WHOLE = ["without", *DDP, "layers", "difference", "tracking", "budget", *FAILURES]
-SHARDED = ["tensor_without", "tensor", "fsdp_without", "fsdp_exact", "fsdp", "fsdp_fails"]
+NOISE = [f"{kind}_noise{more}" for kind in ("tensor", "fsdp") for more in ("", "_relative")]
+SHARDED = ["tensor_without", "tensor", "fsdp_without", "fsdp_exact", "fsdp", "fsdp_fails", *NOISE]
 WORKER = "tests.callbacks.parallel_worker"
 
 
@@ -194,6 +202,37 @@ def test_tensor_parallelism_measures_exactly(sharded):
     assert_same(last, report, rtol=1e-9)
 
 
+class AsOne(Sharded):
+    """The same network in one process, for a loop by hand."""
+
+    def loss(self, batch):
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("case", NOISE)
+def test_each_process_moves_its_part_by_the_noise_of_one_process(sharded, case):
+    """Shards of rows under FSDP2, of rows and of columns under tensor parallelism."""
+    source = torch.Generator().manual_seed(7)
+    x = torch.randn(36, 3, generator=source, dtype=torch.float64)
+    y = (x.sum(1) > 0).long()
+    rows = [list(range(i, i + 4)) for i in range(0, 36, 4)]
+    if case.startswith("fsdp"):
+        # Process r trains on samples r, r + 2, ... and the last batch is of two samples.
+        each = [range(r, 36, 2) for r in (0, 1)]
+        rows = [list(each[r][i : i + 4]) for i in range(0, 18, 4) for r in (0, 1)]
+    batches = [(x[r], y[r]) for r in rows] * 2
+    gradient = partial(noise, relative="relative" in case)
+    together = 2 if case.startswith("fsdp") else 1
+    module = train_by_hand(AsOne(), batches, gradient, lambda step: 0.02, together)
+    both = sharded(case)
+    for each in both:
+        for name, p in module.state_dict().items():
+            assert float((each["weights"][name] - p).abs().max()) < 1e-12, name
+    timeless = [{t: v for t, v in b["logged"].items() if "seconds" not in t} for b in both]
+    assert timeless[0] == timeless[1]
+    assert {"regularizer/penalty", "regularizer/loss"} <= set(timeless[0])
+
+
 class Stub:
     """A Trainer with a strategy of some name."""
 
@@ -207,6 +246,16 @@ class Stub:
 def test_strategies_with_shards_of_their_own_are_refused_with_the_remedy(strategy, kind):
     with pytest.raises(MisconfigurationException, match=rf"{strategy}.*fully_shard \(FSDP2\)"):
         kind().setup(Stub(strategy), Net(), "fit")
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_noise_refuses_shards_that_it_cannot_move(strategy):
+    callback = HessianTraceRegularizer(1e-3, estimator="noise")
+    if strategy == "ModelParallelStrategy":
+        callback.setup(Stub(strategy), Net(), "fit")
+        callback = HessianTraceRegularizer(1e-3)
+    with pytest.raises(MisconfigurationException, match=rf"{strategy}.*(FSDP2|estimator='noise')"):
+        callback.setup(Stub(strategy), Net(), "fit")
 
 
 def test_slices_refuse_spread_parameters():

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from .by_hand import (
     exact,
     gradient_at,
     half_loader,
+    noise,
     perturbation,
     train_by_hand,
 )
@@ -27,7 +29,14 @@ from .poison_by_hand import poison_batches, train_with_poison
 
 # One pair of processes for all of them.
 pytestmark = pytest.mark.xdist_group("regularizer")
-GRADIENTS = {"static graph, exact": exact, "difference": difference}
+GRADIENTS = {
+    "static graph, exact": exact,
+    "difference": difference,
+    "noise": noise,
+    "noise, static graph": noise,
+    "noise, all": partial(noise, relative=True),
+    "noise, manual": noise,
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,223 @@
+"""Weights that are away exactly while a Trainer's own step computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lla_callbacks.callbacks.compat import skips_backward
+from lla_callbacks.objective.sharded import reshard
+
+_MISSING = object()
+# Hooks in which users read weights between forward and backward pass: averages, mostly.
+_READS_BETWEEN = "on_before_zero_grad"
+_OWN = ("Callback." + _READS_BETWEEN, "ModelHooks." + _READS_BETWEEN)
+
+
+class AroundSteps:
+    """Moves weights before a step's forward pass and puts them back after its backward pass.
+
+    Hooks would not do: other callbacks have theirs at the same places, before or after. So the
+    Trainer's strategy is asked instead, whose public methods run the step, the backward pass and
+    the optimizer, whatever the strategy and precision. What runs with the weights in place:
+    every hook but ``on_before_backward``, clipping, the optimizer, checkpoints, validation.
+
+    - Automatic optimization: from ``training_step`` to the end of the backward pass; in place in
+      between where somebody's ``on_before_zero_grad`` may read them.
+    - Manual optimization: from the start of ``training_step`` to each optimizer step, and from
+      the next call of a module inside it on.
+    - Whatever is raised, weights are back before anybody hears of it. A checkpoint that is saved
+      meanwhile (by a signal, or from within the step) is one of the weights in place.
+
+    Args:
+        trainer: While it trains.
+        module: Its module.
+        move: Moves the weights; returns whether it did. It must go to the same place again.
+        put_back: Puts them back; does nothing where they are back.
+        note: Is given every loss that a backward pass begins with, before it is scaled.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        move: Callable[[], bool],
+        put_back: Callable[[], None],
+        note: Callable[[Tensor], None],
+    ) -> None:
+        self._trainer, self._module = trainer, module
+        self._move_weights, self._put_weights_back, self._note = move, put_back, note
+        # The weights are away; they were and shall be again; a manual step runs; an optimizer
+        # of Lightning's steps.
+        self._away = self._shall_return = self._inside = self._stepping = False
+        self._patches: list[tuple[Any, str, Any, Any]] = []
+        self._handles: list[Any] = []
+        self._lazy: list[Any] = []
+        self._someone_reads = _someone_reads(trainer, module)
+        strategy = trainer.strategy
+        self._patch(strategy, "training_step", self._training_step)
+        self._patch(strategy, "backward", self._backward)
+        self._patch(strategy.precision_plugin, "backward", self._backward_itself)
+        self._patch(strategy, "optimizer_step", self._optimizer_step)
+        self._patch(trainer, "save_checkpoint", self._save_checkpoint)
+        for optimizer in trainer.optimizers:
+            if hasattr(optimizer, "register_step_pre_hook"):
+                self._handles.append(optimizer.register_step_pre_hook(self._before_any_step))
+
+    def put_back(self) -> None:
+        """Put the weights back, and expect nothing more of this step."""
+        self._shall_return = False
+        self._go_back()
+
+    def remove(self) -> None:
+        """Put the weights back, and the Trainer's methods."""
+        self.put_back()
+        self._stop_waiting()
+        for owner, name, ours, before in reversed(self._patches):
+            # Somebody may have wrapped ours meanwhile: theirs stays, and ours inside does nothing.
+            if vars(owner).get(name) is ours:
+                if before is _MISSING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+        for handle in self._handles:
+            handle.remove()
+        self._patches, self._handles = [], []
+
+    # -- to and fro -----------------------------------------------------------------------
+
+    def _go(self) -> None:
+        if not self._away and self._move_weights():
+            self._away = True
+            # What a sharded part has gathered is from before.
+            reshard(self._module)
+
+    def _go_back(self) -> None:
+        if self._away:
+            self._away = False
+            self._put_weights_back()
+            reshard(self._module)
+
+    def _patch(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        before = vars(owner).get(name, _MISSING)
+        original = getattr(owner, name)
+
+        def ours(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        setattr(owner, name, ours)
+        self._patches.append((owner, name, ours, before))
+
+    # -- what the Trainer calls -----------------------------------------------------------
+
+    def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        automatic = self._module.automatic_optimization
+        if automatic and skips_backward(self._trainer):
+            return original(*args, **kwargs)
+        self._go()
+        self._inside = self._away and not automatic
+        output = None
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self._inside = False
+            self._stop_waiting()
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if loss is None or not automatic:
+                self._go_back()
+            elif self._someone_reads and self._away:
+                self._go_back()
+                self._shall_return = True
+        return output
+
+    def _backward(
+        self, original: Callable[..., Any], closure_loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._shall_return:
+            self._shall_return = False
+            self._go()
+        if self._away:
+            self._note(closure_loss.detach())
+        try:
+            return original(closure_loss, *args, **kwargs)
+        except BaseException:
+            self.put_back()
+            raise
+
+    def _backward_itself(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        if self._module.automatic_optimization:
+            self._go_back()
+        return found
+
+    def _optimizer_step(
+        self,
+        original: Callable[..., Any],
+        optimizer: Any,
+        closure: Callable[[], Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        def closed() -> Any:
+            try:
+                return closure()
+            finally:
+                self.put_back()
+
+        self._stepping = True
+        try:
+            return original(optimizer, closed, *args, **kwargs)
+        finally:
+            self._stepping = False
+            self._await_next_pass()
+
+    def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._away:
+            return original(*args, **kwargs)
+        # Not resharded: a graph may be alive that needs what was gathered.
+        self._put_weights_back()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._move_weights()
+
+    def _before_any_step(self, optimizer: Any, *_: Any) -> None:
+        """Put weights back before an optimizer that is stepped past Lightning."""
+        if not self._stepping and self._inside:
+            self._go_back()
+            self._await_next_pass()
+
+    # -- several optimizers in one manual step ------------------------------------------------
+
+    def _await_next_pass(self) -> None:
+        """Go again at the next forward pass of a manual step: its end may only average weights."""
+        if self._inside and not self._lazy:
+            self._lazy = [
+                m.register_forward_pre_hook(lambda *_: self._go()) for m in _called(self._module)
+            ]
+
+    def _stop_waiting(self) -> None:
+        for handle in self._lazy:
+            handle.remove()
+        self._lazy = []
+
+
+def _called(module: nn.Module) -> list[nn.Module]:
+    """Return the modules of a module, without what is inside compiled ones."""
+    found, waiting = [], [module]
+    while waiting:
+        m = waiting.pop()
+        found.append(m)
+        if type(m).__name__ != "OptimizedModule":
+            waiting += list(m.children())
+    return found
+
+
+def _someone_reads(trainer: Any, module: Any) -> bool:
+    for owner in (module, *trainer.callbacks):
+        method = getattr(owner, _READS_BETWEEN, None)
+        if getattr(method, "__qualname__", _OWN[0]) not in _OWN:
+            return True
+    return False

@@ -1,0 +1,385 @@
+"""Weights that stand a signed random step away, in shards too, and come back to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.linalg.space import is_spread, local_part, whole
+
+# Parts that torch's and Lightning's wrappers put into the names of parameters: a wrapped network
+# draws what the bare one draws.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+# Entries whose signs are drawn at once: 1 MiB stays in a processor's cache; elsewhere each
+# launch has its price.
+PIECE, PIECE_ON_DEVICE = 2**18, 2**24
+_BITS = 64
+# SplitMix64 (Steele, Lea & Flood 2014): its increment, and the two multipliers of its mixer.
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+class Displacement:
+    """Moves parameters to ``theta + distance s z`` and puts them back, bit for bit.
+
+    ``z`` are independent signs. That of an element depends on ``(seed, *key)``, the name of its
+    parameter and its place in the *whole* parameter, and on nothing else: not on the device, on
+    other parameters, or on how a distributed tensor is spread, so that each process moves its own
+    part as one process would. ``s`` is 1, or with ``relative`` the root mean square of each
+    tensor (tensors of zeros stay in place). Takes the memory of one copy of the parameters, or of
+    their local parts.
+
+    Args:
+        parameters: By name; distributed tensors are moved in place, each process its own part.
+        seed: Fixes the signs, together with the keys.
+        relative: Whether steps are in units of each tensor's root mean square.
+
+    Attributes:
+        is_displaced: Whether the parameters are away at present.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], *, seed: int = 0, relative: bool = False
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.relative = relative
+        self.is_displaced = False
+        self._seed = seed
+        self._names = [_bare(name) for name in parameters]
+        self._originals: list[Tensor] = []
+        self._scales: list[Tensor] = []
+        self._versions: list[int] = []
+        self._distance = 0.0
+        self._key: tuple[int, ...] = ()
+        self._groups = _grouped(list(self.parameters.values()))
+        longest = max((g.num_words for g in self._groups), default=0)
+        device = next(iter(self.parameters.values())).device
+        self._ramp = torch.arange(longest, device=device).mul_(_signed(_GOLDEN))
+
+    @torch.no_grad()
+    def move(self, distance: float, key: Sequence[int]) -> None:
+        """Go to ``theta + distance s z(key)``, from ``theta`` whatever stands there now."""
+        weights = self._local()
+        if not self.is_displaced:
+            if not self._originals:
+                self._originals = [torch.empty_like(w) for w in weights]
+            torch._foreach_copy_(self._originals, weights)
+            if self.relative:
+                self._scales = [whole(_rms(p.detach())) for p in self.parameters.values()]
+            self._versions = [p._version for p in self.parameters.values()]
+            # Only now: whoever interrupts what follows can put back what is there.
+            self.is_displaced = True
+        self._distance, self._key = distance, tuple(key)
+        for pieces, steps in self._steps(distance):
+            starts = [self._originals[p.position][p.rows] for p in pieces]
+            targets = [weights[p.position][p.rows] for p in pieces]
+            # Not by adding in place: to be called again from within itself must do no harm.
+            if len(pieces) == 1:
+                torch.add(starts[0], steps[0], out=targets[0])
+            else:
+                torch._foreach_add_(steps, starts)
+                torch._foreach_copy_(targets, steps)
+
+    @torch.no_grad()
+    def put_back(self) -> list[str]:
+        """Return to ``theta``, bit for bit; nothing happens where the parameters are there.
+
+        Returns:
+            Names of parameters that somebody has changed in place meanwhile: their change is lost.
+        """
+        if not self.is_displaced:
+            return []
+        torch._foreach_copy_(self._local(), self._originals)
+        self.is_displaced = False
+        items = zip(self.parameters.items(), self._versions, strict=True)
+        return [name for (name, p), version in items if p._version != version]
+
+    def forget(self) -> None:
+        """Let go of the copy, which is kept from move to move."""
+        self.put_back()
+        self._originals = []
+
+    @torch.no_grad()
+    def slope(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Return ``distance <s z, g>`` of the last move, a scalar: the same in all processes.
+
+        Args:
+            gradients: One per parameter; ``None`` counts as zero.
+        """
+        shares = self._shares(gradients, self._distance)
+        known = [whole(share) for share in shares if share is not None]
+        return torch.stack(known).sum() if known else torch.zeros(())
+
+    @torch.no_grad()
+    def pull_back(self, gradients: Sequence[Tensor | None]) -> None:
+        """Make gradients at the displaced weights those with respect to ``theta``, in place.
+
+        With ``relative`` the step depends on ``theta`` too, which adds
+        ``distance (z . g) w / (n s)`` per tensor ``w`` of ``n`` entries; else nothing changes.
+        Linear in the gradients: it may follow accumulation, averaging over processes and a loss
+        scale. To be called when the parameters are back.
+        """
+        if not self.relative:
+            return
+        shares = self._shares(gradients, self._distance)
+        parameters = self.parameters.values()
+        for g, w, share, rms in zip(gradients, parameters, shares, self._scales, strict=True):
+            if g is not None and share is not None:
+                # shares hold s z . g, which is zero where s is.
+                factor = torch.where(rms > 0, whole(share) / (w.numel() * rms.square()), 0.0)
+                local_part(g).add_(local_part(w.detach()) * factor)
+
+    def signs(self, key: Sequence[int]) -> dict[str, Tensor]:
+        """Return ``z`` by name, of the local parts."""
+        found = [torch.empty_like(w) for w in self._local()]
+        kept, self._key = self._key, tuple(key)
+        for pieces, steps in self._steps(1.0, scaled=False):
+            for piece, step in zip(pieces, steps, strict=True):
+                found[piece.position][piece.rows] = step
+        self._key = kept
+        return dict(zip(self.parameters, found, strict=True))
+
+    # -- in pieces ------------------------------------------------------------------------
+
+    def _local(self) -> list[Tensor]:
+        # .data: a graph that the user holds does not see a new version.
+        return [local_part(p).data for p in self.parameters.values()]
+
+    def _steps(
+        self, distance: float, *, scaled: bool = True
+    ) -> Iterator[tuple[list[_Piece], list[Tensor]]]:
+        """Yield ``distance s z``, some pieces at a time, each in the shape of its rows."""
+        keys = [_key(self._seed, *self._key, name) for name in self._names]
+        for group in self._groups:
+            steps = group.signs([keys[p.position] for p in group.pieces], distance, self._ramp)
+            if self.relative and scaled:
+                scales = (self._scales[p.position] for p in group.pieces)
+                steps = [step * scale for step, scale in zip(steps, scales, strict=True)]
+            yield group.pieces, steps
+
+    def _shares(self, gradients: Sequence[Tensor | None], distance: float) -> list[Tensor | None]:
+        """Return ``distance <s z, g>`` a parameter, to be summed over processes by ``whole``."""
+        sums: list[Tensor | None] = [None] * len(self.parameters)
+        for pieces, steps in self._steps(distance):
+            for piece, step in zip(pieces, steps, strict=True):
+                g = gradients[piece.position]
+                if g is None:
+                    continue
+                part = local_part(g)
+                part = part.to_dense() if part.is_sparse else part
+                share = (part[piece.rows] * step).sum()
+                known = sums[piece.position]
+                sums[piece.position] = share if known is None else known + share
+        found: list[Tensor | None] = []
+        for p, g, local in zip(self.parameters.values(), gradients, sums, strict=True):
+            if g is None:
+                found.append(None)
+                continue
+            found.append(_summed_over(p, local_part(p).new_zeros(()) if local is None else local))
+        return found
+
+
+class _Piece(NamedTuple):
+    """Rows of a local tensor whose signs are drawn together.
+
+    ``first`` is the place of their first entry in the whole parameter, row by row, if the entries
+    follow each other there; else ``indices`` are the places of all.
+    """
+
+    position: int
+    rows: Any
+    shape: tuple[int, ...]
+    first: int
+    indices: list[Tensor] | None
+
+
+class _Group:
+    """Pieces of one dtype, drawn with few calls."""
+
+    def __init__(self, pieces: list[_Piece], like: Tensor) -> None:
+        self.pieces = pieces
+        self.sizes = [math.prod(p.shape) for p in pieces]
+        self.dtype, self.device = like.dtype, like.device
+        words = [
+            (p.first + size - 1) // _BITS - p.first // _BITS + 1
+            for p, size in zip(pieces, self.sizes, strict=True)
+        ]
+        self.is_scattered = pieces[0].indices is not None
+        self.num_words = 0 if self.is_scattered else sum(words)
+        self._counts = torch.tensor(words, device=like.device)
+        self._starts = [sum(words[:i]) for i in range(len(words))]
+
+    def signs(self, keys: list[int], factor: float, ramp: Tensor) -> list[Tensor]:
+        """Return ``factor`` times the signs of each piece."""
+        if self.is_scattered:
+            return [
+                self._scattered(p, key, factor) for p, key in zip(self.pieces, keys, strict=True)
+            ]
+        # Word j of a parameter is mixed from key + (j + 1) golden.
+        bases = [
+            _signed(key + (p.first // _BITS - start + 1) * _GOLDEN)
+            for p, key, start in zip(self.pieces, keys, self._starts, strict=True)
+        ]
+        words = ramp[: self.num_words]
+        if len(bases) == 1:
+            words = words + bases[0]
+        else:
+            base = torch.tensor(bases, device=self.device)
+            words = words + base.repeat_interleave(self._counts, output_size=self.num_words)
+        table = _eight_signs(self.device).to(self.dtype) * factor
+        octets = _mixed(words).view(torch.uint8).to(torch.int32)
+        flat = table.index_select(0, octets).view(-1)
+        found = []
+        for p, size, start in zip(self.pieces, self.sizes, self._starts, strict=True):
+            place = start * _BITS + p.first % _BITS
+            found.append(flat[place : place + size].view(p.shape))
+        return found
+
+    def _scattered(self, piece: _Piece, key: int, factor: float) -> Tensor:
+        assert piece.indices is not None
+        places: Tensor | int = 0
+        for i, index in enumerate(piece.indices):
+            places = places + index.view([-1 if j == i else 1 for j in range(len(piece.shape))])
+        assert isinstance(places, Tensor)
+        words = _mixed((places // _BITS + 1) * _signed(_GOLDEN) + _signed(key))
+        bits = words.bitwise_right_shift_(places % _BITS).bitwise_and_(1)
+        return bits.to(self.dtype).mul_(2 * factor).sub_(factor)
+
+
+def _grouped(tensors: Sequence[Tensor]) -> list[_Group]:
+    """Cut large tensors into pieces of rows, and put small ones together."""
+    groups: list[_Group] = []
+    waiting: list[_Piece] = []
+    like: Tensor | None = None
+    room = 0
+
+    def close() -> None:
+        if waiting and like is not None:
+            groups.append(_Group(list(waiting), like))
+        waiting.clear()
+
+    for position, tensor in enumerate(tensors):
+        local = local_part(tensor)
+        most = PIECE if local.device.type == "cpu" else PIECE_ON_DEVICE
+        for piece in _cut(position, tensor, local, most):
+            size = math.prod(piece.shape)
+            scattered = piece.indices is not None
+            changes = like is None or (like.dtype, like.device) != (local.dtype, local.device)
+            if changes or size > room or scattered or (waiting and waiting[-1].indices is not None):
+                close()
+                like, room = local, most
+            waiting.append(piece)
+            room -= size
+    close()
+    return groups
+
+
+def _cut(position: int, tensor: Tensor, local: Tensor, most: int) -> Iterator[_Piece]:
+    """Yield a tensor in pieces of at most so many entries, where it has rows enough."""
+    if not local.numel():
+        return
+    if local.ndim == 0:
+        yield _Piece(position, ..., (), 0, None)
+        return
+    rest = tuple(local.shape[1:])
+    width = math.prod(rest)
+    lead = max(1, most // width)
+    held = _held(tensor)
+    strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim)]
+    for start in range(0, len(local), lead):
+        rows = slice(start, min(start + lead, len(local)))
+        shape = (rows.stop - rows.start, *rest)
+        if held is None:
+            yield _Piece(position, rows, shape, start * width, None)
+            continue
+        index = [held[0][rows], *held[1:]]
+        # Whole rows that follow each other are as those of one process.
+        follows = bool((index[0].diff() == 1).all()) and tuple(tensor.shape[1:]) == rest
+        if follows:
+            yield _Piece(position, rows, shape, int(index[0][0]) * width, None)
+        else:
+            yield _Piece(
+                position, rows, shape, 0, [i * s for i, s in zip(index, strides, strict=True)]
+            )
+
+
+def _held(tensor: Tensor) -> list[Tensor] | None:
+    """Return which places along each dimension this process has; ``None``: all of them."""
+    if not is_spread(tensor):
+        return None
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    found = []
+    for dim, size in enumerate(tensor.shape):
+        along = [_along_first(p, dim) for p in placements]
+        places = torch.arange(size, device=local_part(tensor).device)
+        whole_one = DTensor.from_local(places, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        found.append(whole_one.redistribute(mesh, along).to_local())
+    return found
+
+
+def _along_first(placement: Any, dim: int) -> Any:
+    """Return the placement of one dimension's places, as a vector, beside that of a tensor."""
+    from torch.distributed.tensor import Replicate
+
+    if not (hasattr(placement, "dim") and placement.dim == dim):
+        return Replicate()
+    if hasattr(placement, "split_factor"):
+        return type(placement)(0, split_factor=placement.split_factor)
+    return type(placement)(0)
+
+
+def _summed_over(like: Tensor, local: Tensor) -> Tensor:
+    """Return a share of this process as a tensor whose whole is the sum over processes."""
+    if not is_spread(like):
+        return local
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    kinds = [Partial() if hasattr(p, "dim") else Replicate() for p in placements]
+    return DTensor.from_local(local, mesh, kinds, run_check=False)
+
+
+def _bare(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _key(seed: int, *rest: int | str) -> int:
+    return int.from_bytes(hashlib.sha256(repr((seed, *rest)).encode()).digest()[:8], "big")
+
+
+def _signed(word: int) -> int:
+    """Return the number that torch's int64 has for a word of 64 bits."""
+    word %= 2**64
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """Mix words in place, as SplitMix64 does; shifts bring in zeros."""
+    for shift, multiplier in ((30, _FIRST), (27, _SECOND), (31, None)):
+        words ^= (words >> shift) & ((1 << (64 - shift)) - 1)
+        if multiplier is not None:
+            words *= _signed(multiplier)
+    return words
+
+
+def _eight_signs(device: torch.device) -> Tensor:
+    """Return the signs that the bits of each octet stand for, (256, 8)."""
+    if device not in _TABLES:
+        bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+        _TABLES[device] = (2 * bits - 1).to(device, torch.int8)
+    return _TABLES[device]
+
+
+_TABLES: dict[torch.device, Tensor] = {}
+
+
+def _rms(tensor: Tensor) -> Tensor:
+    return tensor.square().mean().sqrt()

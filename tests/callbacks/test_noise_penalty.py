@@ -140,6 +140,16 @@ def test_passes_that_run_the_network_again_or_differently(tmp_path, kind):
     assert apart(found, by_hand(lambda: Double(smooth=True))) < 1e-12
 
 
+class Iterating(Double):
+    def training_step(self, dataloader_iter):
+        return self.loss(next(dataloader_iter)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+def test_a_step_that_fetches_its_batch(tmp_path):
+    assert apart(trained(tmp_path, Iterating, regularizer()), by_hand(Double)) < 1e-12
+
+
 class Twice(torch.optim.SGD):
     """Evaluates the loss twice a step, at other weights the second time."""
 

@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from lla_callbacks.callbacks.sizing import UnitCosts
+from lla_callbacks.callbacks.telling import Said
 
 # Share of training time that all monitors of a Trainer together may take where the user gave
 # none. Choice: what is less is not felt.
@@ -50,6 +51,7 @@ class Account:
         is_idle: Whether the last batch is one after which nothing can be due.
         findings: What is known of a loss, by the settings that it depends on.
         members: All monitors, in the order of the callbacks.
+        said: What they have told, so that each thing is told once.
     """
 
     def __init__(self) -> None:
@@ -64,6 +66,7 @@ class Account:
         self.samples: int | None = None
         self.findings: dict[Any, Any] = {}
         self.members: list[str] = []
+        self.said = Said()
         self.fraction = math.nan
         self.batches = 0
         self.is_idle = False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lla_callbacks.callbacks.telling import above_bars
 from lla_callbacks.objective.stand_ins import muted
 
 _NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
@@ -293,7 +294,8 @@ def say(trainer: Any, text: str) -> None:
     if getattr(trainer, "is_global_zero", True):
         modules = [base.__module__ for base in type(trainer).__mro__]
         inside = (m for m in modules if m.startswith(_NAMESPACES))
-        logging.getLogger(next(inside, _NAMESPACES[0])).info(text)
+        with above_bars():
+            logging.getLogger(next(inside, _NAMESPACES[0])).info(text)
 
 
 def fraction_done(trainer: Any, batch_idx: int) -> float:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import loss_scale, unscales_gradients_itself
+from lla_callbacks.callbacks.telling import rank_zero_info, rank_zero_warn
 from lla_callbacks.curves.curve import mean_square
 from lla_callbacks.curves.training import MovingCurve
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lla_callbacks.callbacks.account import Account
 from lla_callbacks.callbacks.held_batches import HeldBatches
 from lla_callbacks.callbacks.processes import Processes
 from lla_callbacks.callbacks.replay import trainer_loss
+from lla_callbacks.callbacks.telling import rank_zero_info, rank_zero_warn
 from lla_callbacks.curves.curve import Kind
 from lla_callbacks.curves.functions import family_of
 from lla_callbacks.curves.measure import Along, even, measure_along

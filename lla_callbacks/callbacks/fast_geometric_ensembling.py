@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import (
@@ -18,6 +17,7 @@ from lla_callbacks.callbacks.compat import (
 from lla_callbacks.callbacks.ensembling_settings import Unit, check_ensembling
 from lla_callbacks.callbacks.member_comparison import MemberComparison
 from lla_callbacks.callbacks.spawned import ComesHome
+from lla_callbacks.callbacks.telling import rank_zero_info, rank_zero_warn
 from lla_callbacks.curves.ensemble import (
     ALIKE,
     Agreement,

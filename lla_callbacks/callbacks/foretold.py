@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
 from lla_callbacks.callbacks.compat import say
+from lla_callbacks.callbacks.telling import rank_zero_warn
 from lla_callbacks.report.cost import steps_of
 
 if TYPE_CHECKING:

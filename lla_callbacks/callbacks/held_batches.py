@@ -111,9 +111,14 @@ class HeldBatches:
                 if mine is not theirs and is_same(mine, theirs):
                     self.batches[k] = theirs
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all batches are of classes that a checkpoint can hold."""
+        return all(map(is_plain, self.batches))
+
     def state(self) -> dict[str, Any] | None:
         """Return what is held, for a checkpoint; None if there are batches of other classes."""
-        if not all(map(is_plain, self.batches)):
+        if not self.is_plain:
             return None
         return {
             "batches": list(self.batches),
@@ -124,6 +129,21 @@ class HeldBatches:
             # Whether they are the same still is asked when they are read.
             "mark": self.mark(),
         }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells these batches from others, for a checkpoint that holds no data."""
+        return {
+            "numbers": list(self.numbers),
+            "samples": self.num_held,
+            "complete": self.complete,
+            "count": self._count,
+            "enough": self._enough,
+            "mark": self.mark(),
+        }
+
+    def num_bytes(self) -> int:
+        """Return what they take in a checkpoint."""
+        return sum(t.numel() * t.element_size() for t in tensors_of(self.batches))
 
     def load(self, state: dict[str, Any]) -> None:
         """Hold what another run held."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import full_precision_context
 from lla_callbacks.callbacks.held_batches import HeldBatches
+from lla_callbacks.callbacks.telling import rank_zero_warn
 from lla_callbacks.curves.ensemble import Agreement, agreement
 from lla_callbacks.objective.batches import fresh
 from lla_callbacks.objective.evaluation import Predict

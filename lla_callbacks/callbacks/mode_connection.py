@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lla_callbacks.alignment.functions import aligned
@@ -17,6 +16,7 @@ from lla_callbacks.callbacks.curve_middle import CurveMiddle, norms_of
 from lla_callbacks.callbacks.curve_steps import CurveSteps
 from lla_callbacks.callbacks.curve_view import CurveView
 from lla_callbacks.callbacks.refusals import refuse_moving, refuse_moving_training
+from lla_callbacks.callbacks.telling import rank_zero_info
 from lla_callbacks.curves.curve import Curve, Kind, check_bends, check_kind, straight_bends
 from lla_callbacks.curves.functions import curve_of
 from lla_callbacks.curves.report import LossCurve

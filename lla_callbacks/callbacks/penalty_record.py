@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lla_callbacks.callbacks.compat import loss_scale
 from lla_callbacks.callbacks.saved_state import check_entries
+from lla_callbacks.callbacks.telling import rank_zero_warn
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.penalty.penalty import Comparison
 from lla_callbacks.report.conform import check_finite, check_type

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,6 +24,7 @@ from lla_callbacks.callbacks.saved_state import check_entries
 from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.callbacks.strength import StrengthSchedule
 from lla_callbacks.callbacks.surrogate import add_gradient
+from lla_callbacks.callbacks.telling import rank_zero_warn
 from lla_callbacks.objective.checkpoints import no_checkpoints
 from lla_callbacks.objective.checks import batches_of, check_loss, number, one_of, seed_of
 from lla_callbacks.objective.objective import trainable

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lla_callbacks.callbacks.compat import (
@@ -13,6 +12,7 @@ from lla_callbacks.callbacks.compat import (
     flattens_parameters,
     shards_parameters,
 )
+from lla_callbacks.callbacks.telling import rank_zero_warn
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.layers import Layers
 from lla_callbacks.objective.objective import trainable

@@ -7,17 +7,16 @@ from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lla_callbacks.callbacks.held_batches import HeldBatches
+from lla_callbacks.callbacks.compat import step_of
+from lla_callbacks.callbacks.kept_batches import BATCHES, KeptBatches
 from lla_callbacks.callbacks.pace import Pace
 from lla_callbacks.callbacks.saved_state import (
     SCHEMA,
-    as_precise,
     check_snapshot,
     check_state,
 )
-from lla_callbacks.callbacks.spawned import ComesHome
+from lla_callbacks.callbacks.telling import rank_zero_warn
 from lla_callbacks.objective.self_check import Proof
 from lla_callbacks.report.conform import check_type
 from lla_callbacks.report.cost import cost_scalars
@@ -26,15 +25,12 @@ from lla_callbacks.report.plain import PlainForms, from_plain, pack, to_plain, u
 if TYPE_CHECKING:
     from lla_callbacks.callbacks.account import Account
     from lla_callbacks.callbacks.moments import Moment
-    from lla_callbacks.callbacks.processes import Processes
     from lla_callbacks.objective.memory import Findings
 
 VERSION = 1
-# Of these two it depends which batches are held.
-_BATCHES = ("num_samples", "dataloader")
 
 
-class Resumable(ComesHome):
+class Resumable(KeptBatches):
     """A callback whose run may be cut in two by a checkpoint without a seam in its curves.
 
     A checkpoint holds the history, the held batches, a start that is not measured yet (its
@@ -45,18 +41,13 @@ class Resumable(ComesHome):
 
     if TYPE_CHECKING:
         name: str
-        num_samples: int
-        save_batches: bool
         report: Any
         evaluated: Sequence[Any]
-        dataloader: Any
         account: Account
         pace: Pace
         _findings: Findings
         history: list[tuple[int, Any]]
         tracked: list[tuple[int, Any]]
-        _held: HeldBatches
-        _processes: Processes
         _start: Moment | None
         _start_pending: bool
         _training: dict[Any, bool] | None
@@ -86,10 +77,6 @@ class Resumable(ComesHome):
 
     # Whether the present fit goes on with the state of another.
     _resumed = False
-    # Whether batches are held anew, and which those before the checkpoint were.
-    _anew = False
-    _mark: str | None = None
-
     # -- Lightning's hooks --------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,8 +148,8 @@ class Resumable(ComesHome):
         dtypes = {str(p.dtype) for p in module.parameters()}
         self._precision_of_weights = ", ".join(sorted(dtypes))
         self._plain = PlainForms()
-        self._mark, self._running, self._resumed = None, True, False
-        self._anew = False
+        self._running, self._resumed = True, False
+        self._begin_to_keep(trainer)
         if state:
             self._guarded("resuming", self._load, state, trainer, module)
 
@@ -179,15 +166,11 @@ class Resumable(ComesHome):
         given = self.dataloader is not None
         if given and self._mark is None and self._held.complete:
             self._mark = self._held.mark()
-        mark = self._mark
-        if not given and not self.save_batches and self._held.complete:
-            mark = self._held.mark()
-        # What one process of several holds so far is not what all would hold.
-        partial = not self._held.complete and self._processes.size > 1
+        mark = self._held.mark() if not given and self._held.complete else self._mark
         return {
             "version": VERSION,
             "settings": _plain_settings(self._all_settings()),
-            "held": {} if given or partial or not self.save_batches else self._held.state(),
+            "held": {} if given else self._kept_batches(),
             "mark": mark,
             "modes": None if self._training is None else list(self._training.values()),
             "start": to_plain(self._start),
@@ -215,11 +198,11 @@ class Resumable(ComesHome):
         proof = from_plain(state["proof"])
         check_type(proof, Proof, "the state's proof")
         more = self._read_more(state, module)
-        held = self._read_held(state, module, now)
+        held = self._read_held(state, trainer, module, now)
         pace = Pace.from_state(state["pace"])
         values = self._scalars(history[-1][1]) if history else {}
         changed = self._changed(state["settings"])
-        if any(name in changed for name in _BATCHES):
+        if any(name in changed for name in BATCHES):
             held, pace = None, Pace()
         if changed:
             what = ", ".join(
@@ -235,7 +218,7 @@ class Resumable(ComesHome):
         if held and held["batches"] and (held["complete"] or self._processes.size == 1):
             self._held.load(held)
         else:
-            self._anew = True
+            self._anew, self._anew_since = True, step_of(trainer)
             if pace.choice is not None and self._processes.size == 1:
                 self._held.num_samples = min(self._held.num_samples, pace.choice.samples)
         self._take_more(more)
@@ -243,7 +226,7 @@ class Resumable(ComesHome):
             self._findings.proof = proof
         self.history[:] = history
         self._plain.learn(history, state["history"])
-        ours = ("dataloader",) if self.dataloader is not None else _BATCHES
+        ours = ("dataloader",) if self.dataloader is not None else BATCHES
         self._mark = None if any(name in changed for name in ours) else state["mark"]
         modes, modules = state["modes"], list(module.modules())
         if modes is not None and len(modes) == len(modules):
@@ -272,21 +255,6 @@ class Resumable(ComesHome):
             check_type(report, self._result, f"the report of step {step}")
         return found
 
-    def _read_held(
-        self, state: Mapping[str, Any], module: Any, now: Mapping[str, Any]
-    ) -> dict[str, Any] | None:
-        """Return the held batches in the precision of now; None if no checkpoint holds them."""
-        held = state["held"]
-        if not held:
-            return held and dict(held)
-        trial = HeldBatches(self.num_samples)
-        trial.load(held)
-        if trial.mark() != held["mark"]:
-            raise ValueError("the held batches are not those that were stored.")
-        changed = state["precision"] != now["precision"]
-        batches = [as_precise(b, module) for b in held["batches"]] if changed else held["batches"]
-        return {**held, "batches": batches}
-
     def _missed_epoch(self, trainer: Any) -> bool:
         """Return whether an epoch ended without its hook, just before this run went on.
 
@@ -294,31 +262,6 @@ class Resumable(ComesHome):
         Lightning then leaves out. The weights are still those of that end.
         """
         return self._resumed and self._last_epoch < trainer.current_epoch - 1
-
-    def _compare_loader(self) -> None:
-        """Warn if a loader of the user's own gives other batches than before the checkpoint."""
-        mark = self._held.mark()
-        if self._mark is not None and self._mark != mark:
-            rank_zero_warn(
-                f"{type(self).__name__}: dataloader gives other batches than before the "
-                "checkpoint, so that curves may jump here. Give one whose first batches are always "
-                "the same, or leave it out."
-            )
-        self._mark = mark
-
-    def _go_on_with_new(self) -> None:
-        """Cut batches that are held anew to the size of the run, and say if they are others."""
-        if not self._anew:
-            return
-        self._anew = False
-        if self.pace.choice is not None:
-            self._held.keep(self.pace.choice.samples)
-        if self.dataloader is None and self._mark not in (None, self._held.mark()):
-            rank_zero_warn(
-                f"{type(self).__name__}: save_batches=False kept the held batches out of the "
-                "checkpoint, and training gives other ones now: curves may jump here. Set "
-                "save_batches=True, or give dataloader= with batches that are always the same."
-            )
 
     def _all_settings(self) -> dict[str, Any]:
         given = None if self.dataloader is None else "given"

@@ -55,9 +55,8 @@ CHOICE: dict[str, Any] = {
     "draws": bool,
     "size": Mapping[str, int],
 }
-# What is held, where something is.
+# What is held, where something is: the batches themselves, or a fingerprint of them.
 HELD: dict[str, Any] = {
-    "batches": list[Any],
     "numbers": list[int],
     "complete": bool,
     "count": int,
@@ -91,9 +90,14 @@ def check_state(
     for name in ("last_step", "last_epoch"):
         check_finite(state[name], f"the state's {name}", least=-1)
     if state["held"]:
-        check_entries(state["held"], HELD, "the state's held")
-        if len(state["held"]["numbers"]) != len(state["held"]["batches"]):
-            raise ValueError("the state's held has not one number for each batch.")
+        held = state["held"]
+        check_entries(held, HELD, "the state's held")
+        if "batches" not in held:
+            check_entries(held, {"samples": int}, "the state's held")
+        else:
+            check_entries(held, {"batches": list[Any]}, "the state's held")
+            if len(held["numbers"]) != len(held["batches"]):
+                raise ValueError("the state's held has not one number for each batch.")
     account, pace = state["account"], state["pace"]
     check_entries(account, ACCOUNT, "the state's account")
     check_entries(pace, PACE, "the state's pace")
@@ -143,15 +147,19 @@ def as_precise(batch: Any, module: nn.Module) -> Any:
     batches in the new precision, and so do those that are held. Half precision is left to the
     measurement, which widens it.
     """
-    full = (torch.float32, torch.float64)
-    dtypes = {p.dtype for p in module.parameters() if p.dtype in full}
-    if len(dtypes) != 1:
-        return batch
-    (wanted,) = dtypes
+    dtypes = {p.dtype for p in module.parameters() if p.dtype in _FULL}
+    return converted(batch, dtypes.pop()) if len(dtypes) == 1 else batch
+
+
+_FULL = (torch.float32, torch.float64)
+
+
+def converted(batch: Any, wanted: torch.dtype) -> Any:
+    """Return a batch whose tensors of float32 and float64 are of one of the two."""
 
     def convert(thing: Any) -> Any:
         if isinstance(thing, Tensor):
-            if thing.dtype not in full:
+            if thing.dtype not in _FULL:
                 return thing
             return thing.detach().to(wanted).requires_grad_(thing.requires_grad)
         if isinstance(thing, Mapping):

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
 from lla_callbacks.callbacks.compat import say
 from lla_callbacks.callbacks.own_loader import SharedLoaderError
+from lla_callbacks.callbacks.telling import Said, above_bars, rank_zero_warn
 from lla_callbacks.linalg.errors import MeasurementError, NotYetError, described, is_out_of_memory
 from lla_callbacks.linalg.sharing import was_told
 from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
@@ -35,6 +34,8 @@ class Sink:
         self.save_arrays = save_arrays
         self._warned: set[tuple[str, str]] = set()
         self._rank = 0
+        # Of all monitors of a Trainer, once they share an account.
+        self.said = Said()
 
     def begin(self, rank: int = 0) -> None:
         """Warn again of what an earlier run was warned of; as this process."""
@@ -55,12 +56,13 @@ class Sink:
     def _introduce(self, trainer: Any, logger: Any) -> None:
         experiment = getattr(logger, "experiment", None)
         if callable(getattr(experiment, "add_figure", None)) and self.figures:
-            say(
-                trainer,
-                f"{self.owner}: see it by tensorboard --logdir {folder_of(logger)} "
+            text = (
+                f"see it by tensorboard --logdir {folder_of(logger)} "
                 "--samples_per_plugin images=1000 (without that it shows ten figures a tag)"
-                + (f" (numbers are in {self.name}/*.npz there)" if self.save_arrays else ""),
+                + (" (numbers are in .npz files there)" if self.save_arrays else "")
             )
+            if self.said.is_new(self.name, text):
+                say(trainer, f"{self.owner}: {text}")
 
     def scalars(self, trainer: Any, values: Mapping[str, float], step: int) -> None:
         """Log scalars at a step."""
@@ -115,10 +117,12 @@ class Sink:
             remedy = "" if isinstance(error, MeasurementError) else " " + remedy_of(error, what)
         text = f"{what} failed and leaves a gap; training goes on. {described(error)}{remedy}"
         if self._rank == 0 or was_told(error):
-            rank_zero_warn(f"{self.owner}: {text}")
+            if self.said.is_new(self.name, text):
+                rank_zero_warn(f"{self.owner}: {text}")
         else:
             # The first process knows nothing of it.
-            warnings.warn(f"{self.owner} in process {self._rank}: {text}", stacklevel=2)
+            with above_bars():
+                warnings.warn(f"{self.owner} in process {self._rank}: {text}", stacklevel=2)
 
 
 def remedy_of(error: Exception, what: str) -> str:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lla_callbacks.callbacks.compat import (
@@ -30,6 +29,7 @@ from lla_callbacks.callbacks.strength import (
     StrengthSchedule,
 )
 from lla_callbacks.callbacks.surrogate import add_gradient
+from lla_callbacks.callbacks.telling import rank_zero_info
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.checks import check_loss, number, seed_of, shown

@@ -15,6 +15,7 @@ from lla_callbacks.callbacks.compat import (
     shards_parameters,
 )
 from lla_callbacks.callbacks.ensembling_settings import Unit, check_ensembling
+from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.member_comparison import MemberComparison
 from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.callbacks.telling import rank_zero_info, rank_zero_warn
@@ -77,11 +78,13 @@ class FastGeometricEnsembling(ComesHome):
         >>> trainer = Trainer(callbacks=[fge], max_epochs=20)
     """
 
+    @by_name_after("lr_min")
     def __init__(
         self,
         cycle: int,
         lr_max: float,
         lr_min: float,
+        *,
         start: float = 0.8,
         directory: str | Path | None = None,
         cycle_unit: Unit = "epochs",

@@ -15,6 +15,7 @@ from lla_callbacks.callbacks.curve_home import CurveComesHome
 from lla_callbacks.callbacks.curve_middle import CurveMiddle, norms_of
 from lla_callbacks.callbacks.curve_steps import CurveSteps
 from lla_callbacks.callbacks.curve_view import CurveView
+from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.refusals import refuse_moving, refuse_moving_training
 from lla_callbacks.callbacks.telling import rank_zero_info
 from lla_callbacks.curves.curve import Curve, Kind, check_bends, check_kind, straight_bends
@@ -105,10 +106,12 @@ class ModeConnection(CurveComesHome):
     # Two that do so would each see the other's.
     moves_weights = True
 
+    @by_name_after("end")
     def __init__(
         self,
         start: Any,
         end: Any,
+        *,
         kind: Kind = "bezier",
         bends: int = 1,
         align: bool = False,

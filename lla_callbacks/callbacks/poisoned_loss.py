@@ -18,6 +18,7 @@ from lla_callbacks.callbacks.compat import (
     prepared,
     shards_parameters,
 )
+from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.poison_stream import PoisonStream
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.saved_state import check_entries
@@ -102,10 +103,12 @@ class PoisonedLoss(ComesHome):
         >>> trainer = Trainer(callbacks=[PoisonedLoss(0.5, poison)], max_epochs=1)
     """
 
+    @by_name_after("dataloader")
     def __init__(
         self,
         factor: float,
         dataloader: Any,
+        *,
         labels: Labels = "reversed",
         start_step: int = 0,
         ramp_steps: int = 0,

@@ -16,6 +16,7 @@ from lla_callbacks.callbacks.compat import (
     unscales_gradients_itself,
     uses_mixed_precision,
 )
+from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.moments import is_unsized
 from lla_callbacks.callbacks.noise_penalty import NoisePenalty, announce, check_noise
 from lla_callbacks.callbacks.penalized_loss import Penalized, batch_loss, loss_around
@@ -111,9 +112,11 @@ class HessianTraceRegularizer(ComesHome):
     # Two that do so would each see the other's.
     moves_weights = True
 
+    @by_name_after("strength")
     def __init__(
         self,
         strength: float | Literal["auto"],
+        *,
         layers: str | Sequence[str] | Callable[[str, Any], bool] = "all",
         estimator: Estimator = "perturbation",
         every_n_train_steps: int = 1,

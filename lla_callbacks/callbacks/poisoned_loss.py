@@ -26,6 +26,7 @@ from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.callbacks.strength import StrengthSchedule
 from lla_callbacks.callbacks.surrogate import add_gradient
 from lla_callbacks.callbacks.telling import rank_zero_warn
+from lla_callbacks.objective.batches import fresh
 from lla_callbacks.objective.checkpoints import no_checkpoints
 from lla_callbacks.objective.checks import batches_of, check_loss, number, one_of, seed_of
 from lla_callbacks.objective.objective import trainable
@@ -248,7 +249,7 @@ class PoisonedLoss(ComesHome):
         gradients: list[Tensor | None] = []
         # Weights do not move here, and copying them at every step would cost.
         with (
-            preserved(module, seed=key, check_weights=False),
+            preserved(module, seed=key, check_weights=False) as copier,
             torch.set_grad_enabled(differentiate),
             eager(),
             no_checkpoints(reentrant_only=True),
@@ -257,8 +258,10 @@ class PoisonedLoss(ComesHome):
                 if isinstance(m, _BatchNorm) and m.running_mean is not None:
                     m.training = False
             try:
+                # A step may change its batch, which comes back in the next pass.
+                given = fresh(prepared(trainer, module, batch), parameters[0].device, copier=copier)
                 with mode:
-                    loss = inner(module, prepared(trainer, module, batch))
+                    loss = inner(module, given)
             except SkippedBatchError:
                 self._skip()
                 return None
@@ -288,8 +291,7 @@ class PoisonedLoss(ComesHome):
     # -- where to -----------------------------------------------------------------------
 
     def _is_to_log(self, trainer: Any, step: int) -> bool:
-        every = trainer.log_every_n_steps
-        last = self._last_logged
+        every, last = trainer.log_every_n_steps, self._last_logged
         return bool(every) and (last is None or step - last >= every)
 
     def _log(self, trainer: Any, step: int, loss: Tensor, seen: Seen, seconds: float) -> None:
@@ -338,8 +340,7 @@ class PoisonedLoss(ComesHome):
                 f"counts begin anew. {type(error).__name__}: {error}"
             )
             return
-        self.num_steps = state_dict["num_steps"]
-        self.skipped = state_dict["skipped"]
+        self.num_steps, self.skipped = state_dict["num_steps"], state_dict["skipped"]
         self._position = tuple(state_dict["position"])
         self._last_logged = state_dict["last_logged"]
 

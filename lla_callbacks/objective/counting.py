@@ -86,13 +86,11 @@ def about(batch: Any, batch_size: BatchSize = None) -> int:
 
 
 def counts_of(batches: Sequence[Any], batch_size: BatchSize = None) -> list[int]:
-    """Return each batch's number of samples, which are weights where there are several.
+    """Return each batch's number of samples, which are their weights and stand in every figure.
 
     Raises:
-        UnknownSizeError: If there are several batches, and one does not tell.
+        UnknownSizeError: If one does not tell.
     """
-    if len(batches) == 1:
-        return [about(batches[0], batch_size)]
     return [sample_count(batch, batch_size) for batch in batches]
 
 

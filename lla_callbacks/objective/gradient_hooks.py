@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 @contextmanager
@@ -39,6 +40,27 @@ def no_gradient_hooks(module: nn.Module) -> Iterator[None]:
             namespace[name] = hooks
         for p, hooks in of_parameters:
             p._backward_hooks = hooks
+
+
+def hooks_of(module: nn.Module) -> Callable[[], None]:
+    """Return what puts the hooks on parameters' gradients back, whoever added or removed some."""
+    saved = [
+        (p, name, hooks, None if hooks is None else dict(hooks))
+        for p in module.parameters()
+        for name in _OF_PARAMETERS
+        for hooks in (getattr(p, name),)
+    ]
+
+    def restore() -> None:
+        for p, name, hooks, held in saved:
+            if getattr(p, name) is not hooks:
+                setattr(p, name, hooks)
+            if hooks is not None and hooks != held:
+                # In place: handles know the hooks by this dictionary.
+                hooks.clear()
+                hooks.update(held)
+
+    return restore
 
 
 def register_nothing(tensor: Tensor, hook: Any) -> RemovableHandle:

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.space import local_part
 from lla_callbacks.objective.copies import Copier
-from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
+from lla_callbacks.objective.gradient_hooks import hooks_of, no_gradient_hooks
 from lla_callbacks.objective.interrupts import deliver, held_back, shielded
 from lla_callbacks.objective.muting import no_logging
 from lla_callbacks.objective.namespaces import Namespaces
@@ -379,22 +379,20 @@ def _stand_for(tensor: Tensor, copied: Tensor, copier: Copier) -> None:
 @contextmanager
 @shielded
 def _preserved_gradients(module: nn.Module, copier: Copier) -> Iterator[None]:
-    saved = [
-        (p, p.grad, p.requires_grad, p._backward_hooks, dict(p.__dict__))
-        for p in module.parameters()
-    ]
+    saved = [(p, p.grad, p.requires_grad, dict(p.__dict__)) for p in module.parameters()]
+    restore_hooks = hooks_of(module)
     try:
-        for p, _, _, _, attributes in saved:
+        for p, _, _, attributes in saved:
             p.grad = None
             for key, value in attributes.items():
                 if key != ORIGINAL:
                     p.__dict__[key] = copier.copy(value, ((None, "parameter"), f".{key}"))
         yield
     finally:
-        for p, gradient, requires_grad, hooks, attributes in saved:
+        restore_hooks()
+        for p, gradient, requires_grad, attributes in saved:
             p.requires_grad_(requires_grad)
             p.grad = gradient
-            p._backward_hooks = hooks
             if p.__dict__ or attributes:
                 p.__dict__.clear()
                 p.__dict__.update(attributes)

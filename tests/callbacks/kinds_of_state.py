@@ -679,6 +679,21 @@ def step_own(module, batch):
     return module.hidden[0].detach() * 10
 
 
+def hook_on_weight(module, batch):
+    module.net[0].weight.register_hook(lambda gradient: 1.1 * gradient)
+    return 0
+
+
+def hook_after_gradient(module, batch):
+    def shrink(p):
+        p.grad.mul_(0.9)
+
+    module.net[0].weight.register_post_accumulate_grad_hook(shrink)
+    return 0
+
+
+kind("hook on a weight's gradient, added", lambda m: None, hook_on_weight)
+kind("hook after a weight's gradient, added", lambda m: None, hook_after_gradient)
 kind("should_stop", lambda m: None, stop)
 kind("lr_schedulers().step()", lambda m: None, schedulers)
 kind("param_groups", lambda m: None, learning_rate)

@@ -84,6 +84,20 @@ def test_true_labels_are_the_control(tmp_path):
     assert deviation(found, by_hand(Double, loss=reversed_loss)) > 1e-3
 
 
+class Changing(Double):
+    """Changes its batch in place, as augmentation does."""
+
+    def training_step(self, batch, batch_idx):
+        batch[0].mul_(1.5)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_batch_that_the_step_changes_is_the_same_in_the_next_pass(tmp_path):
+    poison, before = poison_batches(), poison_batches()
+    trained(tmp_path, Changing, PoisonedLoss(0.4, poison), max_epochs=3)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(poison, before, strict=True))
+
+
 def test_start_and_ramp(tmp_path):
     callback = PoisonedLoss(0.4, poison_batches(), start_step=1, ramp_steps=3)
     found = trained(tmp_path, Double, callback)

@@ -216,13 +216,14 @@ def nodes_of(batch: Any) -> int:
     return len(batch["x"])
 
 
-def test_several_batches_that_do_not_tell_are_asked_for_by_the_functions() -> None:
+def test_batches_that_do_not_tell_are_asked_for_by_the_functions() -> None:
     torch.manual_seed(0)
     module, batches = Network().double(), [graph(5), graph(9)]
     batches = [{k: v.double() if k == "x" else v for k, v in b.items()} for b in batches]
     settings = {"num_steps": 2, "num_probes": 2, "num_layer_steps": 0, "check": False}
     for measure in (lambda b: measure_hessian(module, b, **settings),
                     lambda b: measure_hessian(module, b[:1], microbatch_size=2, **settings),
+                    lambda b: measure_hessian(module, b[:1], **settings),
                     lambda b: loss_line(module, b, alphas=[0.0], check=False)):  # fmt: skip
         with pytest.raises(MeasurementError, match=r"edge_index offers 2, x offers 5.*batch_size="):
             measure(batches)
@@ -230,14 +231,16 @@ def test_several_batches_that_do_not_tell_are_asked_for_by_the_functions() -> No
     losses = [module.training_step(b, 0).item() for b in batches]
     assert found.num_samples == 14
     assert found.loss == pytest.approx((5 * losses[0] + 9 * losses[1]) / 14, rel=1e-12)
-    assert measure_hessian(module, batches[:1], **settings).loss == pytest.approx(losses[0])
+    alone = measure_hessian(module, batches[:1], batch_size=5, **settings)
+    assert (alone.loss, alone.num_samples) == (pytest.approx(losses[0]), 5)
 
 
 @pytest.mark.parametrize("batch_size", [None, nodes_of])
-def test_a_monitor_asks_once_and_leaves_a_gap(batch_size: Any) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_monitor_asks_once_and_leaves_a_gap(batch_size: Any, count: int) -> None:
     monitor = HessianMonitor(
-        every_n_train_steps=1, num_samples=14, num_steps=2, num_probes=2, num_layer_steps=0,
-        figures=False, check=False, batch_size=batch_size,
+        every_n_train_steps=1, num_samples=14 if count == 2 else 1, num_steps=2, num_probes=2,
+        num_layer_steps=0, figures=False, check=False, batch_size=batch_size,
     )  # fmt: skip
     trainer = pl.Trainer(
         max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
@@ -254,5 +257,7 @@ def test_a_monitor_asks_once_and_leaves_a_gap(batch_size: Any) -> None:
         assert not monitor.history
     else:
         assert not said
-        assert [r.num_samples for _, r in monitor.history] == [14] * len(monitor.history)
+        assert [r.num_samples for _, r in monitor.history] == [14 if count == 2 else 5] * len(
+            monitor.history
+        )
         assert monitor.history

@@ -44,24 +44,46 @@ def at_precision(
     Raises:
         MeasurementError: If the halves are sharded.
     """
-    saved: list[tuple[dict[str, Any], str, Any]] = []
-    copies = {} if copies is None else copies
     halves = any(t.dtype in HALF for t in (*module.parameters(), *module.buffers()))
     if halves and precision == "float32" and is_sharded(module):
         raise MeasurementError(
             "half-precision parameters that fully_shard has spread cannot be widened.",
             "Keep float32 parameters, with MixedPrecisionPolicy for training.",
         )
+    wide = {dtype: torch.float32 for dtype in HALF} if precision == "float32" else {}
+    with _at_dtypes(module, wide, {} if copies is None else copies):
+        yield
+
+
+@contextmanager
+def in_double(module: nn.Module) -> Iterator[None]:
+    """Let a module compute in float64 inside, as far as its own code lets it."""
+    dtypes = {dtype: torch.float64 for dtype in (*HALF, torch.float32)}
+    default = torch.get_default_dtype()
+    with _at_dtypes(module, dtypes, {}):
+        # What a forward pass makes itself is made so.
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+@contextmanager
+def _at_dtypes(
+    module: nn.Module, dtypes: dict[torch.dtype, torch.dtype], copies: dict[int, Tensor]
+) -> Iterator[None]:
+    """Let copies of other dtypes take the places of parameters and buffers inside."""
+    saved: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        if precision == "float32":
-            for m in module.modules():
-                for store in (m._parameters, m._buffers):
-                    for name, tensor in store.items():
-                        if tensor is not None and tensor.dtype in HALF:
-                            saved.append((store, name, tensor))
-                            if id(tensor) not in copies:
-                                copies[id(tensor)] = _widened(tensor)
-                            store[name] = copies[id(tensor)]  # type: ignore[assignment]
+        for m in module.modules() if dtypes else ():
+            for store in (m._parameters, m._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None and tensor.dtype in dtypes:
+                        saved.append((store, name, tensor))
+                        if id(tensor) not in copies:
+                            copies[id(tensor)] = _at_dtype(tensor, dtypes[tensor.dtype])
+                        store[name] = copies[id(tensor)]  # type: ignore[assignment]
         yield
     finally:
         for store, name, tensor in saved:
@@ -113,9 +135,9 @@ def widened_half(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().float()
+def _at_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = tensor.detach().to(dtype)
     if isinstance(tensor, nn.Parameter):
         copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
-    setattr(copy, ORIGINAL, tensor)
+    setattr(copy, ORIGINAL, original_of(tensor))
     return copy

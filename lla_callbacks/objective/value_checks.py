@@ -6,18 +6,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import median
 
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.errors import is_out_of_memory
+from lla_callbacks.linalg.errors import forgetful, is_out_of_memory
 from lla_callbacks.linalg.probes import generator, rademacher
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.linalg.space import whole
+from lla_callbacks.objective.copies import Copier
+from lla_callbacks.objective.counting import about
 from lla_callbacks.objective.evaluation import Evaluator, Statistics, evaluating
+from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.objective import Objective, padding_vectors
 from lla_callbacks.objective.points import Offsets, space_of
+from lla_callbacks.objective.precision import in_double
 from lla_callbacks.objective.self_check import NO_ROOM, Check, SelfCheck, untried
 from lla_callbacks.objective.sharded import is_sharded
 
@@ -39,12 +42,6 @@ ATTEMPTS = 4
 AGAIN = 2
 # Fourth differences of a loss that are this many times what its rounding explains.
 UNEVEN = 20.0
-# Jumps are met more seldom by smaller steps, rounding is not: at steps that are smaller by NEARER
-# at least, unevenness that is more than CALM of what it was is rounding's.
-NEARER = 8.0
-CALM = 0.12
-# Steps at which that is asked, in units of one that moves weights by some of their roundings.
-NEAREST = (1.0, 1.3, 1.7, 2.2, 2.9, 3.8)
 # Multiple of the errors that are seen which a deviation must exceed.
 SAFETY = 4.0
 
@@ -147,7 +144,61 @@ def prove_values(objective: Objective, share: Share | None = None) -> SelfCheck:
                 slope, hooks = kept, "kept"
             else:
                 objective.findings.learn(keep_hooks=False)
-    return SelfCheck((repeats, slope), spent + prober.num_values * FORWARD, hooks)
+    spent += prober.num_values * FORWARD
+    unsure = slope.outcome in ("failed", "not decided") and prober.num_values
+    if unsure and objective.eps > torch.finfo(torch.float64).eps:
+        slope, more = _verdict_in_double(objective, share, slope, jumps=prober.jumps)
+        spent += more
+    return SelfCheck((repeats, slope), spent, hooks)
+
+
+def _verdict_in_double(
+    objective: Objective, share: Share, slope: Check, *, jumps: bool
+) -> tuple[Check, float]:
+    """Return what the slope is in float64, and what asking took, in gradients.
+
+    A loss carries the roundings of its outputs, which do not shrink with it: a network that fits
+    its samples has a loss of 1e-4 from outputs of 30, and in float32 its values are a staircase.
+    """
+
+    def widened(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    def make() -> Objective:
+        batches = [
+            Copier(keeps_machinery=True).mapped(batch, (None, "batch"), widened)
+            for batch in objective.batches
+        ]
+        found = Objective(
+            objective.module,
+            batches,
+            objective.loss,
+            mode=objective.mode,
+            dropout=objective.dropout,
+            seed=objective.seed,
+            training=objective.training,
+            findings=Findings(),
+            check=False,
+            batch_size=about,
+        )
+        found.places, found.counts = objective.places, objective.counts
+        found.num_samples = objective.num_samples
+        return found
+
+    try:
+        with in_double(objective.module):
+            double = all_or_none(share, make)
+            value, gradient = double.gradient(share)
+            prober = _Prober(double, share, value)
+            found = prober.verdict(gradient)
+    except Exception as error:  # noqa: BLE001 - user code that knows one precision only
+        forgetful(error)
+        if not jumps:
+            return slope, 0.0
+        words = "the loss is a staircase in float32, and float64 cannot be tried"
+        return replace(slope, outcome="not decided", words=words), 0.0
+    words = found.words if found.outcome != "passed" else "in float64; float32 rounds too much here"
+    return replace(found, words=words), 2 * (1 + prober.num_values * FORWARD)
 
 
 def _repeats(objective: Objective, share: Share) -> tuple[Check, float]:
@@ -205,6 +256,8 @@ class _Prober:
             )
         )
         self.num_values = 0
+        # Whether the last verdict rests on jumps alone.
+        self.jumps = False
 
     def verdict(self, gradient: Tensor) -> Check:
         """Return whether a gradient is the slope, along itself and a random direction."""
@@ -228,11 +281,13 @@ class _Prober:
                 continue
             found.append((name, *self._along(direction / norm, gradient)))
         failed = [(name, s) for name, outcome, s in found if outcome == "failed"]
+        self.jumps = False
         if failed:
             name, s = max(failed, key=lambda item: item[1].relative)
             words = f"along {name} values rise by {s.found:.4g}, the gradient says {s.expected:.4g}"
             return _check("failed", s, words)
         jumping = [(name, s) for name, outcome, s in found if outcome == "jumps"]
+        self.jumps = bool(jumping)
         if jumping:
             name, s = jumping[0]
             words = (
@@ -271,22 +326,9 @@ class _Prober:
                 # Smaller steps have fewer digits still.
                 break
             step /= SHRINK
-        if _jumps(seen) and not self._rounds(unit, gradient, seen):
+        if _jumps(seen):
             return "jumps", found
         return "not decided", found
-
-    def _rounds(self, unit: Tensor, gradient: Tensor, seen: Sequence[_Slope]) -> bool:
-        """Return whether it is rounding that makes values uneven, or nobody can tell.
-
-        A loss carries the roundings of its outputs, which do not shrink with it: a network that
-        fits its samples has a loss of 1e-4 from outputs of 30. They are as large at steps of a
-        few roundings of the weights, where hardly a step of a staircase is met.
-        """
-        nearest = 64 * self._objective.eps * (self._norm or 1.0)
-        if seen[-1].step < NEARER * nearest:
-            return True
-        near = [self._slope(unit, gradient, nearest * times) for times in NEAREST]
-        return max(s.unevenness for s in near) > CALM * median(s.unevenness for s in seen)
 
     def _slope(self, unit: Tensor, gradient: Tensor, step: float) -> _Slope:
         """Return the slopes at one step, and what they are off by."""

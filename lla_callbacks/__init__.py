@@ -23,6 +23,7 @@ from lla_callbacks.minima.functions import (
 )
 from lla_callbacks.minima.results import BasinComparison, MinimaMap, Relaxation, ShiftReport
 from lla_callbacks.penalty.reversed import reversed_binary_cross_entropy, reversed_cross_entropy
+from lla_callbacks.report.compare import compare
 from lla_callbacks.slices.basin_functions import basin_radii, convexity_map
 from lla_callbacks.slices.functions import loss_line, loss_plane
 from lla_callbacks.slices.report import LandscapeReport
@@ -57,6 +58,7 @@ __all__ = [
     "aligned",
     "barrier",
     "basin_radii",
+    "compare",
     "compare_basins",
     "connect",
     "convexity_map",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,18 +13,20 @@ from torch import Tensor
 from lla_callbacks.curves.arrays import load_along, save_along
 from lla_callbacks.curves.figures import barrier_figure, curve_figure
 from lla_callbacks.curves.measure import Along
+from lla_callbacks.curves.plot_figures import compared_curves, draw_barriers, draw_curve
 from lla_callbacks.curves.scalars import curve_scalars
-from lla_callbacks.report.files import write_arrays
+from lla_callbacks.report.result import Result
 from lla_callbacks.slices.fields import facts_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Definition = Literal["above_ends", "above_line", "above_mean"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LossCurve(Along):
+class LossCurve(Along, Result):
     """What :func:`~lla_callbacks.loss_curve` returns.
 
     All fields are those of :class:`~lla_callbacks.curves.measure.Along`.
@@ -57,6 +59,13 @@ class LossCurve(Along):
             f"{self.facts.num_samples} samples>"
         )
 
+    def _draw(self, axes: Axes) -> None:
+        draw_curve(axes, self)
+
+    @classmethod
+    def _compared(cls, results: Sequence[LossCurve], names: Sequence[str]) -> Figure:
+        return compared_curves(results, names)
+
     def scalars(self, name: str = "curve") -> dict[str, float]:
         """Return everything as scalars by tag."""
         return curve_scalars(self, name)
@@ -88,7 +97,7 @@ class LossCurve(Along):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Barriers:
+class Barriers(Result):
     """What :func:`~lla_callbacks.barrier` returns.
 
     Attributes:
@@ -140,8 +149,11 @@ class Barriers:
             self.names, self.matrix(metric=metric), what=metric or "loss", title=title, facts=facts
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Write the matrices of all definitions and metrics to an .npz file."""
+    def _draw(self, axes: Axes) -> None:
+        draw_barriers(axes, self.names, self.matrix())
+
+    def _arrays(self) -> dict[str, Any]:
+        """Return the matrices of all definitions and metrics."""
         metrics = next(iter(self.lines.values())).metrics
         arrays = {
             f"{metric or 'loss'}/{definition}": self.matrix(
@@ -150,4 +162,4 @@ class Barriers:
             for metric in (None, *metrics)
             for definition in get_args(Definition)
         }
-        return write_arrays(Path(path), {"names": list(self.names), **arrays})
+        return {"names": list(self.names), **arrays}

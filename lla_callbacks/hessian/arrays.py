@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from lla_callbacks.hessian.eigenvectors import Eigenvectors
 from lla_callbacks.hessian.layer_measures import LayerMeasurement
 from lla_callbacks.hessian.measures import HessianMeasurement
 from lla_callbacks.report.checks import check_arrays
-from lla_callbacks.report.files import write_arrays
 
 
-def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
-    """Write a measurement to an .npz file (no pickles inside) and return its path.
+def measurement_arrays(measurement: HessianMeasurement) -> dict[str, Any]:
+    """Return a measurement as the arrays of its file.
 
     Scalars and arrays carry the field's name; layers and criteria become parallel arrays
     ``layer_names``, ``layer_traces`` of shape ``(layers, 2)`` with value and standard
@@ -32,7 +34,7 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
     which rows are whose.
     """
     m = measurement
-    arrays = dict(
+    return dict(
         lambda_max=float(m.lambda_max),
         lambda_max_residual=m.lambda_max.residual,
         lambda_max_beyond=m.lambda_max.beyond,
@@ -81,7 +83,6 @@ def save_measurement(measurement: HessianMeasurement, path: Path) -> Path:
         **check_arrays(m.self_check),
         **_eigenvector_arrays(m),
     )
-    return write_arrays(path, arrays)
 
 
 def _eigenvector_arrays(m: HessianMeasurement) -> dict[str, Any]:
@@ -97,6 +98,20 @@ def _eigenvector_arrays(m: HessianMeasurement) -> dict[str, Any]:
         "parameter_names": np.array(found.names, dtype=np.str_),
         "parameter_shapes": np.array([",".join(map(str, s)) for s in found.shapes], dtype=np.str_),
     }
+
+
+def loaded_eigenvectors(light: Eigenvectors | None, path: Path) -> Eigenvectors | None:
+    """Return eigenvectors with the vectors that a file has, once and not twice."""
+    if light is None:
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        shapes = [text.split(",") for text in stored["parameter_shapes"].tolist()]
+        return replace(
+            light,
+            vectors=torch.from_numpy(stored["eigenvectors"]),
+            names=tuple(stored["parameter_names"].tolist()),
+            shapes=tuple(tuple(int(n) for n in parts if n) for parts in shapes),
+        )
 
 
 def _layer_arrays(layers: Mapping[str, LayerMeasurement]) -> dict[str, Any]:

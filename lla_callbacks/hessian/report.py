@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lla_callbacks.hessian.arrays import save_measurement
+from lla_callbacks.hessian.arrays import loaded_eigenvectors, measurement_arrays
 from lla_callbacks.hessian.figures import density_figure
 from lla_callbacks.hessian.layer_figures import (
     layer_density_figure,
@@ -15,15 +16,25 @@ from lla_callbacks.hessian.layer_figures import (
     layer_figure,
 )
 from lla_callbacks.hessian.measures import HessianMeasurement
+from lla_callbacks.hessian.plot_figures import (
+    History,
+    compared_runs,
+    compared_spectra,
+    draw_spectrum,
+)
 from lla_callbacks.hessian.words import describe
 from lla_callbacks.report.cost import in_steps
+from lla_callbacks.report.files import write_arrays
+from lla_callbacks.report.result import Result
+from lla_callbacks.report.stored import load_result, result_arrays
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HessianReport(HessianMeasurement):
+class HessianReport(HessianMeasurement, Result):
     """What :func:`~lla_callbacks.measure_hessian` returns.
 
     All fields are those of
@@ -81,8 +92,34 @@ class HessianReport(HessianMeasurement):
         return layer_distance_figure(self, title=title)
 
     def save(self, path: str | Path) -> Path:
-        """Write every number to an .npz file and return its path."""
-        return save_measurement(self, Path(path))
+        """Write every number to an .npz file (no pickles inside) and return its path.
+
+        The arrays are those of :func:`~lla_callbacks.hessian.arrays.measurement_arrays`; what
+        :meth:`load` needs besides is in those named ``result/...``.
+        """
+        vectors = self.eigenvectors
+        light = self if vectors is None else replace(self, eigenvectors=vectors.without_vectors())
+        return write_arrays(Path(path), measurement_arrays(self) | result_arrays(light))
+
+    @classmethod
+    def load(cls, path: str | Path) -> HessianReport:
+        """Return a report that was saved.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
+        found: HessianReport = load_result(path, cls)
+        return replace(found, eigenvectors=loaded_eigenvectors(found.eigenvectors, Path(path)))
+
+    def _draw(self, axes: Axes) -> None:
+        draw_spectrum(axes, self)
+
+    @classmethod
+    def _compared(cls, results: Sequence[HessianReport], names: Sequence[str]) -> Figure:
+        return compared_spectra(results, names)
+
+    def _compared_runs(self, histories: Sequence[History], names: Sequence[str]) -> Figure:
+        return compared_runs(histories, names)
 
     def summary(self) -> str:
         """Return what was found, in sentences."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -19,25 +18,26 @@ from lla_callbacks.minima.figures import (
     shift_figure,
 )
 from lla_callbacks.minima.maps import Points
+from lla_callbacks.minima.plot_figures import draw_map, draw_ratio, draw_relaxation, draw_shift
 from lla_callbacks.minima.relaxation import RelaxationPath
 from lla_callbacks.minima.shift import Shift
 from lla_callbacks.minima.words import correlation_in_words, ratio_in_words, volume_in_words
-from lla_callbacks.report.files import write_arrays
+from lla_callbacks.report.result import Result
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-R = TypeVar("R", bound="_Result")
+R = TypeVar("R", bound="_Found")
 
 
-class _Result:
+class _Found(Result):
     @classmethod
     def of(cls: type[R], found: Any, **more: Any) -> R:
         """Return a report of what was found."""
         return cls(**{f.name: getattr(found, f.name) for f in fields(found)}, **more)
 
-    def save(self, path: str | Path) -> Path:
-        """Write every number to an .npz file and return its path."""
+    def _arrays(self) -> dict[str, Any]:
         arrays: dict[str, Any] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
@@ -47,11 +47,11 @@ class _Result:
                 arrays[field.name] = value
             elif isinstance(value, tuple):
                 arrays[field.name] = np.asarray(value)
-        return write_arrays(Path(path), arrays)
+        return arrays
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BasinComparison(BasinRatio):
+class BasinComparison(BasinRatio, _Found):
     """What :func:`~lla_callbacks.compare_basins` returns.
 
     All fields are those of :class:`~lla_callbacks.minima.basins.BasinRatio`.
@@ -75,13 +75,16 @@ class BasinComparison(BasinRatio):
             f"Difference of log10 volumes: {volume_in_words(self)}."
         )
 
+    def _draw(self, axes: Axes) -> None:
+        draw_ratio(axes, self)
+
     def figure(self, *, title: str = "") -> Figure:
         """Return the radii of both, drawn."""
         return ratio_figure(self, title=title)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Relaxation(RelaxationPath, _Result):
+class Relaxation(RelaxationPath, _Found):
     """What :func:`~lla_callbacks.relax` returns.
 
     All fields are those of :class:`~lla_callbacks.minima.relaxation.RelaxationPath`.
@@ -97,13 +100,16 @@ class Relaxation(RelaxationPath, _Result):
             f"{float(self.loss[-1]):.4g}{held}, moved {float(self.displacement[-1]):.2%}>"
         )
 
+    def _draw(self, axes: Axes) -> None:
+        draw_relaxation(axes, self)
+
     def figure(self, *, title: str = "") -> Figure:
         """Return loss, accuracy and displacement over steps, drawn."""
         return relaxation_figure(self, title=title)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MinimaMap(Points, _Result):
+class MinimaMap(Points, _Found):
     """What :func:`~lla_callbacks.map_of_minima` returns.
 
     Attributes:
@@ -124,6 +130,9 @@ class MinimaMap(Points, _Result):
             f"trustworthiness {self.trustworthiness:.2f}, rank correlation "
             f"{self.rank_correlation:.2f}>"
         )
+
+    def _draw(self, axes: Axes) -> None:
+        draw_map(axes, self)
 
     def figure(self, *, title: str = "") -> Figure:
         """Return the points, drawn, with what the picture is worth below it."""
@@ -161,7 +170,7 @@ class MinimaMap(Points, _Result):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ShiftReport(Shift, _Result):
+class ShiftReport(Shift, _Found):
     """What :func:`~lla_callbacks.measure_shift` returns.
 
     All fields are those of :class:`~lla_callbacks.minima.shift.Shift`.
@@ -211,6 +220,9 @@ class ShiftReport(Shift, _Result):
             lines.append(f"| {name} | {plain} | {rest} |")
         return "\n".join(lines)
 
+    def _draw(self, axes: Axes) -> None:
+        draw_shift(axes, self)
+
     def figure(
         self,
         names: Sequence[str] = ("loss", "confidence", "trace", "lambda_max", "kh05", "r_e"),
@@ -220,10 +232,9 @@ class ShiftReport(Shift, _Result):
         """Return numbers of every set against its accuracy, drawn."""
         return shift_figure(self, names, title=title)
 
-    def save(self, path: str | Path) -> Path:
-        """Write every set's numbers to an .npz file, an array a column, and return its path."""
+    def _arrays(self) -> dict[str, Any]:
+        """Return every set's numbers, an array a column."""
         rows = self.rows
-        arrays = {
+        return {
             key: np.asarray([np.nan if r[key] is None else r[key] for r in rows]) for key in rows[0]
         }
-        return write_arrays(Path(path), arrays)

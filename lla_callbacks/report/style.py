@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from lla_callbacks.report.shown import Picture
+
 UP = "#2b6cb0"  # curvature upwards
 DOWN = "#dd6b20"  # curvature downwards
 INK = "#2d3748"
@@ -33,7 +35,7 @@ def subplots(
     heights: list[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure and its axes, row by row, without upper and right spines."""
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    figure = Picture(figsize=size, dpi=DPI, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, width_ratios=widths, height_ratios=heights)
     for axes in grid.flat:
         for side in ("top", "right"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,9 @@ import torch
 
 from lla_callbacks.objective.self_check import SelfCheck
 from lla_callbacks.report.cost import in_steps
+from lla_callbacks.report.files import write_arrays
+from lla_callbacks.report.result import Result
+from lla_callbacks.report.stored import load_result, result_arrays
 from lla_callbacks.report.words import with_error
 from lla_callbacks.slices.directions import Direction
 from lla_callbacks.slices.landscape import Landscape
@@ -26,11 +29,12 @@ from lla_callbacks.slices.results import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LandscapeReport:
+class LandscapeReport(Result):
     """What :class:`~lla_callbacks.LossLandscapeMonitor` keeps of one measurement.
 
     The directions of planes and lines come without their vectors, so that a run that measures
@@ -91,12 +95,74 @@ class LandscapeReport:
         """Write each slice to a folder of its own beside ``path``, and return their folder.
 
         ``<folder>/step_00000100.npz`` becomes ``<folder>/plane_random/step_00000100.npz``, and
-        so on.
+        so on; what belongs to no slice is in ``<folder>/report/step_00000100.npz``.
         """
         path = Path(path)
         for name, part in self.slices.items():
             part.save(path.parent / name / path.name)
+        rest = replace(self, planes={}, lines={}, convexity=None, basin=None)
+        write_arrays(_rest_of(path), result_arrays(rest))
         return path.parent
+
+    @classmethod
+    def load(cls, path: str | Path) -> LandscapeReport:
+        """Return a report that was saved, by the path that :meth:`save` was given.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        path = Path(path)
+        if not _rest_of(path).exists():
+            raise ValueError(
+                f"{_rest_of(path)} does not exist; give the path that save of a LandscapeReport "
+                "was given."
+            )
+        rest: LandscapeReport = load_result(_rest_of(path), cls)
+        files = {p.parent.name: p for p in sorted(path.parent.glob(f"*/{path.name}"))}
+        parts: dict[str, Any] = {"planes": {}, "lines": {}}
+        for name, file in files.items():
+            for prefix, kind in (("plane_", LossPlane), ("line_", LossLine)):
+                if name.startswith(prefix):
+                    parts[f"{prefix[:-1]}s"][name.removeprefix(prefix)] = kind.load(file)
+        if "convexity" in files:
+            parts["convexity"] = ConvexityMap.load(files["convexity"])
+        if "basin" in files:
+            parts["basin"] = BasinRadii.load(files["basin"])
+        return replace(rest, **parts)
+
+    def figure(self, *, title: str = "") -> Figure:
+        """Return what says most: the first plane, else all lines, the convexity map, the basin.
+
+        Raises:
+            ValueError: If there is no slice.
+        """
+        found = self._figures(title)
+        if not found:
+            raise ValueError(f"no slice was measured; {self.missing or 'none was asked for'}.")
+        return found[0]
+
+    def _figures(self, title: str = "") -> list[Figure]:
+        found = [plane.figure(title=title) for plane in self.planes.values()]
+        if self.lines:
+            found.append(self.line_figure(title=title))
+        return found + [
+            part.figure(title=title) for part in (self.convexity, self.basin) if part is not None
+        ]
+
+    def _draw(self, axes: Axes) -> None:
+        for part in self.slices.values():
+            part._draw(axes)
+            return
+        axes.set_axis_off()
+
+    @classmethod
+    def _compared(cls, results: Sequence[LandscapeReport], names: Sequence[str]) -> Figure | None:
+        for name, part in results[0].slices.items():
+            same = [found.slices.get(name) for found in results]
+            if None not in same:
+                compared: Figure = type(part)._compared(same, names)
+                return compared
+        return None
 
     def line_figure(self, *, title: str = "", metric: str | None = None) -> Figure:
         """Return all lines side by side."""
@@ -149,3 +215,7 @@ def _light(found: Any) -> Any:
     """Return a result whose directions have no vectors."""
     bare = tuple(replace(d, vector=torch.empty(0)) for d in found.directions)
     return replace(found, directions=bare)
+
+
+def _rest_of(path: Path) -> Path:
+    return path.parent / "report" / path.name

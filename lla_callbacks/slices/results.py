@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lla_callbacks.report.result import Result
 from lla_callbacks.slices.arrays import load_slice, save_slice
 from lla_callbacks.slices.basin import Basin
 from lla_callbacks.slices.convexity import Convexity
@@ -17,16 +19,27 @@ from lla_callbacks.slices.landscape_figures import (
 )
 from lla_callbacks.slices.line_figures import line_figure
 from lla_callbacks.slices.plane_figures import plane_figure
+from lla_callbacks.slices.plot_figures import (
+    compared_basins,
+    compared_lines,
+    compared_maps,
+    compared_planes,
+    draw_basin,
+    draw_convexity,
+    draw_line,
+    draw_plane,
+)
 from lla_callbacks.slices.slices import Line, Plane
 from lla_callbacks.slices.surface_html import surface_html
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 R = TypeVar("R", bound="_Saved")
 
 
-class _Saved:
+class _Saved(Result):
     """From measurement to report, and to a file and back."""
 
     @classmethod
@@ -65,6 +78,13 @@ class LossLine(Line, _Saved):
             f"{finite_range(self.loss)}, {self.facts.num_samples} samples>"
         )
 
+    def _draw(self, axes: Axes) -> None:
+        draw_line(axes, self)
+
+    @classmethod
+    def _compared(cls, results: Sequence[LossLine], names: Sequence[str]) -> Figure:
+        return compared_lines(results, names)
+
     def figure(self, *, title: str = "", metric: str | None = None) -> Figure:
         """Return loss and one metric along the line, drawn."""
         return line_figure([self], title=title, metric=metric)
@@ -84,6 +104,13 @@ class LossPlane(Plane, _Saved):
             f"{len(self.alphas)} x {len(self.betas)} points{done}, loss {finite_range(self.loss)}, "
             f"{self.facts.num_samples} samples>"
         )
+
+    def _draw(self, axes: Axes) -> None:
+        draw_plane(axes, self)
+
+    @classmethod
+    def _compared(cls, results: Sequence[LossPlane], names: Sequence[str]) -> Figure:
+        return compared_planes(results, names)
 
     def figure(
         self,
@@ -149,6 +176,13 @@ class ConvexityMap(Convexity, _Saved):
             f"|lambda_min/lambda_max| {finite_range(self.ratio)}, {self.num_matvecs} products>"
         )
 
+    def _draw(self, axes: Axes) -> None:
+        draw_convexity(axes, self)
+
+    @classmethod
+    def _compared(cls, results: Sequence[ConvexityMap], names: Sequence[str]) -> Figure:
+        return compared_maps(results, names)
+
     def figure(self, *, title: str = "") -> Figure:
         """Return both ratios as maps."""
         return convexity_figure(self, title=title)
@@ -167,6 +201,13 @@ class BasinRadii(Basin, _Saved):
             f"{self.quantiles[0.5]:.3g}, effective {radius_in_words(self)} filter norms, "
             f"cutoff {self.cutoff:.4g}>"
         )
+
+    def _draw(self, axes: Axes) -> None:
+        draw_basin(axes, self)
+
+    @classmethod
+    def _compared(cls, results: Sequence[BasinRadii], names: Sequence[str]) -> Figure:
+        return compared_basins(results, names)
 
     def figure(self, *, title: str = "") -> Figure:
         """Return the distribution of radii."""

@@ -153,6 +153,7 @@ def test_the_event_file_holds_every_tag_step_and_picture(tmp_path):
     folder = tmp_path / "lightning_logs" / "a" / "landscape"
     assert sorted(p.name for p in folder.iterdir()) == [
         "basin", "convexity", "line_random", "line_top1", "plane_random", "plane_trajectory",
+        "report",
     ]  # fmt: skip
     saved = LossPlane.load(folder / "plane_random" / "step_00000008.npz")
     report = watcher.report.planes["random"]

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from lla_callbacks.report.shown import Picture
 from lla_callbacks.report.style import DPI, FOOTER, INK, PALE, joined
 
 # TensorBoard shows a picture about 330 pixels wide: at this width a point is a pixel there.
@@ -31,7 +32,7 @@ EDGE, GAP = 0.07, 0.13
 BAR = (0.07, 0.13)
 
 
-class Sheet(Figure):
+class Sheet(Picture):
     """A figure of axes whose places are told in inches, under a title and above a footer.
 
     Matplotlib's own layouts draw every text once to see how large it is; that takes longer than

@@ -24,7 +24,7 @@ plane = loss_plane(net, batches, loss=loss, alphas=[-1.0, 0, 1], betas=[-1.0, 0,
 """
 CELLS = {
     "report": "report", "line": "line", "plane": "plane", "figure": "report.figure()",
-    "plot": "report.plot()[0]", "compared": "compare(report, report)",
+    "plot": "report.plot()[0]", "surface": "plane.surface()", "compared": "compare(report, report)",
     "layers": "report.layer_figure()",
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALL = $(BIN)/python $(PIP)
 
-.PHONY: demo test check bitwise test-cpp test-oldest test-newest lint types tests fast docs release-check studies quick-studies clean
+.PHONY: demo test check bitwise test-cpp test-oldest test-newest lint types tests fast docs release-check homepage studies quick-studies clean
 FAST = $(addprefix tests/,linalg objective hessian slices curves alignment minima penalty report test_layering.py test_settings.py)
 STUDIES = poison lambda_max shift layers trace_regularizer
 
@@ -73,17 +73,23 @@ docs: $(DOCS)/.docs
 	$(DOCS)/bin/python -m sphinx -q -W --keep-going -c docs/site docs site
 	@echo "The site is in site/index.html."
 
-# Everything but the upload: sdist and wheel, their metadata, and README's first snippet by the wheel, in
+# Everything but the upload: sdist and wheel, their metadata, and README's first snippet by either, each in
 # an environment that has nothing else. CONTRIBUTING.md has the steps around it.
 release-check: $(RELEASE)/.release
-	rm -rf dist build $(RELEASE)/wheel $(RELEASE)/run
+	rm -rf dist build $(RELEASE)/wheel $(RELEASE)/sdist $(RELEASE)/run
 	$(RELEASE)/bin/python -m build --outdir dist .
 	$(RELEASE)/bin/python -m twine check --strict dist/*
 	$(PYTHON) .ci/release.py files
-	$(PYTHON) -m venv $(RELEASE)/wheel
-	$(RELEASE)/wheel/bin/python $(PIP) dist/*.whl
-	mkdir $(RELEASE)/run
-	cd $(RELEASE)/run && $(abspath $(RELEASE))/wheel/bin/python $(CURDIR)/.ci/release.py snippet
+	for built in wheel sdist; do \
+		case $$built in wheel) file=dist/*.whl;; sdist) file=dist/*.tar.gz;; esac; \
+		$(PYTHON) -m venv $(RELEASE)/$$built && $(RELEASE)/$$built/bin/python $(PIP) $$file || exit 1; \
+		mkdir -p $(RELEASE)/run/$$built && cd $(RELEASE)/run/$$built || exit 1; \
+		$(abspath $(RELEASE))/$$built/bin/python $(CURDIR)/.ci/release.py snippet || exit 1; cd $(CURDIR); \
+	done
+
+# Once the repository has an address: README's links, metadata and citation lead to it.
+homepage:
+	$(PYTHON) .ci/release.py homepage $(URL)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) $(RELEASE) logs studies site dist build

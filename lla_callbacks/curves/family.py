@@ -10,7 +10,7 @@ from torch import Tensor
 from lla_callbacks.curves.curve import Kind, coefficients
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.evaluation import Statistics
-from lla_callbacks.objective.points import Offsets
+from lla_callbacks.objective.families import Offsets
 
 
 def write_point(

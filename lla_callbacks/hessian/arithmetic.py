@@ -20,8 +20,8 @@ from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
 from lla_callbacks.linalg.lanczos import ROUNDING, LanczosRun
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.objective import Objective
-from lla_callbacks.objective.points import Offsets
 
 # Stream of the signs.
 STREAM = 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,13 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from lla_callbacks.objective.batched_forms import batched_forms
 from lla_callbacks.objective.evaluation import Evaluator, Statistics
 from lla_callbacks.objective.twice_differentiable import elementary_normalization
 
-# Points in one pass: of 64 to 256 the best for small networks in the measurement cited in
-# points.py; the stacked weights must fit as well.
-MOST_POINTS = 64
+# Points in the first pass, and at most: while twice as many take less time a point, the next pass
+# has twice as many. The stacked weights must fit as well.
+FIRST_POINTS = 32
+MOST_POINTS = 256
 STACK_BYTES = 256 * 2**20
+# What twice as many must gain, as a share of the time.
+GAIN = 0.05
+# A block of this size, asked for and given back untouched, lets glibc keep smaller ones from then
+# on: otherwise a pass over many points fetches its memory page by page each time, which took a
+# third of it.
+WARM_BYTES = 16 * 2**20
 
 
 class Stacks(Protocol):
@@ -43,7 +52,11 @@ class BatchedEvaluator:
         self._evaluate = evaluate
         self._family = family
         self._module = _WithLoss(evaluate)
-        self.size = MOST_POINTS
+        self.size = FIRST_POINTS
+        self._most = MOST_POINTS
+        self._seconds = math.inf
+        if evaluate.objective.device.type == "cpu":
+            torch.empty(WARM_BYTES, dtype=torch.uint8)
 
     @staticmethod
     def serves(evaluate: Evaluator, family: Stacks) -> bool:
@@ -57,7 +70,24 @@ class BatchedEvaluator:
         bytes_each = sum(
             p.numel() * p.element_size() for p in self._evaluate.objective.module.parameters()
         )
-        self.size = max(1, min(MOST_POINTS, count, STACK_BYTES // max(bytes_each, 1)))
+        self._most = max(1, min(MOST_POINTS, STACK_BYTES // max(bytes_each, 1)))
+        self.size = max(1, min(FIRST_POINTS, count, self._most))
+
+    def learn(self, count: int, seconds: float) -> None:
+        """Choose how many points go into the next pass, by what the last one took.
+
+        Args:
+            count: Its points.
+            seconds: Its wall time.
+        """
+        each = seconds / count
+        if count < self.size or self._seconds == 0.0:  # the last ones, or it is settled
+            return
+        if each < (1 - GAIN) * self._seconds:
+            self._seconds = each
+            self.size = min(2 * self.size, self._most)
+        else:
+            self.size, self._seconds = max(1, count // 2 if each > self._seconds else count), 0.0
 
     def agrees(self, points: Tensor, table: Tensor) -> bool:
         """Return whether the loop's values are found again, to rounding."""
@@ -82,7 +112,7 @@ class BatchedEvaluator:
             def one(weights: dict[str, Tensor], i: int = i) -> tuple[Tensor, Any, Any]:
                 return functional_call(self._module, weights, (i,))  # type: ignore[no-any-return]
 
-            with elementary_normalization():
+            with elementary_normalization() if evaluate.needs_grad else batched_forms():
                 loss, predictions, target = vmap(one, randomness="same", out_dims=(0, 0, None))(  # type: ignore[arg-type]
                     stacked
                 )

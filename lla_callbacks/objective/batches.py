@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -82,6 +82,38 @@ def fresh(
 
     copier = copier or Copier(keeps_machinery=True)
     return copier.mapped(batch, (None, "batch"), move)
+
+
+def copies_of(batch: Any, device: torch.device) -> Callable[[Copier], Any]:
+    """Return what copies a batch for each of many evaluations; see :func:`fresh`.
+
+    Pairs and lists of ordinary tensors, and such tensors alone, go past the general way, which
+    costs a small network as much as a tenth of its pass.
+    """
+    parts = (batch,) if isinstance(batch, Tensor) else batch
+    plain = type(parts) in (tuple, list) and all(_is_plain(t, device) for t in parts)
+    if not plain or len({id(t) for t in parts}) < len(parts):
+        return lambda copier: fresh(batch, device, copier=copier)
+    numbers = [id(t) for t in parts]
+
+    def copy(copier: Copier) -> Any:
+        # What the module knows too must stay one thing.
+        if not copier.memo.keys().isdisjoint(numbers):
+            return fresh(batch, device, copier=copier)
+        copied = [separate(t) for t in parts]
+        if type(parts) is tuple:
+            return copied[0] if parts is not batch else tuple(copied)
+        return copied
+
+    return copy
+
+
+def _is_plain(value: Any, device: torch.device) -> bool:
+    return (
+        type(value) is Tensor
+        and value.device == device
+        and not (value.requires_grad or value.is_inference() or value.__dict__)
+    )
 
 
 def split(batch: Any, size: int, count: int | None = None, *, strict: bool = True) -> Iterator[Any]:

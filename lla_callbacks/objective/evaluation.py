@@ -11,20 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lla_callbacks.objective.batches import fresh, tensors_of
+from lla_callbacks.objective.batches import copies_of, tensors_of
 from lla_callbacks.objective.checkpoints import no_checkpoints
 from lla_callbacks.objective.checks import function_of, shown, tag_of
-from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.held_loss import HeldLoss
 from lla_callbacks.objective.loss import Loss as Loss
 from lla_callbacks.objective.loss import Predict as Predict
 from lla_callbacks.objective.loss import Statistics as Statistics
 from lla_callbacks.objective.loss import load_statistics as load_statistics
 from lla_callbacks.objective.randomness import random_marks, stream
-from lla_callbacks.objective.repetition import keep_processes_apart, repeatable
-from lla_callbacks.objective.state import seed_everything
-from lla_callbacks.objective.training_step import at_place
+from lla_callbacks.objective.repetition import Repetition, keep_processes_apart, repeatable
+from lla_callbacks.objective.training_step import at_place, present_place
 from lla_callbacks.objective.twice_differentiable import NoDropout, eager
+
+# Where no metric wants predictions and targets.
+_NO_PAIR = torch.empty(0), torch.empty(0)
+_NOTHING = nullcontext()
 
 
 class Evaluator:
@@ -45,10 +47,11 @@ class Evaluator:
         objective: HeldLoss,
         metrics: Mapping[str, Any],
         predict: Predict | None,
-        reset: Callable[[], Copier],
+        reset: Repetition,
     ) -> None:
         self.objective = objective
         self.batches = [objective.fresh(i) for i in range(len(objective.batches))]
+        self._copies = [copies_of(batch, objective.device) for batch in self.batches]
         self._reset = reset
         self._predict = predict
         self.functions = {k: f for k, f in metrics.items() if not is_metric(f)}
@@ -60,7 +63,7 @@ class Evaluator:
                 keep_processes_apart(metric)
         # Some losses differentiate on their own way (physics-informed ones, penalties).
         tensors = [t for batch in self.batches for t in tensors_of(batch)]
-        self._needs_grad = any(t.requires_grad for t in tensors)
+        self.needs_grad = any(t.requires_grad for t in tensors)
         self._silence = objective.silencer()
         # Looking at every function of a forward pass costs a small network as much as the pass,
         # so it ends once all batches went through without any dropout.
@@ -75,15 +78,19 @@ class Evaluator:
             statistics: Running statistics of batch norms, which count in every mode; ``None``:
                 the module's own, or those of the present weights in mode ``"recalibrate"``.
         """
-        losses, others = [], [[] for _ in self.functions]  # type: ignore[var-annotated]
-        for metric in self.metrics.values():
-            metric.reset()
+        return torch.tensor(self.row(statistics), dtype=torch.float64)
+
+    def row(self, statistics: Statistics | None = None) -> list[float]:
+        """Return loss and metrics as numbers; see :meth:`__call__`."""
         if self.objective.mode == "recalibrate" and statistics is None:
             statistics = self.statistics()
         statistics = statistics or ()
+        losses, others = [], [[] for _ in self.functions]  # type: ignore[var-annotated]
+        for metric in self.metrics.values():
+            metric.reset()
         for i in range(len(self.batches)):
             loss, pair = self.run(i, statistics)
-            losses.append(loss.detach().reshape(()))
+            losses.append(loss)
             for metric in self.metrics.values():
                 metric.update(*pair)
             for values, function in zip(others, self.functions.values(), strict=True):
@@ -93,7 +100,7 @@ class Evaluator:
         results = [self._mean(losses)]
         results += [_number(k, m.compute()) for k, m in self.metrics.items()]
         results += [self._mean(values) for values in others]
-        return torch.tensor(results, dtype=torch.float64)
+        return results
 
     @property
     def names(self) -> list[str]:
@@ -105,13 +112,15 @@ class Evaluator:
         counts = self.objective.counts
         total = sum(counts)
         # One wait for the device in all.
-        numbers = [v.item() for v in values] if len(values) == 1 else _numbers(values)
+        if len(values) == 1:
+            return float(values[0].item())
+        numbers = _numbers(values)
         return float(sum(n / total * v for n, v in zip(counts, numbers, strict=True)))
 
     def run(self, i: int, statistics: Statistics = ()) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the loss of batch ``i`` and, if metrics want them, predictions and targets."""
         if not self.metrics:
-            return self._guarded(i, self.objective.loss, statistics), (torch.empty(0),) * 2
+            return self._guarded(i, self.objective.loss, statistics), _NO_PAIR
         if self._predict is not None:
             loss = self._guarded(i, self.objective.loss, statistics)
             pair = self._guarded(i, self._predict, statistics)
@@ -136,21 +145,21 @@ class Evaluator:
 
     def _guarded(self, i: int, function: Callable[[Any, Any], Any], statistics: Statistics) -> Any:
         """Call a function of (module, batch) from the starting state."""
-        copier = self._reset()
         place = self.objective.place(i)
-        if place:
-            seed_everything(stream(self.objective.seed, place))
+        copier = self._reset(stream(self.objective.seed, place))
         self._silence()
-        load_statistics(statistics)
+        self._reset.watch()
+        if statistics:
+            load_statistics(statistics)
         module = self.objective.module
-        with torch.set_grad_enabled(self._needs_grad):
+        with torch.set_grad_enabled(self.needs_grad):
             try:
                 unknown = self.objective.findings.proof.quiet is None
                 before = random_marks() if unknown else None
-                with self._no_dropout or nullcontext():
+                with self._no_dropout or _NOTHING:
                     # A step may write into its batch, seen or unseen.
-                    batch = fresh(self.batches[i], self.objective.device, copier=copier)
-                    with at_place(place):
+                    batch = self._copies[i](copier)
+                    with at_place(place) if place != present_place() else _NOTHING:
                         found = function(module, batch)
                     if copier.refusals:
                         raise copier.refusals[0]
@@ -162,9 +171,9 @@ class Evaluator:
                 del found
             except RuntimeError as error:
                 # "does not require grad", "doesn't require gradient": the step wants a graph.
-                if self._needs_grad or "require grad" not in str(error):
+                if self.needs_grad or "require grad" not in str(error):
                     raise
-                self._needs_grad = True
+                self.needs_grad = True
                 return self._guarded(i, function, statistics)
         # Something was drawn: what it was for is found out, and the pass made again.
         self.objective.learn_randomness(self.objective.batches[i], statistics, place)
@@ -291,8 +300,9 @@ def _first_entry_through(module: nn.Module, batch: Any) -> Any:
 
 
 def _numbers(values: list[Tensor]) -> list[float]:
+    numbers = [v.detach().reshape(()) for v in values]
     found: list[float] = torch.stack(
-        [v.float() if v.dtype != torch.float64 else v for v in values]
+        [v.float() if v.dtype != torch.float64 else v for v in numbers]
     ).tolist()
     return found
 

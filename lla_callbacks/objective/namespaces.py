@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.interrupts import shielded
 from lla_callbacks.objective.precision import HALF
 from lla_callbacks.objective.rules import ATOMS
+from lla_callbacks.objective.watching import Watch, all_unchanged, watch
 
 # Kept by guards of their own.
 _ELSEWHERE = frozenset({"training", "_buffers", "_parameters"})
@@ -70,6 +71,17 @@ class Namespaces:
             namespace.restore()
         for kind in self._classes:
             kind.restore()
+
+    def watch(self) -> Callable[[], bool] | None:
+        """Return what tells whether all attributes are as they are now.
+
+        ``None`` if that cannot be seen: an attribute is something that changes inside, other
+        than containers of what cannot change.
+        """
+        found = [part.watch() for part in self._modules]
+        found += [kind.watch() for kind in self._classes]
+        watched = [w for w in found if w is not None]
+        return all_unchanged(watched) if len(watched) == len(found) else None
 
 
 class _Namespace:
@@ -139,6 +151,11 @@ class _Namespace:
             if dictionary:
                 dictionary.clear()
 
+    def watch(self) -> Watch | None:
+        copied = [(self.live.get(key), value) for key, value in self.own]
+        filled = [self.live[key] for key, _ in self.filled]
+        return watch(self.module, copied, filled, self.empty)
+
 
 class _Class:
     """The attributes of a class; those that are no definitions, such as counters, are copied."""
@@ -159,6 +176,11 @@ class _Class:
             copied = copier.copy(value, ((None, self.kind.__name__), f".{key}"))
             if copied is not value:
                 type.__setattr__(self.kind, key, copied)
+
+    def watch(self) -> Watch | None:
+        # Whether it is as it was is asked of a class in any case; see restore.
+        copied = [(vars(self.kind).get(key), value) for key, value in self.changing]
+        return watch(self.kind, copied)
 
     def restore(self) -> None:
         live, saved = vars(self.kind), self.saved

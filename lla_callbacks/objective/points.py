@@ -6,166 +6,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.sharing import Alone, Share, fail_together
-from lla_callbacks.linalg.space import ParameterSpace, local_part
+from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batched import BatchedEvaluator
 from lla_callbacks.objective.checks import one_of, positive, settle
-from lla_callbacks.objective.evaluation import Evaluator, Predict, Statistics, evaluating
+from lla_callbacks.objective.evaluation import Evaluator, Predict, evaluating
+from lla_callbacks.objective.families import Family
 from lla_callbacks.objective.grid import Keep, gathered
 from lla_callbacks.objective.objective import Objective, trainable
 
 Evaluation = Literal["auto", "loop", "vmap"]
 
 # A pass of fewer seconds than this is bound by launching its operations, and only then does
-# batching points pay: an MLP of 2,000 parameters took 0.45 of the time, larger networks 1.1 to
-# 3.3 times as long (docs/benchmarks/planes.md).
+# batching points pay (docs/benchmarks/planes.md).
 LAUNCH_BOUND = 0.002
 # Seconds between two calls of `keep`.
 KEEP_EVERY = 5.0
-
-
-class Family(Protocol):
-    """Weights that depend on a few coordinates."""
-
-    space: ParameterSpace
-
-    def place(self, point: Sequence[float]) -> None:
-        """Write the weights of a point into the parameters."""
-
-    def stack(self, points: Tensor) -> dict[str, Tensor]:
-        """Return the weights of several points, one more dimension in front."""
-
-    def statistics(self, point: Sequence[float]) -> Statistics | None:
-        """Return the running statistics that belong to a point; None: the module's own."""
-
-    def restore(self) -> None:
-        """Write the weights back that were there at first, to the bit."""
-
-
-class Offsets:
-    """``weights + sum_k c_k direction_k``: always from the saved weights, never by increments.
-
-    Args:
-        space: Layout of the flat vectors; its tensors are the live parameters.
-        directions: Flat vectors.
-    """
-
-    def __init__(self, space: ParameterSpace, directions: Sequence[Tensor]) -> None:
-        self.space = space
-        # What this process has of each: torch moves no distributed tensors beside others.
-        self._live = [local_part(tensor).data for tensor in space.tensors]
-        self._saved = [live.clone() for live in self._live]
-        self.turn(directions)
-
-    def turn(self, directions: Sequence[Tensor]) -> None:
-        """Take other directions."""
-        space = self.space
-        self._parts = [_local_parts(space, vector) for vector in directions]
-        # Tensors in which a direction is zero need not be touched.
-        self._moves = [
-            [i for i, part in enumerate(parts) if bool(part.any())] for parts in self._parts
-        ]
-
-    def place(self, point: Sequence[float]) -> None:
-        """Write the weights of a point into the parameters."""
-        # Through .data: a graph that the user still holds does not see a new version.
-        torch._foreach_copy_(self._live, self._saved)
-        for c, parts, moves in zip(point, self._parts, self._moves, strict=True):
-            if c != 0.0 and moves:
-                torch._foreach_add_(
-                    [self._live[i] for i in moves], [parts[i] for i in moves], alpha=c
-                )
-
-    def stack(self, points: Tensor) -> dict[str, Tensor]:
-        """Return the weights of several points, one more dimension in front."""
-        stacked = {}
-        for i, name in enumerate(self.space.names):
-            value = self._saved[i].expand(len(points), *self._saved[i].shape)
-            for k, parts in enumerate(self._parts):
-                if i in self._moves[k]:
-                    c = points[:, k].to(value.device, value.dtype)
-                    value = value + c.reshape(-1, *[1] * parts[i].ndim) * parts[i]
-            stacked[name] = value.contiguous()
-        return stacked
-
-    def statistics(self, point: Sequence[float]) -> Statistics | None:
-        """Return None: the module's own running statistics."""
-        return None
-
-    def restore(self) -> None:
-        """Write the weights back that were there at first, to the bit."""
-        torch._foreach_copy_(self._live, self._saved)
-
-
-class Segment(Offsets):
-    """``(1 - t) start + t end``, exact at both ends.
-
-    Args:
-        space: Layout of the flat vectors.
-        start: Weights at ``t = 0``, flat.
-        end: Weights at ``t = 1``, flat.
-        ends: Running statistics at either end, if they are to go along; a variance that is
-            extrapolated below zero is taken as zero.
-    """
-
-    def __init__(
-        self,
-        space: ParameterSpace,
-        start: Tensor,
-        end: Tensor,
-        ends: tuple[Statistics, Statistics] = ((), ()),
-    ) -> None:
-        super().__init__(space, [])
-        self._start, self._end = _local_parts(space, start), _local_parts(space, end)
-        self._ends = ends
-
-    def place(self, point: Sequence[float]) -> None:
-        """Write the weights of a point into the parameters."""
-        torch._foreach_copy_(self._live, self._start)
-        torch._foreach_lerp_(self._live, self._end, point[0])
-
-    def statistics(self, point: Sequence[float]) -> Statistics | None:
-        """Return the statistics between those of the ends, None without any."""
-        between = [
-            (m, torch.lerp(mean, end_mean, point[0]), torch.lerp(var, end_var, point[0]).clamp(0))
-            for (m, mean, var), (_, end_mean, end_var) in zip(*self._ends, strict=True)
-        ]
-        return between or None
-
-    def stack(self, points: Tensor) -> dict[str, Tensor]:
-        """Return the weights of several points, one more dimension in front."""
-        return {
-            name: torch.stack([torch.lerp(a, b, t) for t in points[:, 0].tolist()])
-            for name, a, b in zip(self.space.names, self._start, self._end, strict=True)
-        }
-
-
-class Listed(Offsets):
-    """Given weights, by their number.
-
-    Args:
-        space: Layout of the flat vectors.
-        weights: Flat weights.
-    """
-
-    def __init__(self, space: ParameterSpace, weights: Sequence[Tensor]) -> None:
-        super().__init__(space, [])
-        self._weights = weights
-
-    def place(self, point: Sequence[float]) -> None:
-        """Write weights number ``point[0]`` into the parameters."""
-        chosen = self._weights[int(point[0])].to(self.space.device)
-        torch._foreach_copy_(self._live, _local_parts(self.space, chosen))
-
-
-def _local_parts(space: ParameterSpace, vector: Tensor) -> list[Tensor]:
-    """Return tensors from a flat vector, of each what this process has."""
-    return [local_part(tensor) for tensor in space.unflatten(vector)]
 
 
 @dataclass(frozen=True)
@@ -305,6 +166,11 @@ class _Visit:
     keep: Keep | None
     kept: float = 0.0
 
+    def __post_init__(self) -> None:
+        # Numbers go in and out of these without a tensor each.
+        self._coordinates = self.points.tolist()
+        self._table, self._done = self.table.numpy(), self.done.numpy()
+
     def all(self, mine: Sequence[int], exact: Sequence[int]) -> str:
         """Evaluate points in this order and return how."""
         waiting = list(mine)
@@ -317,6 +183,7 @@ class _Visit:
                 self._one(waiting.pop(0))
                 continue
             chunk = waiting[: batched.size]
+            began = time.perf_counter()
             try:
                 found = batched(self.points[chunk])
             except Exception:
@@ -325,6 +192,7 @@ class _Visit:
                 # Out of memory, say: the loop needs less.
                 batched = None
                 continue
+            batched.learn(len(chunk), time.perf_counter() - began)
             waiting = waiting[len(chunk) :]
             self._book(chunk, found)
         return "loop" if batched is None else "vmap"
@@ -342,12 +210,14 @@ class _Visit:
             return None
         # The points of this measurement count: nothing is evaluated twice, but the chunk
         # that is compared with the loop.
-        trial = waiting[:4]
-        began = time.perf_counter()
+        trial, waits = waiting[:4], []
         for i in trial:
+            began = time.perf_counter()
             self._one(i)
+            waits.append(time.perf_counter() - began)
             waiting.remove(i)
-        alone = (time.perf_counter() - began) / len(trial)
+        # What else the machine does meanwhile only makes it longer.
+        alone = min(waits)
         if alone > LAUNCH_BOUND or self._late():
             return None
         try:
@@ -358,18 +228,19 @@ class _Visit:
             chunk = waiting[: batched.size]
             began = time.perf_counter()
             found = batched(self.points[chunk])
-            together = (time.perf_counter() - began) / len(chunk)
+            together = time.perf_counter() - began
         except Exception:  # noqa: BLE001 - vmap knows not every operation; the loop does
             return None
         self._book(chunk, found)
         del waiting[: len(chunk)]
-        return batched if together < alone else None
+        batched.learn(len(chunk), together)
+        return batched if together < alone * len(chunk) else None
 
     def _one(self, i: int) -> None:
-        point = self.points[i].tolist()
+        point = self._coordinates[i]
         self.family.place(point)
-        self.table[i] = self.evaluate(self.family.statistics(point))
-        self.done[i] = True
+        self._table[i] = self.evaluate.row(self.family.statistics(point))
+        self._done[i] = True
         self._tell(1)
 
     def _book(self, chunk: Sequence[int], found: Tensor) -> None:

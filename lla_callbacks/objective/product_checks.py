@@ -15,8 +15,8 @@ from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.operators import SymmetricOperator
 from lla_callbacks.linalg.probes import generator
+from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.objective import Objective, padding_vectors
-from lla_callbacks.objective.points import Offsets
 from lla_callbacks.objective.self_check import NO_ROOM, Check, untried
 
 # Multiple of eps to which products are symmetric, of the sizes of the vectors. Rounding of a

@@ -17,6 +17,8 @@ from lla_callbacks.objective.sharded import resharded
 from lla_callbacks.objective.state import copier_for, preserved, seed_everything, set_mode
 from lla_callbacks.objective.tensor_copies import differ, plain_parts, separate
 
+# Evaluations that changed attributes, after which no more is hoped for.
+MOST_CHANGES = 3
 # Evaluations after which all tensors are compared, one more than the first.
 LOOKS = 3
 
@@ -31,14 +33,11 @@ def repeatable(
     training: Mapping[nn.Module, bool] | None,
     check_weights: bool = True,
     widen: bool = False,
-) -> Iterator[Callable[[], Copier]]:
-    """Within this context a module can be evaluated many times; yields ``reset()``.
+) -> Iterator[Repetition]:
+    """Within this context a module can be evaluated many times; yields what resets it.
 
-    ``reset()`` puts the random streams, buffers, frozen parameters, attributes and modes
-    back to where they were at the start, so that every evaluation is of the same function, and
-    returns the copier by which batches are to be copied.
-    It touches only what an evaluation changed, where that can be seen: the guard of
-    :func:`~lla_callbacks.objective.state.preserved` is entered once for all evaluations.
+    The guard of :func:`~lla_callbacks.objective.state.preserved` is entered once for all
+    evaluations.
 
     Args:
         module: The module.
@@ -55,23 +54,76 @@ def repeatable(
     ):
         set_mode(module, mode, dropout=dropout, training=training)
         keep_processes_apart(module)
-        attributes = Namespaces(module)
-        tensors = _Tensors(module)
-        template = copier_for(module, refusals=outer.refusals)
+        yield Repetition(module, seed, forget_gathered, outer)
+
+
+class Repetition:
+    """Puts a module back into its starting state, before each evaluation.
+
+    That is the random streams, buffers, frozen parameters, attributes and modes, so that every
+    evaluation is of the same function. Attributes are copied anew, unless they can be seen to be
+    what they were: a pass that wrote nothing leaves nothing to be put back.
+
+    Args:
+        module: The module, inside of its guard and in its mode.
+        seed: Where the random streams start.
+        forget_gathered: Lets parameters in shards be forgotten.
+        outer: The guard's copier.
+    """
+
+    def __init__(
+        self, module: nn.Module, seed: int, forget_gathered: Callable[[], None], outer: Copier
+    ) -> None:
+        self._seed = seed
+        self._forget_gathered = forget_gathered
+        self._attributes = Namespaces(module)
+        self._tensors = _Tensors(module)
+        self._template = copier_for(module, refusals=outer.refusals)
         # A scripted module keeps its mode elsewhere, where no forward pass changes it.
-        modes = [(m.__dict__, m.training) for m in module.modules() if "training" in m.__dict__]
+        self._modes = [
+            (m.__dict__, m.training) for m in module.modules() if "training" in m.__dict__
+        ]
+        # What it takes that an evaluation changed nothing, and how often it did.
+        self._unchanged: Callable[[], bool] | None = None
+        # What attributes were copied by, and nothing else yet.
+        self._copier = self._template
+        self.num_changed = 0
 
-        def reset() -> Copier:
-            forget_gathered()
-            seed_everything(seed)
-            copier = template.again()
-            attributes.put_copies(copier)
-            tensors.reset(copier)
-            for namespace, flag in modes:
-                namespace["training"] = flag
-            return copier
+    def __call__(self, seed: int | None = None) -> Copier:
+        """Reset, and return the copier by which batches are to be copied.
 
-        yield reset
+        Args:
+            seed: Where the random streams start this time.
+        """
+        self._forget_gathered()
+        seed_everything(self._seed if seed is None else seed)
+        if self._unchanged is not None:
+            if self._unchanged():
+                copier = self._copier.again()
+                self._tensors.reset(copier)
+                return copier
+            self._unchanged = None
+            self.num_changed += 1
+        copier = self._template.again()
+        self._attributes.put_copies(copier)
+        self._tensors.reset(copier)
+        for namespace, flag in self._modes:
+            namespace["training"] = flag
+        if self.num_changed < MOST_CHANGES:
+            self._copier = copier.again()
+        return copier
+
+    def watch(self) -> None:
+        """Let what the module is now be its starting state, as long as nothing changes it.
+
+        For use right before an evaluation, after whatever else belongs to its start. A module
+        that its evaluations keep changing is reset in full each time.
+        """
+        if self._unchanged is None and self.num_changed < MOST_CHANGES:
+            plain = self._tensors.plain
+            self._unchanged = self._attributes.watch() if plain else None
+            if self._unchanged is None:
+                self.num_changed = MOST_CHANGES
 
 
 class _Tensors:
@@ -112,7 +164,15 @@ class _Tensors:
                     else:
                         self._parts += [(part, separate(part)) for part in plain_parts(tensor)]
 
+    @property
+    def plain(self) -> bool:
+        """Whether no tensor has attributes of its own, which only copies keep apart."""
+        return all(
+            not attributes.keys() - {ORIGINAL} for _, attributes in self._attributes.values()
+        )
+
     def reset(self, copier: Copier) -> None:
+        """Put everything back."""
         for store, names in self._stores:
             if len(store) > len(names):
                 for name in store.keys() - names:

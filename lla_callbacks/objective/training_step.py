@@ -94,7 +94,7 @@ def mute(module: nn.Module) -> None:
     for m in module.modules():
         # Asked of the class first: a module looks up what it does not have at length.
         if hasattr(type(m), "training_step") or "training_step" in m.__dict__:
-            m.__dict__["log"] = m.__dict__["log_dict"] = _silence
+            m.__dict__.update(MUTES)
 
 
 def check_replayable(module: nn.Module) -> None:
@@ -116,3 +116,7 @@ def check_replayable(module: nn.Module) -> None:
 
 def _silence(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``log`` and ``log_dict``."""
+
+
+# What a muted module has in the place of its own methods.
+MUTES = {"log": _silence, "log_dict": _silence}

@@ -96,12 +96,17 @@ class NoDropout(TorchFunctionMode):
         return substitute(*args, **kwargs)
 
 
-def elementary_normalization() -> AbstractContextManager[object]:
+def elementary_normalization(
+    others: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
+) -> AbstractContextManager[object]:
     """Return the context in which normalization is composed of elementary operations.
 
     Its running statistics are not written, which vmap could not do.
+
+    Args:
+        others: Further functions, and what is called in their places.
     """
-    return _Substitution(_NORMALIZATIONS)
+    return _Substitution({**_NORMALIZATIONS, **(others or {})})
 
 
 def eager() -> AbstractContextManager[object]:

@@ -17,9 +17,10 @@ from lla_callbacks.linalg.space import whole
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.counting import about
 from lla_callbacks.objective.evaluation import Evaluator, Statistics, evaluating
+from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.objective import Objective, padding_vectors
-from lla_callbacks.objective.points import Offsets, space_of
+from lla_callbacks.objective.points import space_of
 from lla_callbacks.objective.precision import in_double
 from lla_callbacks.objective.self_check import NO_ROOM, Check, SelfCheck, untried
 from lla_callbacks.objective.sharded import is_sharded

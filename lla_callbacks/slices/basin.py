@@ -14,9 +14,10 @@ from torch import Tensor
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none, fail_together
 from lla_callbacks.objective.evaluation import Evaluator
+from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.grid import gathered
 from lla_callbacks.objective.objective import Objective
-from lla_callbacks.objective.points import Offsets, PointSettings, moving, space_of
+from lla_callbacks.objective.points import PointSettings, moving, space_of
 from lla_callbacks.slices.directions import Normalization, Vectors
 from lla_callbacks.slices.filters import Filters
 from lla_callbacks.slices.slices import SliceFacts, facts_of

@@ -14,9 +14,10 @@ from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Alone, Share, fail_together
 from lla_callbacks.objective.engines import with_hessian
+from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.grid import coarse_to_fine, gathered
 from lla_callbacks.objective.objective import Objective
-from lla_callbacks.objective.points import Offsets, space_of
+from lla_callbacks.objective.points import space_of
 from lla_callbacks.slices.directions import Direction
 from lla_callbacks.slices.slices import SliceFacts, facts_of
 

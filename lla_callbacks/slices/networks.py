@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.families import Listed
 from lla_callbacks.objective.networks import Networks, networks_of
 from lla_callbacks.objective.objective import Objective, trainable
-from lla_callbacks.objective.points import Listed, PointSettings, evaluate_points, space_of
+from lla_callbacks.objective.points import PointSettings, evaluate_points, space_of
 from lla_callbacks.objective.state import Snapshot, weights_at
 from lla_callbacks.slices.directions import Direction
 

@@ -12,18 +12,10 @@ from torch import Tensor
 
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.objective.evaluation import Statistics
+from lla_callbacks.objective.families import Family, Listed, Offsets, Segment
 from lla_callbacks.objective.grid import Keep, coarse_to_fine
 from lla_callbacks.objective.objective import Objective
-from lla_callbacks.objective.points import (
-    Family,
-    Listed,
-    Offsets,
-    PointSettings,
-    Segment,
-    Values,
-    evaluate_points,
-    space_of,
-)
+from lla_callbacks.objective.points import PointSettings, Values, evaluate_points, space_of
 from lla_callbacks.slices.directions import Direction, cosine
 from lla_callbacks.slices.networks import Marks
 from lla_callbacks.slices.trajectory import Path

@@ -1,0 +1,202 @@
+"""Weights that depend on a few coordinates: along directions, between two ends, or listed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lla_callbacks.linalg.space import ParameterSpace, local_part
+from lla_callbacks.objective.evaluation import Statistics
+
+# Bytes that the weights at the present row of a plane may take, kept for the whole row.
+ROW_BYTES = 256 * 2**20
+
+
+class Family(Protocol):
+    """Weights that depend on a few coordinates."""
+
+    space: ParameterSpace
+
+    def place(self, point: Sequence[float]) -> None:
+        """Write the weights of a point into the parameters."""
+
+    def stack(self, points: Tensor) -> dict[str, Tensor]:
+        """Return the weights of several points, one more dimension in front.
+
+        Those that are left out stand where they are.
+        """
+
+    def statistics(self, point: Sequence[float]) -> Statistics | None:
+        """Return the running statistics that belong to a point; None: the module's own."""
+
+    def restore(self) -> None:
+        """Write the weights back that were there at first, to the bit."""
+
+
+class Offsets:
+    """``weights + sum_k c_k direction_k``: always from the saved weights, never by increments.
+
+    Points of one row share all coordinates but the last, and the weights at the row's start are
+    kept: each point is then one addition, with the roundings of all of them in turn.
+
+    Args:
+        space: Layout of the flat vectors; its tensors are the live parameters.
+        directions: Flat vectors.
+    """
+
+    def __init__(self, space: ParameterSpace, directions: Sequence[Tensor]) -> None:
+        self.space = space
+        # What this process has of each: torch moves no distributed tensors beside others.
+        # Through .data: a graph that the user still holds does not see a new version.
+        self._live = [local_part(tensor).data for tensor in space.tensors]
+        self._saved = [live.clone() for live in self._live]
+        self._in_turn = any(live.device.type != "cpu" for live in self._live)
+        self.turn(directions)
+
+    def turn(self, directions: Sequence[Tensor]) -> None:
+        """Take other directions."""
+        space = self.space
+        self._parts = [local_parts(space, vector) for vector in directions]
+        # Tensors in which a direction is zero need not be touched.
+        self._moves = [
+            [i for i, part in enumerate(parts) if bool(part.any())] for parts in self._parts
+        ]
+        last = set(self._moves[-1]) if self._moves else set()
+        self._rest = [i for i in range(len(self._live)) if i not in last]
+        # Coordinates of the present row, and the weights at its start, those that it moves.
+        self._row: tuple[float, ...] | None = None
+        self._start = list(self._saved)
+        self._own: dict[int, Tensor] = {}
+
+    def place(self, point: Sequence[float]) -> None:
+        """Write the weights of a point into the parameters."""
+        if self._in_turn or not self._moves:
+            self._place_in_turn(point)
+            return
+        row, c = tuple(point[:-1]), point[-1]
+        if row != self._row and not self._begin(row):
+            self._place_in_turn(point)
+            return
+        parts, start, live = self._parts[-1], self._start, self._live
+        moves = self._moves[-1] if c != 0.0 else ()
+        for i in moves:
+            torch.add(start[i], parts[i], alpha=c, out=live[i])
+        for i in self._rest if moves else range(len(live)):
+            live[i].copy_(start[i])
+
+    def _place_in_turn(self, point: Sequence[float]) -> None:
+        """Place a point by few and large operations, of which a device has one launch each."""
+        torch._foreach_copy_(self._live, self._saved)
+        for c, parts, moves in zip(point, self._parts, self._moves, strict=True):
+            if c != 0.0 and moves:
+                torch._foreach_add_(
+                    [self._live[i] for i in moves], [parts[i] for i in moves], alpha=c
+                )
+
+    def _begin(self, row: tuple[float, ...]) -> bool:
+        """Let the start be that of another row; return whether there is room for it."""
+        self._row = None
+        wanted = {i for moves in self._moves[:-1] for i in moves}
+        if wanted - self._own.keys():
+            size = sum(self._saved[i].numel() * self._saved[i].element_size() for i in wanted)
+            if size > ROW_BYTES:
+                return False
+            self._own = {i: torch.empty_like(self._saved[i]) for i in wanted}
+        self._start = list(self._saved)
+        for c, parts, moves in zip(row, self._parts, self._moves, strict=False):
+            for i in moves if c != 0.0 else ():
+                torch.add(self._start[i], parts[i], alpha=c, out=self._own[i])
+                self._start[i] = self._own[i]
+        self._row = row
+        return True
+
+    def stack(self, points: Tensor) -> dict[str, Tensor]:
+        """Return the weights of several points that move, one more dimension in front."""
+        moved = sorted({i for moves in self._moves for i in moves}) or [0]
+        stacked = {}
+        for i in moved:
+            value = self._saved[i].flatten()[None]
+            for k, parts in enumerate(self._parts):
+                if i in self._moves[k]:
+                    c = points[:, k, None].to(value.device, value.dtype)
+                    value = torch.addcmul(value, c, parts[i].flatten()[None])
+            value = value.expand(len(points), -1)
+            stacked[self.space.names[i]] = value.reshape(-1, *self._saved[i].shape)
+        return stacked
+
+    def statistics(self, point: Sequence[float]) -> Statistics | None:
+        """Return None: the module's own running statistics."""
+        return None
+
+    def restore(self) -> None:
+        """Write the weights back that were there at first, to the bit."""
+        torch._foreach_copy_(self._live, self._saved)
+
+
+class Segment(Offsets):
+    """``(1 - t) start + t end``, exact at both ends.
+
+    Args:
+        space: Layout of the flat vectors.
+        start: Weights at ``t = 0``, flat.
+        end: Weights at ``t = 1``, flat.
+        ends: Running statistics at either end, if they are to go along; a variance that is
+            extrapolated below zero is taken as zero.
+    """
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        start: Tensor,
+        end: Tensor,
+        ends: tuple[Statistics, Statistics] = ((), ()),
+    ) -> None:
+        super().__init__(space, [])
+        self._start, self._end = local_parts(space, start), local_parts(space, end)
+        self._ends = ends
+
+    def place(self, point: Sequence[float]) -> None:
+        """Write the weights of a point into the parameters."""
+        torch._foreach_copy_(self._live, self._start)
+        torch._foreach_lerp_(self._live, self._end, point[0])
+
+    def statistics(self, point: Sequence[float]) -> Statistics | None:
+        """Return the statistics between those of the ends, None without any."""
+        between = [
+            (m, torch.lerp(mean, end_mean, point[0]), torch.lerp(var, end_var, point[0]).clamp(0))
+            for (m, mean, var), (_, end_mean, end_var) in zip(*self._ends, strict=True)
+        ]
+        return between or None
+
+    def stack(self, points: Tensor) -> dict[str, Tensor]:
+        """Return the weights of several points, one more dimension in front."""
+        return {
+            name: torch.stack([torch.lerp(a, b, t) for t in points[:, 0].tolist()])
+            for name, a, b in zip(self.space.names, self._start, self._end, strict=True)
+        }
+
+
+class Listed(Offsets):
+    """Given weights, by their number.
+
+    Args:
+        space: Layout of the flat vectors.
+        weights: Flat weights.
+    """
+
+    def __init__(self, space: ParameterSpace, weights: Sequence[Tensor]) -> None:
+        super().__init__(space, [])
+        self._weights = weights
+
+    def place(self, point: Sequence[float]) -> None:
+        """Write weights number ``point[0]`` into the parameters."""
+        chosen = self._weights[int(point[0])].to(self.space.device)
+        torch._foreach_copy_(self._live, local_parts(self.space, chosen))
+
+
+def local_parts(space: ParameterSpace, vector: Tensor) -> list[Tensor]:
+    """Return tensors from a flat vector, of each what this process has."""
+    return [local_part(tensor) for tensor in space.unflatten(vector)]

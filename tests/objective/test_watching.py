@@ -1,0 +1,207 @@
+"""Skipping what puts a module back: where a pass wrote nothing, and nowhere else."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lla_callbacks.objective.evaluation import evaluating
+from lla_callbacks.objective.families import Offsets
+from lla_callbacks.objective.namespaces import Namespaces
+from lla_callbacks.objective.objective import Objective
+from lla_callbacks.objective.points import space_of
+from lla_callbacks.objective.repetition import MOST_CHANGES
+from lla_callbacks.objective.watching import MOST_ENTRIES
+
+BATCH = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """A linear network, and a place for what a step writes."""
+
+    total = 0
+    seen: ClassVar[list[int]] = []
+
+    def __init__(self, step: Callable[[Any], Any] = lambda net: 0.0) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 1, dtype=torch.float64)
+        self.step = step
+        self.count = 0
+        self.flags = [False, False]
+        self.table = {"a": [1, 2], "b": deque([3], maxlen=2)}
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+        self.frozen = nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)
+
+
+def loss(net: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    found: Tensor = (net.inner(batch[0]) - batch[1]).square().mean() + net.step(net)
+    return found
+
+
+def written(net: Any, name: str, value: Any) -> Any:
+    old = getattr(net, name)
+    setattr(net, name, value(old))
+    return old
+
+
+def flagged(net: Any) -> float:
+    net.flags[0] = not net.flags[0]
+    return float(net.flags[0])
+
+
+def counted_on_the_class(net: Any) -> float:
+    Net.total += 1
+    return float(Net.total)
+
+
+def listed_on_the_class(net: Any) -> float:
+    Net.seen.append(1)
+    return float(len(Net.seen))
+
+
+def counted_below(net: Any) -> float:
+    net.inner.scale = getattr(net.inner, "scale", 0.0) + 1.0
+    return net.inner.scale  # type: ignore[no-any-return]
+
+
+def drawn(net: Any) -> Tensor:
+    return torch.rand((), dtype=torch.float64) + np.random.rand()
+
+
+def buffered(net: Any) -> Tensor:
+    net.calls += 1
+    return net.calls  # type: ignore[no-any-return]
+
+
+def buffered_unseen(net: Any) -> Tensor:
+    net.calls.data += 1
+    return net.calls.clone()  # type: ignore[no-any-return]
+
+
+def replaced(net: Any) -> Tensor:
+    net.frozen = nn.Parameter(net.frozen + 1, requires_grad=False)
+    return net.frozen  # type: ignore[no-any-return]
+
+
+def hooked(net: Any) -> float:
+    net.inner.register_forward_hook(lambda m, a, out: out + 1)
+    return float(len(net.inner._forward_hooks))
+
+
+def late(net: Any) -> float:
+    """Writes from the fourth pass on, as far as it can count passes."""
+    Holder.passes += 1
+    before = net.count
+    if Holder.passes > 3:
+        net.count += 1
+    return float(before)
+
+
+class Holder:
+    passes = 0
+
+
+STEPS: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda net: 0.0,
+    "number": lambda net: written(net, "count", lambda n: n + 1),
+    "array": lambda net: float(np.sum(written(net, "count", lambda n: np.ones(2) + n))),
+    "tensor": lambda net: float(written(net, "count", lambda n: torch.ones(2) + n) != 0),
+    "list": flagged,
+    "nested": lambda net: net.table["a"].append(1) or float(len(net.table["a"])),
+    "deque": lambda net: net.table["b"].append(4) or float(sum(net.table["b"])),
+    "class": counted_on_the_class,
+    "list of a class": listed_on_the_class,
+    "submodule": counted_below,
+    "random": drawn,
+    "buffer": buffered,
+    "buffer below autograd": buffered_unseen,
+    "frozen": lambda net: float(net.frozen.data.add_(1.0)),
+    "frozen parameter": replaced,
+    "hook": hooked,
+    "mode": lambda net: written(net, "training", lambda on: not on) * 1.0,
+    "late": late,
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_that_writes_is_the_same_at_every_pass_as_from_its_start(name: str) -> None:
+    net = Net(STEPS[name])
+    objective = Objective(net, [BATCH, BATCH], loss, mode="eval")
+    Holder.passes = 0
+    before = {k: str(v) for k, v in vars(net).items()}
+    family = Offsets(space_of(objective), [torch.ones(3, dtype=torch.float64)])
+    with evaluating(objective) as evaluate:
+        values = []
+        for alpha in (0.0, 1.0, 0.0, 1.0, 0.0):
+            family.place([alpha])
+            values.append(evaluate.row()[0])
+        family.restore()
+    assert values[0] == values[2] == values[4]
+    assert values[1] == values[3]
+    assert values[0] == objective()
+    assert {k: str(v) for k, v in vars(net).items()} == before
+    assert (Net.total, Net.seen) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "skips"),
+    [("nothing", True), ("buffer", True), ("frozen", True), ("list", False), ("number", False),
+     ("class", False), ("hook", False)],
+)  # fmt: skip
+def test_what_puts_a_module_back_is_skipped_only_where_nothing_was_written(
+    name: str, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    put = Namespaces.put_copies
+
+    def counted(self: Namespaces, copier: Any) -> None:
+        calls.append(None)
+        put(self, copier)
+
+    objective = Objective(Net(STEPS[name]), [BATCH], loss, mode="eval")
+    with evaluating(objective) as evaluate:
+        monkeypatch.setattr(Namespaces, "put_copies", counted)
+        for _ in range(9):
+            evaluate.row()
+    # The first pass always is; after a few that wrote, nothing more is hoped for.
+    assert len(calls) == (1 if skips else 9)
+    assert evaluate._reset.num_changed == (0 if skips else MOST_CHANGES)
+
+
+@pytest.mark.parametrize(
+    "attribute", [object(), [object()], torch.zeros(2), [1] * (MOST_ENTRIES + 1), np.zeros(2)]
+)
+def test_attributes_that_may_change_inside_are_copied_each_time(
+    attribute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = Net()
+    net.extra = attribute
+    objective = Objective(net, [BATCH], loss, mode="eval")
+    with evaluating(objective) as evaluate:
+        evaluate.row()
+        evaluate.row()
+        assert evaluate._reset._unchanged is None
+
+
+@pytest.mark.parametrize("make", [tuple, list, lambda pair: {"x": pair[0], "y": pair[1]}])
+def test_a_batch_that_a_step_writes_into_is_whole_at_every_pass(make: Any) -> None:
+    def writes(net: Any, batch: Any) -> Tensor:
+        x, y = batch.values() if isinstance(batch, dict) else batch
+        found: Tensor = (net.inner(x) - y).square().mean()
+        x.add_(1.0)
+        y.data.add_(1.0)
+        if isinstance(batch, list):
+            batch.clear()
+        if isinstance(batch, dict):
+            batch.pop("x")
+        return found
+
+    objective = Objective(Net(), [make(BATCH)], writes, mode="eval")
+    with evaluating(objective) as evaluate:
+        assert len({evaluate.row()[0] for _ in range(5)}) == 1

@@ -50,6 +50,7 @@ OF_LIGHTNING = {
 }
 # Private members of other libraries, which no rule forbids.
 OF_TORCH = {
+    "_add_batch_dim",
     "_backward_hooks",
     "_C",
     "_backward_pre_hooks",
@@ -63,6 +64,7 @@ OF_TORCH = {
     "_foreach_lerp_",
     "_lazy_clone",
     "_foreach_mul_",
+    "_functorch",
     "_input_metadata",
     "_parameters",
     "_post_accumulate_grad_hooks",

@@ -6,6 +6,7 @@ from lla_callbacks.callbacks.fast_geometric_ensembling import FastGeometricEnsem
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
 from lla_callbacks.callbacks.mode_connection import ModeConnection
+from lla_callbacks.callbacks.monitor import Monitor
 from lla_callbacks.callbacks.poisoned_loss import PoisonedLoss
 from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
 from lla_callbacks.curves.curve import Curve
@@ -13,6 +14,7 @@ from lla_callbacks.curves.functions import barrier, connect, loss_curve
 from lla_callbacks.curves.report import Barriers, LossCurve
 from lla_callbacks.hessian.functions import measure_hessian
 from lla_callbacks.hessian.operator import CurvatureOperator, hessian_operator
+from lla_callbacks.hessian.quantity import Spectrum
 from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.minima.functions import (
@@ -22,10 +24,14 @@ from lla_callbacks.minima.functions import (
     relax,
 )
 from lla_callbacks.minima.results import BasinComparison, MinimaMap, Relaxation, ShiftReport
+from lla_callbacks.objective.moment import Moment
 from lla_callbacks.penalty.reversed import reversed_binary_cross_entropy, reversed_cross_entropy
 from lla_callbacks.report.compare import compare
+from lla_callbacks.report.quantity import Quantity
+from lla_callbacks.report.result import Result
 from lla_callbacks.slices.basin_functions import basin_radii, convexity_map
 from lla_callbacks.slices.functions import loss_line, loss_plane
+from lla_callbacks.slices.quantity import Slices
 from lla_callbacks.slices.report import LandscapeReport
 from lla_callbacks.slices.results import BasinRadii, ConvexityMap, LossLine, LossPlane
 from lla_callbacks.slices.segment_functions import interpolate
@@ -51,9 +57,15 @@ __all__ = [
     "MeasurementError",
     "MinimaMap",
     "ModeConnection",
+    "Moment",
+    "Monitor",
     "PoisonedLoss",
+    "Quantity",
     "Relaxation",
+    "Result",
     "ShiftReport",
+    "Slices",
+    "Spectrum",
     "__version__",
     "aligned",
     "barrier",

@@ -24,6 +24,8 @@ from lla_callbacks import (
     HessianTraceRegularizer,
     LossLandscapeMonitor,
     MeasurementError,
+    Monitor,
+    Spectrum,
     basin_radii,
     convexity_map,
     economy,
@@ -127,6 +129,7 @@ ACCEPTED: dict[str, set[str]] = {
     "save_batches": FLAGS,
     "custom_scalars": FLAGS,
     "name": {"text", "number as text"},
+    "quantities": set(),
     "planes": {"list"},
     "lines": {"list"},
     "metrics": {"None", "dict"},
@@ -191,7 +194,8 @@ PARTICULAR: dict[tuple[str, str], set[str]] = {
     # Sizes that a monitor chooses by itself, and a rim that no loss is known for yet.
     **{
         (name, argument): ACCEPTED[argument] | {"None"}
-        for name in ("HessianMonitor", "LossLandscapeMonitor", "economy", "standard", "paper")
+        for name in ("Monitor", "HessianMonitor", "LossLandscapeMonitor", "economy", "standard",
+                     "paper")
         for argument in ("num_samples", "num_steps", "num_probes", "planes", "lines",
                          "plane_points", "line_points")
     },
@@ -221,6 +225,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "basin_radii": (basin_radii, {"num_rays": 1, "rtol": 0.5}),
 }
 CONSTRUCTORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "Monitor": (Monitor, {"quantities": [Spectrum()]}),
     "HessianMonitor": (HessianMonitor, {}),
     "LossLandscapeMonitor": (LossLandscapeMonitor, {}),
     "HessianTraceRegularizer": (HessianTraceRegularizer, {"strength": 1e-3}),

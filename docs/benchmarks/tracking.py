@@ -70,13 +70,13 @@ class Timed(HessianMonitor):
         self.cold = cold
         self.costs: list[float] = []
 
-    def _fire(self, trainer: Any, module: Any, moment: Any = None, *rest: Any, **more: Any) -> Any:
-        light = moment is not None and moment.light
+    def _fire(self, trainer: Any, module: Any, moment: Any) -> Any:
+        light = moment.light
         if light and self.cold:
-            self._tracker = TrackerState()
+            self.spectrum.tracker = TrackerState()
         began = time.process_time()
         try:
-            return super()._fire(trainer, module, moment, *rest, **more)
+            return super()._fire(trainer, module, moment)
         finally:
             seconds = time.process_time() - began
             Timed.measuring += seconds

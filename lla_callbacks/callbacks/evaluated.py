@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from lla_callbacks.callbacks.compat import Callback, is_barebones, step_of
 from lla_callbacks.callbacks.held_batches import HeldBatches
 from lla_callbacks.objective.memory import Findings
+from lla_callbacks.objective.moment import Moment
 
 if TYPE_CHECKING:
-    from lla_callbacks.callbacks.processes import Processes
     from lla_callbacks.callbacks.sink import Sink
+    from lla_callbacks.callbacks.subject import Subject
 
 
 class EvaluatedToo(Callback):
@@ -23,18 +24,15 @@ class EvaluatedToo(Callback):
     _parts: Sequence[HeldBatches] = ()
 
     if TYPE_CHECKING:
-        name: str
-        report: Any
-        dataloader: Any
+        subject: Subject
         sink: Sink
-        _held: HeldBatches
-        _processes: Processes
+        name: str
         _begin: Callable[[Any], None]
         _check_module: Callable[[Any, Any], None]
-        _hold_loader: Callable[[Any, Any], None]
-        _all_hold: Callable[[], bool]
         _forget: Callable[[], None]
         _fire: Callable[..., dict[str, float]]
+        _last: Callable[[], Any]
+        _names: Callable[[], list[str]]
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to hold batches."""
@@ -69,49 +67,50 @@ class EvaluatedToo(Callback):
             self._check_module(trainer, module)
             self._begin(trainer)
             self.evaluated, self._parts = [], []
-            if self.dataloader is not None:
-                self._hold_loader(trainer, module)
+            if self.subject.settings.dataloader is not None:
+                self.subject.hold_loader(trainer, module)
             elif (count := _num_loaders(trainer, function)) > 1:
                 # A mixture of several sets would be of none of them.
-                number, size = self._held.num_samples, self._held.batch_size
+                number, size = self.subject.held.num_samples, self.subject.held.batch_size
                 self._parts = [HeldBatches(number, size) for _ in range(count)]
 
     def _hold_evaluation(
         self, trainer: Any, batch: Any, function: str, dataloader_idx: int
     ) -> None:
-        if _runs(trainer, function) and self.dataloader is None:
-            held = self._parts[dataloader_idx] if self._parts else self._held
+        if _runs(trainer, function) and self.subject.settings.dataloader is None:
+            held = self._parts[dataloader_idx] if self._parts else self.subject.held
             if not held.complete:
                 self.sink.guarded("holding a batch", held.add, batch)
 
     def _finish_evaluation(self, trainer: Any, module: Any, function: str) -> None:
         if not _runs(trainer, function):
             return
-        parts, self._parts = self._parts or [self._held], []
+        parts, self._parts = self._parts or [self.subject.held], []
         for k, held in enumerate(parts):
-            if self._processes.all(bool(held.batches)):
+            if self.subject.processes.all(bool(held.batches)):
                 # As Lightning names what several loaders log.
                 part = f"/dataloader_idx_{k}" if len(parts) > 1 else ""
-                self._held = held
+                self.subject.held = held
                 self._evaluate_part(trainer, module, function, part)
         self._forget()
 
     def _evaluate_part(self, trainer: Any, module: Any, function: str, part: str) -> None:
         """Measure on the batches that are held, and hand on what was found."""
-        self._held.complete = True
-        self._all_hold()
+        self.subject.held.complete = True
+        self.subject.all_hold(None)
         # Of other batches.
-        self._findings = Findings()
-        self.sink.name = f"{self.name}{part}"
+        self.subject.findings = Findings()
+        self.sink.part = part
         try:
-            values = self._fire(trainer, module, function=function)
+            values = self._fire(trainer, module, Moment(step_of(trainer), function))
         finally:
-            self.sink.name = self.name
+            self.sink.part = ""
         if values:
-            self.evaluated = [*self.evaluated, self.report]
+            self.evaluated = [*self.evaluated, self._last()]
         # The loop hands what matters most to the loggers, prints and returns it.
-        main = {f"{t}{part}": v for t, v in values.items() if t.startswith(f"{self.name}/")}
-        shared = self._processes.size > 1
+        first = tuple(f"{name}/" for name in self._names())
+        main = {f"{t}{part}": v for t, v in values.items() if t.startswith(first)}
+        shared = self.subject.processes.size > 1
         module.log_dict(main, batch_size=1, sync_dist=shared, add_dataloader_idx=False)
         rest = {f"{t}{part}": v for t, v in values.items() if f"{t}{part}" not in main}
         self.sink.scalars(trainer, rest, step_of(trainer))

@@ -10,7 +10,7 @@ from lla_callbacks.callbacks.telling import rank_zero_warn
 from lla_callbacks.report.cost import steps_of
 
 if TYPE_CHECKING:
-    from lla_callbacks.callbacks.monitor import Monitor
+    from lla_callbacks.callbacks.timing import Timing
 
 # What was said beforehand and what was seen: beyond this factor there is a warning.
 FAR = 2.0
@@ -18,31 +18,36 @@ FAR = 2.0
 FELT = 30.0
 
 
-def cost_of(monitor: Monitor, trainer: Any, steps: float) -> str:
+def cost_of(timing: Timing, trainer: Any, steps: float) -> str:
     """Return what a schedule of the user's own will cost.
 
     Args:
-        monitor: The monitor.
+        timing: That of the monitor.
         trainer: Its Trainer.
         steps: What one measurement takes, in training steps.
     """
-    words = f"a measurement takes {steps_of(steps)} (batches of {monitor.batch_samples})"
+    words = f"a measurement takes {steps_of(steps)} (batches of {timing.batch_samples})"
     added = []
-    every = monitor.schedule.every_n_train_steps
+    every = timing.schedule.every_n_train_steps
     accumulate = getattr(trainer, "accumulate_grad_batches", 1) or 1
     if every is not None:
         many = "step" if every == 1 else f"{every} steps"
         added.append(f"every {many} adds about {_percent(steps / (every * accumulate))}")
-    epochs, batches = monitor.schedule.every_n_epochs, trainer.num_training_batches
+    epochs, batches = timing.schedule.every_n_epochs, trainer.num_training_batches
     if epochs is not None and 0 < batches < math.inf:
         many = "epoch" if epochs == 1 else f"{epochs} epochs"
         added.append(f"every {many} adds about {_percent(steps / (epochs * batches))}")
     return "; ".join([words, *added]) + " to training. max_overhead=0.05 would keep it to 5 %."
 
 
-def plan_of(monitor: Monitor) -> str:
-    """Return what a monitor with a limit will do, and what that will cost."""
-    choice, account = monitor.pace.choice, monitor.account
+def plan_of(timing: Timing, full: float) -> str:
+    """Return what a monitor with a limit will do, and what that will cost.
+
+    Args:
+        timing: That of the monitor.
+        full: Gradients of single samples that a measurement of the default size takes.
+    """
+    choice, account = timing.pace.choice, timing.account
     assert choice is not None
     steps = choice.cost / account.seconds_a_batch if account.seconds_a_batch > 0 else math.nan
     times = (
@@ -50,54 +55,54 @@ def plan_of(monitor: Monitor) -> str:
     )
     if math.isnan(account.fraction):
         times = "measurements, as the run grows,"
-    if monitor.schedule.is_given:
+    if timing.schedule.is_given:
         times = "measurements as scheduled, as far as there is room,"
     words = f"{times} on {choice.words}, each {steps_of(steps)}"
     if not choice.fits:
         return (
             f"{words}: the least there is, and more than the limit of "
-            f"{_percent(account.limit)} of this run. {_remedy(monitor)}"
+            f"{_percent(account.limit)} of this run. {_remedy(timing, full)}"
         )
     return f"{words} (limit {_percent(account.limit)} of training time, for all monitors)."
 
 
-def too_short(monitor: Monitor) -> str:
+def too_short(timing: Timing, full: float) -> str:
     """Return what happens at the end of a run that was over before it could be planned."""
-    choice = monitor.pace.choice
+    choice = timing.pace.choice
     assert choice is not None
     return (
         f"the run was too short to plan for; its end is measured on {choice.words}. "
-        f"{_remedy(monitor)}"
+        f"{_remedy(timing, full)}"
     )
 
 
-def balance_of(monitor: Monitor) -> str:
+def balance_of(timing: Timing) -> str:
     """Return what was measured in a run, how often, at which size, and what it cost."""
-    account, name = monitor.account, monitor.name
+    account, name = timing.account, timing.name
     seconds = account.spent.get(name, 0.0) + account.asked.get(name, 0.0)
     training = account.training
-    times = "1 measurement" if monitor.count == 1 else f"{monitor.count} measurements"
-    choice = monitor.pace.choice
+    times = "1 measurement" if timing.count == 1 else f"{timing.count} measurements"
+    choice = timing.pace.choice
     size = f" on {choice.words}" if choice is not None else ""
     words = f"{times}{size} took {seconds:.2g} s"
     if training > 0:
         words += f", {_percent(seconds / training)} of training"
         if len(account.members) > 1:
             words += f"; all monitors {_percent(account.total / training)}"
-    if monitor.is_bounded:
+    if timing.is_bounded:
         words += f" (limit {_percent(account.limit)})"
-    return f"{type(monitor).__name__}: {words}."
+    return f"{timing.owner}: {words}."
 
 
-def tell_if_far(monitor: Monitor, trainer: Any, seconds: float, foretold: float) -> None:
+def tell_if_far(timing: Timing, trainer: Any, seconds: float, foretold: float) -> None:
     """Tell where a measurement takes far more or less than was said beforehand; warn if more."""
     if not (foretold > 0 and max(seconds, foretold) > FELT):
         return
     if foretold / FAR <= seconds <= foretold * FAR:
         return
-    steps = seconds / monitor.account.seconds_a_batch
+    steps = seconds / timing.account.seconds_a_batch
     words = (
-        f"{type(monitor).__name__}: a measurement took {seconds:.1f} s, {steps_of(steps)}, where "
+        f"{timing.owner}: a measurement took {seconds:.1f} s, {steps_of(steps)}, where "
         f"{foretold:.1f} s were foretold."
     )
     if seconds < foretold:
@@ -109,8 +114,8 @@ def tell_if_far(monitor: Monitor, trainer: Any, seconds: float, foretold: float)
     )
 
 
-def _remedy(monitor: Monitor) -> str:
-    steps = monitor.full_gradients * monitor.num_samples / max(1, monitor.batch_samples)
+def _remedy(timing: Timing, full: float) -> str:
+    steps = full / max(1, timing.batch_samples)
     return (
         f"A full one takes {steps_of(steps)}: raise max_overhead, or give every_n_epochs=1, which "
         "has no limit."

@@ -1,10 +1,16 @@
-"""The settings that all monitors share, each checked and named as the user gave it."""
+"""The settings that all monitors share, in groups: each written, checked and explained once here.
+
+The constructors take them as flat keyword arguments. ``tests/callbacks/test_signatures.py`` holds
+names, defaults and words of every constructor to those of the groups.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+from lla_callbacks.callbacks.schedule import Schedule
 from lla_callbacks.objective.checks import (
     batches_of,
     check_loss,
@@ -12,39 +18,181 @@ from lla_callbacks.objective.checks import (
     number,
     one_of,
     seed_of,
+    settle,
     tag_of,
     whole,
 )
-from lla_callbacks.objective.counting import batch_size_of
-from lla_callbacks.objective.objective import check_engine, check_mode
-from lla_callbacks.objective.precision import check_precision
+from lla_callbacks.objective.counting import BatchSize, batch_size_of
+from lla_callbacks.objective.loss import Loss
+from lla_callbacks.objective.objective import Engine, Mode, check_engine, check_mode
+from lla_callbacks.objective.precision import Precision, check_precision
 from lla_callbacks.objective.self_check import Jacobian
 
+# Held where the user gave no number: by 256 the largest eigenvalue of a batch of them is within
+# some 20 % of that of the whole data (docs/benchmarks/sizes.md).
+NUM_SAMPLES = 256
 _SHARE = "a positive share of training time, such as 0.05 for 5 %, at most 1, or None"
 
 
-def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a monitor's settings as plain Python values.
+@dataclass(frozen=True)
+class When:
+    """When is measured.
 
-    Raises:
-        ValueError: Naming the first setting that is not allowed, what was given, what is allowed.
+    Attributes:
+        every_n_epochs: Measure at the end of every n-th training epoch.
+        every_n_train_steps: Measure every n optimizer steps.
+        max_overhead: Share of training time, such as 0.05, that all monitors of the Trainer may
+            take together, first and last measurement included. ``None``: 0.05 (choice: what is
+            less is not felt) if no schedule is given, no limit if one is, so that an explicit
+            schedule is kept.
     """
-    found = dict(settings)
-    for name in ("dropout", "check", "figures", "save_arrays", "save_batches", "custom_scalars"):
-        found[name] = flag(name, found[name])
-    found["num_samples"] = whole("num_samples", found["num_samples"], 1)
-    for name, unit in {"microbatch_size": "", "max_memory": " byte"}.items():
-        found[name] = whole(name, found[name], 1, none=True, other=f"{unit}, or None")
-    check_engine(found["engine"])
-    check_precision(found["precision"])
-    check_mode(found["mode"], found["dropout"])
-    check_loss(found["loss"])
-    one_of("jacobian", found["jacobian"], Jacobian)
-    found["max_overhead"] = number(
-        "max_overhead", found["max_overhead"], _SHARE, above=0, most=1, none=True
-    )
-    found["seed"] = seed_of("seed", found["seed"])
-    found["batch_size"] = batch_size_of("batch_size", found["batch_size"])
-    batches_of("dataloader", found["dataloader"], none=True)
-    tag_of("name", found["name"])
-    return found
+
+    every_n_epochs: int | None = None
+    every_n_train_steps: int | None = None
+    max_overhead: float | None = None
+
+    def __post_init__(self) -> None:
+        found = number("max_overhead", self.max_overhead, _SHARE, above=0, most=1, none=True)
+        settle(self, max_overhead=found)
+        for name, value in vars(self.schedule).items():
+            settle(self, **{name: value})
+
+    @property
+    def schedule(self) -> Schedule:
+        """The user's own schedule."""
+        return Schedule(self.every_n_train_steps, self.every_n_epochs)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a limit holds: one that was given, or the default where no schedule was."""
+        return self.max_overhead is not None or not self.schedule.is_given
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is held and measured on.
+
+    Attributes:
+        num_samples: Hold the first training batches until they have this many samples.
+        mode: Normalization mode.
+        dropout: Whether dropout stays on.
+        loss: ``loss(module, batch)``; ``None`` replays ``training_step``.
+        dataloader: Batches to measure on instead of the first training batches.
+        seed: Fixes whatever is random.
+        save_batches: Whether checkpoints hold the held batches.
+        batch_size: How many samples a batch has, where it does not tell.
+    """
+
+    num_samples: int | None = None
+    mode: Mode = "batch"
+    dropout: bool = False
+    loss: Loss | None = None
+    dataloader: Any = None
+    seed: int = 0
+    save_batches: bool = True
+    batch_size: BatchSize = None
+
+    def __post_init__(self) -> None:
+        samples = NUM_SAMPLES if self.num_samples is None else self.num_samples
+        samples = whole("num_samples", samples, 1)
+        settle(
+            self,
+            num_samples=None if self.num_samples is None else samples,
+            dropout=flag("dropout", self.dropout),
+            save_batches=flag("save_batches", self.save_batches),
+            seed=seed_of("seed", self.seed),
+            batch_size=batch_size_of("batch_size", self.batch_size),
+        )
+        check_mode(self.mode, self.dropout)
+        check_loss(self.loss)
+        batches_of("dataloader", self.dataloader, none=True)
+
+    @property
+    def samples(self) -> int:
+        """How many are held, where nothing was planned."""
+        return NUM_SAMPLES if self.num_samples is None else self.num_samples
+
+
+@dataclass(frozen=True)
+class Products:
+    """How the loss is differentiated.
+
+    Attributes:
+        microbatch_size: Evaluate batches in parts of at most this many samples.
+        max_memory: Bytes that a measurement may take.
+        engine: How to multiply with the Hessian.
+        precision: In which arithmetic.
+        check: Whether the loss proves itself at the first measurement of a run.
+        jacobian: What is measured where its gradient is no derivative.
+    """
+
+    microbatch_size: int | None = None
+    max_memory: int | None = None
+    engine: Engine = "auto"
+    precision: Precision = "float32"
+    check: bool = True
+    jacobian: Jacobian = "gap"
+
+    def __post_init__(self) -> None:
+        for name, unit in {"microbatch_size": "", "max_memory": " byte"}.items():
+            found = whole(name, getattr(self, name), 1, none=True, other=f"{unit}, or None")
+            settle(self, **{name: found})
+        check_engine(self.engine)
+        check_precision(self.precision)
+        settle(self, check=flag("check", self.check))
+        one_of("jacobian", self.jacobian, Jacobian)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go.
+
+    Attributes:
+        figures: Whether figures are drawn.
+        save_arrays: Whether results are written beside the logs.
+        custom_scalars: Whether TensorBoard gets a layout.
+        name: First part of every tag.
+    """
+
+    figures: bool = True
+    save_arrays: bool = True
+    custom_scalars: bool = True
+    name: str = "monitor"
+
+    def __post_init__(self) -> None:
+        for name in ("figures", "save_arrays", "custom_scalars"):
+            settle(self, **{name: flag(name, getattr(self, name))})
+        tag_of("name", self.name)
+
+
+GROUPS = (When, Held, Products, Output)
+
+
+@dataclass(frozen=True)
+class MonitorSettings:
+    """All groups of one monitor."""
+
+    when: When
+    held: Held
+    products: Products
+    output: Output
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> MonitorSettings:
+        """Return the groups, each from what was given under the names of its fields."""
+        groups: list[Any] = [
+            group(**{f.name: given[f.name] for f in fields(group) if f.name in given})
+            for group in GROUPS
+        ]
+        return cls(*groups)
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name."""
+        groups = (self.when, self.held, self.products, self.output)
+        return {name: value for group in groups for name, value in vars(group).items()}
+
+
+def shared(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what all monitors take, by name, among a constructor's own arguments."""
+    return {f.name: given[f.name] for group in GROUPS for f in fields(group) if f.name in given}

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from lla_callbacks.callbacks.compat import loss_scale
-from lla_callbacks.callbacks.saved_state import check_entries
 from lla_callbacks.callbacks.telling import rank_zero_warn
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.penalty.penalty import Comparison
-from lla_callbacks.report.conform import check_finite, check_type
+from lla_callbacks.report.conform import check_entries, check_finite, check_type
 from lla_callbacks.report.loggers import write_scalars
 from lla_callbacks.report.plain import from_plain
 

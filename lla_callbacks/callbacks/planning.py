@@ -9,17 +9,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lla_callbacks.callbacks.sizing import UnitCosts
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator
+from lla_callbacks.objective.costs import STEP_FORWARD, STEP_GRADIENT, STEP_PRODUCT
 from lla_callbacks.objective.engines import with_hessian
 from lla_callbacks.objective.evaluation import evaluating
 from lla_callbacks.objective.objective import Objective
 
 # Fewer samples make batch statistics another function altogether (docs/benchmarks/sizes.md).
 LEAST_WITH_STATISTICS = 8
-# A product and a gradient with its graph, in training steps, at most (docs/cost.md); a forward
-# pass is less than one.
-PRODUCT = 3.0
-GRADIENT = 1.5
-FORWARD = 0.5
 # Seconds below which a trial is repeated.
 CHEAP = 0.2
 
@@ -85,9 +81,9 @@ def unit_costs(
         # What is imported and compiled the first time is no part of the price.
         gradient, product = timed(few)
     larger = (
-        max(FORWARD * step, forward),
-        max(GRADIENT * step, gradient),
-        max(PRODUCT * step, product),
+        max(STEP_FORWARD * step, forward),
+        max(STEP_GRADIENT * step, gradient),
+        max(STEP_PRODUCT * step, product),
     )
     if batch is not None:
         larger = (forward_time(batch), *timed(batch, products=1))

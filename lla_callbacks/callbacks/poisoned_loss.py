@@ -21,7 +21,6 @@ from lla_callbacks.callbacks.compat import (
 from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.poison_stream import PoisonStream
 from lla_callbacks.callbacks.replay import trainer_loss
-from lla_callbacks.callbacks.saved_state import check_entries
 from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.callbacks.strength import StrengthSchedule
 from lla_callbacks.callbacks.surrogate import add_gradient
@@ -39,7 +38,7 @@ from lla_callbacks.objective.training_step import (
 from lla_callbacks.objective.twice_differentiable import eager
 from lla_callbacks.penalty.reversal import Labels, Reversal, Seen
 from lla_callbacks.penalty.reversed import NoReverseError
-from lla_callbacks.report.conform import check_finite, check_type
+from lla_callbacks.report.conform import check_entries, check_finite, check_type
 from lla_callbacks.report.loggers import write_scalars
 
 # What a checkpoint holds of the callback, and of which type.

@@ -2,270 +2,281 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lla_callbacks.callbacks.compat import step_of
-from lla_callbacks.callbacks.kept_batches import BATCHES, KeptBatches
+from lla_callbacks.callbacks.kept_batches import BATCHES
+from lla_callbacks.callbacks.monitor_settings import MonitorSettings
 from lla_callbacks.callbacks.pace import Pace
+from lla_callbacks.callbacks.records import Record
 from lla_callbacks.callbacks.saved_state import (
     SCHEMA,
     check_snapshot,
     check_state,
 )
+from lla_callbacks.callbacks.sink import Sink
+from lla_callbacks.callbacks.subject import Subject
 from lla_callbacks.callbacks.telling import rank_zero_warn
+from lla_callbacks.callbacks.timing import Timing
+from lla_callbacks.hessian.stability import StabilityLimit
+from lla_callbacks.objective.moment import Moment
 from lla_callbacks.objective.self_check import Proof
 from lla_callbacks.report.conform import check_type
 from lla_callbacks.report.cost import cost_scalars
-from lla_callbacks.report.plain import PlainForms, from_plain, pack, to_plain, unpack
-
-if TYPE_CHECKING:
-    from lla_callbacks.callbacks.account import Account
-    from lla_callbacks.callbacks.moments import Moment
-    from lla_callbacks.objective.memory import Findings
+from lla_callbacks.report.plain import from_plain, pack, to_plain, unpack
+from lla_callbacks.report.quantity import finite
 
 VERSION = 1
+# Settings that curves depend on, beside those of the quantities.
+_CURVES = ("mode", "dropout", "loss", "engine", "precision")
 
 
-class Resumable(KeptBatches):
-    """A callback whose run may be cut in two by a checkpoint without a seam in its curves.
+class RunState:
+    """A run that may be cut in two by a checkpoint without a seam in its curves.
 
-    A checkpoint holds the history, the held batches, a start that is not measured yet (its
+    A checkpoint holds the histories, the held batches, a start that is not measured yet (its
     weights too), the account and what is due: plain containers only, so that it loads with
     ``weights_only=True``. Writing one asks no other process: after the exchange of batches each
     holds those of all.
+
+    Args:
+        owner: What the log begins with, the monitor's class.
+        settings: Of the monitor.
+        timing: When it measures.
+        subject: On what.
+        records: What.
+        sink: Where trouble goes.
+        alone: Whether there is one quantity, whose state lies beside the monitor's own.
+
+    Attributes:
+        is_running: Whether a fit is under way.
+        is_resumed: Whether it goes on with the state of another.
+        loaded: What a checkpoint brought, until training starts.
     """
 
-    if TYPE_CHECKING:
-        name: str
-        report: Any
-        evaluated: Sequence[Any]
-        account: Account
-        pace: Pace
-        _findings: Findings
-        history: list[tuple[int, Any]]
-        tracked: list[tuple[int, Any]]
-        _start: Moment | None
-        _start_pending: bool
-        _training: dict[Any, bool] | None
-        _due: bool
-        _last_step: int
-        _last_epoch: int
-        _guarded: Callable[..., None]
-        _scalars: Callable[[Any], dict[str, float]]
-        # Of what class moments and full results are.
-        _moment: type
-        _result: type
+    def __init__(
+        self,
+        owner: str,
+        settings: MonitorSettings,
+        timing: Timing,
+        subject: Subject,
+        records: Sequence[Record],
+        sink: Sink,
+        *,
+        alone: bool,
+    ) -> None:
+        self._owner, self._settings, self._sink = owner, settings, sink
+        self._timing, self._subject, self._records = timing, subject, records
+        self._alone = alone
+        self.loaded: dict[str, Any] | None = None
+        # What the last fit ended with, for checkpoints that are written after it.
+        self._ended: dict[str, Any] | None = None
+        # Dtype of the weights, in which the loader's batches are too.
+        self._precision_of_weights = ""
+        self.is_running = self.is_resumed = False
+        self._said: set[str] = set()
 
-    # Plain forms of the history, and of light measurements.
-    _plain: PlainForms
-    # What a checkpoint brought, until training starts.
-    _loaded: dict[str, Any] | None = None
-    # What the last fit ended with, for checkpoints that are written after it.
-    _ended: dict[str, Any] | None = None
-    # Dtype of the weights, in which the loader's batches are too.
-    _precision_of_weights = ""
-    _running = False
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a fit is under way."""
-        return self._running
-
-    # Whether the present fit goes on with the state of another.
-    _resumed = False
-    # -- Lightning's hooks --------------------------------------------------------------
+    # -- written ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the present fit, or of the last one."""
-        state = self._state() if self._running else self._ended
+        state = self._state() if self.is_running else self._ended
         if state is None:
             return {}
-        if state["held"] is None and self.dataloader is None:
+        if state["held"] is None and not self._has_loader:
             self._say_once(
                 "held batches are of classes that no checkpoint holds, so that a resumed run will "
                 "hold new ones and its curves may jump there. Give batches of tensors in dicts, "
                 "lists or tuples, or dataloader=."
             )
-        history: list[Any] = []
-        self._guarded("storing the history", lambda: history.extend(self._plain.of(self.history)))
-        return {**state, "history": history}
+        histories: dict[str, list[Any]] = {record.quantity.name: [] for record in self._records}
+        for record in self._records:
+            self._sink.guarded("storing the history", _fill, histories, record)
+        if self._alone:
+            return {**state, "history": next(iter(histories.values()))}
+        parts = {name: {**state["quantities"][name], "history": h} for name, h in histories.items()}
+        return {**state, "quantities": parts, "history": []}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a state until training starts, when the module is there."""
-        self._loaded = state_dict
+    @property
+    def _has_loader(self) -> bool:
+        return self._settings.held.dataloader is not None
 
-    def _sent(self) -> dict[str, Any]:
-        """Return what a spawned process found, for the object of its parent."""
+    def _state(self) -> dict[str, Any]:
+        timing, subject = self._timing, self._subject
+        held = subject.held
+        mark = subject.kept.mark_of(held)
+        parts = {record.quantity.name: record.state() for record in self._records}
         return {
-            "state": self.state_dict(),
-            "report": None if self.report is None else pack(self.report),
-            "evaluated": [pack(report) for report in self.evaluated],
+            "version": VERSION,
+            "settings": _plain_settings(self._all_settings()),
+            "held": subject.kept.state(held, subject.processes),
+            "mark": mark,
+            "modes": None if subject.modes is None else list(subject.modes.values()),
+            "start": to_plain(subject.start),
+            "precision": self._precision_of_weights,
+            "start_pending": subject.start_pending,
+            "due": timing.due,
+            "last_step": timing.last_step,
+            "last_epoch": timing.last_epoch,
+            "account": timing.account.state(),
+            "pace": timing.pace.state(),
+            "proof": to_plain(subject.findings.proof),
+            **(next(iter(parts.values())) if self._alone else {"quantities": parts}),
         }
 
-    def _received(self, found: Mapping[str, Any]) -> None:
-        """Take over what a spawned process found."""
-        state = dict(found["state"])
-        if state:
-            plain = state.pop("history")
-            self.history[:] = self._read_history(plain)
-            self._plain = PlainForms()
-            self._plain.learn(self.history, plain)
-            # Checkpoints that are written now hold it.
-            self._ended = state
-            if "tracked" in state:
-                # Of a monitor that has light measurements.
-                self.tracked[:] = [(step, unpack(light)) for step, light in state["tracked"]]
-        self.evaluated = tuple(unpack(report) for report in found["evaluated"])
-        if found["report"] is not None:
-            self.report = unpack(found["report"])
-
-    # -- what a subclass adds -----------------------------------------------------------
-
-    def _settings(self) -> dict[str, Any]:
-        """Return the settings that curves depend on, by name."""
-        return {}
-
-    def _more_state(self) -> dict[str, Any]:
-        """Return further plain state."""
-        return {}
-
-    def _read_more(self, state: Mapping[str, Any], module: Any) -> Any:
-        """Return further state, read and checked; raise if it cannot be gone on from."""
-        return None
-
-    def _take_more(self, read: Any) -> None:
-        """Go on from what :meth:`_read_more` returned; this does not fail."""
-
-    # -- when ---------------------------------------------------------------------------
-
-    def _resume(self, trainer: Any, module: Any) -> None:
-        """Go on where a checkpoint ended, if there is one; to be called when training starts."""
-        state, self._loaded, self._ended = self._loaded, None, None
-        dtypes = {str(p.dtype) for p in module.parameters()}
-        self._precision_of_weights = ", ".join(sorted(dtypes))
-        self._plain = PlainForms()
-        self._running, self._resumed = True, False
-        self._begin_to_keep(trainer)
-        if state:
-            self._guarded("resuming", self._load, state, trainer, module)
-
-    def _end(self) -> None:
+    def end(self) -> None:
         """Note the state that a run ends with, before it is dropped."""
-        if self._running:
-            self._guarded("keeping the state", self._note)
-            self._running = False
+        if self.is_running:
+            self._sink.guarded("keeping the state", self._note)
+            self.is_running = False
 
     def _note(self) -> None:
         self._ended = self._state()
 
-    def _state(self) -> dict[str, Any]:
-        given = self.dataloader is not None
-        if given and self._mark is None and self._held.complete:
-            self._mark = self._held.mark()
-        mark = self._held.mark() if not given and self._held.complete else self._mark
+    # -- from one process to another ----------------------------------------------------
+
+    def sent(self, evaluated: Sequence[Any]) -> dict[str, Any]:
+        """Return what a spawned process found, for the object of its parent."""
         return {
-            "version": VERSION,
-            "settings": _plain_settings(self._all_settings()),
-            "held": {} if given else self._kept_batches(),
-            "mark": mark,
-            "modes": None if self._training is None else list(self._training.values()),
-            "start": to_plain(self._start),
-            "precision": self._precision_of_weights,
-            "start_pending": self._start_pending,
-            "due": self._due,
-            "last_step": self._last_step,
-            "last_epoch": self._last_epoch,
-            "account": self.account.state(),
-            "pace": self.pace.state(),
-            "proof": to_plain(self._findings.proof),
-            **self._more_state(),
+            "state": self.state_dict(),
+            "results": [
+                None if record.result is None else pack(record.result) for record in self._records
+            ],
+            "evaluated": [pack(result) for result in evaluated],
         }
+
+    def received(self, found: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Take over what a spawned process found; return what it evaluated."""
+        state = dict(found["state"])
+        for record, result in zip(self._records, found["results"], strict=True):
+            if state:
+                record.show(self._part(state, record))
+            if result is not None:
+                record.result = unpack(result)
+        if state:
+            # Checkpoints that are written now hold it.
+            state.pop("history")
+            self._ended = state
+        return tuple(unpack(result) for result in found["evaluated"])
+
+    # -- read ---------------------------------------------------------------------------
+
+    def resume(self, trainer: Any, module: Any) -> None:
+        """Go on where a checkpoint ended, if there is one; to be called when training starts."""
+        state, self.loaded, self._ended = self.loaded, None, None
+        dtypes = {str(p.dtype) for p in module.parameters()}
+        self._precision_of_weights = ", ".join(sorted(dtypes))
+        self.is_running, self.is_resumed = True, False
+        if state:
+            self._sink.guarded("resuming", self._load, state, trainer, module)
 
     def _load(self, state: Mapping[str, Any], trainer: Any, module: Any) -> None:
         # Read before anything is taken over: all of it, or nothing.
+        timing, subject = self._timing, self._subject
         now = self._state()
         check_state(state, now, SCHEMA, VERSION)
-        history = self._read_history(state["history"])
         start = from_plain(state["start"])
         if start is not None:
-            check_type(start, type(self)._moment, "the state's start")
+            check_type(start, Moment, "the state's start")
+            check_type(start.limit, StabilityLimit | None, "the state's start.limit")
             if start.snapshot is not None:
                 check_snapshot(start.snapshot, module, "the state's start")
         proof = from_plain(state["proof"])
         check_type(proof, Proof, "the state's proof")
-        more = self._read_more(state, module)
-        held = self._read_held(state, trainer, module, now)
+        read = [record.read(self._part(state, record), module) for record in self._records]
+        changed = self._changed(state["settings"])
+        same = not any(name in changed for name in BATCHES)
+        held = subject.kept.read(state, trainer, module, now["precision"], same=same)
         pace = Pace.from_state(state["pace"])
-        values = self._scalars(history[-1][1]) if history else {}
+        values: dict[str, float] = {}
+        for record, found in zip(self._records, read, strict=True):
+            values |= finite(record.last_scalars(found))
         changed = self._changed(state["settings"])
         if any(name in changed for name in BATCHES):
             held, pace = None, Pace()
         if changed:
-            what = ", ".join(
-                f"{name} was {old} and is {new}" for name, (old, new) in changed.items()
-            )
-            anew = " New batches are held." if held is None else ""
-            rank_zero_warn(
-                f"{type(self).__name__}: the checkpoint was written with other settings: {what}. "
-                f"Curves go on with the present ones and may jump at step {trainer.global_step}."
-                f"{anew}"
-            )
+            self._tell(changed, trainer, anew=held is None)
         # Batches of one process are not those of several.
-        if held and held["batches"] and (held["complete"] or self._processes.size == 1):
-            self._held.load(held)
+        if held and held["batches"] and (held["complete"] or subject.processes.size == 1):
+            subject.held.load(held)
         else:
-            self._anew, self._anew_since = True, step_of(trainer)
-            if pace.choice is not None and self._processes.size == 1:
-                self._held.num_samples = min(self._held.num_samples, pace.choice.samples)
-        self._take_more(more)
+            subject.kept.hold_anew(step_of(trainer))
+            if pace.choice is not None and subject.processes.size == 1:
+                subject.held.num_samples = min(subject.held.num_samples, pace.choice.samples)
+        for record, found in zip(self._records, read, strict=True):
+            record.take(found)
         if not changed:
-            self._findings.proof = proof
-        self.history[:] = history
-        self._plain.learn(history, state["history"])
-        ours = ("dataloader",) if self.dataloader is not None else BATCHES
-        self._mark = None if any(name in changed for name in ours) else state["mark"]
+            subject.findings.proof = proof
+        ours = ("dataloader",) if self._has_loader else BATCHES
+        subject.kept.mark = None if any(name in changed for name in ours) else state["mark"]
         modes, modules = state["modes"], list(module.modules())
         if modes is not None and len(modes) == len(modules):
-            self._training = dict(zip(modules, modes, strict=True))
-        self._start = start and replace(start, limit=_on_device(start.limit, module.device))
-        self._start_pending = state["start_pending"]
-        self._due = state["due"]
-        self._last_step, self._last_epoch = state["last_step"], state["last_epoch"]
-        self._resumed = True
-        self.account.resume(state["account"])
-        self.pace = pace
+            subject.modes = dict(zip(modules, modes, strict=True))
+        subject.start = start and replace(start, limit=_on_device(start.limit, module.device))
+        subject.start_pending = state["start_pending"]
+        timing.due = state["due"]
+        timing.last_step, timing.last_epoch = state["last_step"], state["last_epoch"]
+        self.is_resumed = True
+        timing.account.resume(state["account"])
+        timing.pace = pace
         if pace.planned:
-            self.account.unplanned.discard(self.name)
-            pace.reserve(self.account, self.name)
-        if history:
-            self.report = history[-1][1]
+            timing.account.unplanned.discard(timing.name)
+            pace.reserve(timing.account, timing.name)
+        if any(record.history for record in self._records):
             # EarlyStopping and ModelCheckpoint ask for them before the next measurement.
-            values |= cost_scalars(self.name, self.pace.cost, self.account.overhead)
+            values |= cost_scalars(timing.name, timing.pace.cost, timing.account.overhead)
             for tag, value in values.items():
                 trainer.callback_metrics[tag] = torch.tensor(value)
 
-    def _read_history(self, history: Any) -> list[tuple[int, Any]]:
-        check_type(history, list[tuple[int, Mapping[str, Any]]], "the state's history")
-        found = [(step, unpack(report)) for step, report in history]
-        for step, report in found:
-            check_type(report, self._result, f"the report of step {step}")
+    def _part(self, state: Mapping[str, Any], record: Record) -> Mapping[str, Any]:
+        """Return a record's part of a state, an empty one for a quantity that is new."""
+        if self._alone:
+            return state
+        check_type(state["quantities"], Mapping[str, Mapping[str, Any]], "the state's quantities")
+        new = {**record.state(), "history": []}
+        found: Mapping[str, Any] = state["quantities"].get(record.quantity.name, new)
+        if "history" not in found:
+            raise ValueError(f"the state's {record.quantity.name} lacks history.")
         return found
 
-    def _missed_epoch(self, trainer: Any) -> bool:
+    def _tell(self, changed: Mapping[str, tuple[str, str]], trainer: Any, *, anew: bool) -> None:
+        what = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+        more = " New batches are held." if anew else ""
+        rank_zero_warn(
+            f"{self._owner}: the checkpoint was written with other settings: {what}. "
+            f"Curves go on with the present ones and may jump at step {trainer.global_step}."
+            f"{more}"
+        )
+
+    def missed_epoch(self, trainer: Any) -> bool:
         """Return whether an epoch ended without its hook, just before this run went on.
 
         A checkpoint that is written after the last batch of an epoch is of before its end, which
         Lightning then leaves out. The weights are still those of that end.
         """
-        return self._resumed and self._last_epoch < trainer.current_epoch - 1
+        return self.is_resumed and self._timing.last_epoch < trainer.current_epoch - 1
+
+    # -- settings -----------------------------------------------------------------------
 
     def _all_settings(self) -> dict[str, Any]:
-        given = None if self.dataloader is None else "given"
-        return {"num_samples": self.num_samples, "dataloader": given, **self._settings()}
+        flat = self._settings.flat
+        found = {
+            "num_samples": self._settings.held.samples,
+            "dataloader": "given" if self._has_loader else None,
+            **{name: flat[name] for name in _CURVES},
+        }
+        for record in self._records:
+            settings = record.quantity.settings
+            if self._alone:
+                found["settings"] = settings
+            elif is_dataclass(settings):
+                own = {f.name: getattr(settings, f.name) for f in fields(settings)}
+                found |= {f"{record.quantity.name}.{name}": v for name, v in own.items()}
+        return found
 
     def _changed(self, before: Mapping[str, str]) -> dict[str, tuple[str, str]]:
         """Return the settings that are not what they were: name to both."""
@@ -275,10 +286,12 @@ class Resumable(KeptBatches):
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
-            self._said = (*self._said, text)
-            rank_zero_warn(f"{type(self).__name__}: {text}")
+            self._said.add(text)
+            rank_zero_warn(f"{self._owner}: {text}")
 
-    _said: tuple[str, ...] = ()
+
+def _fill(histories: dict[str, list[Any]], record: Record) -> None:
+    histories[record.quantity.name] = record.plain_history()
 
 
 def _plain_settings(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lla_callbacks.report.conform import check_finite, check_type
+from lla_callbacks.report.conform import check_entries, check_finite, check_type
 
 # What every monitor's state holds, and of which type.
 SCHEMA: dict[str, Any] = {
@@ -106,24 +106,6 @@ def check_state(
     seconds = [*account["spent"].values(), *account["asked"].values(), account["training"]]
     for value in [*seconds, pace["cost"], pace["figure"], *pace["targets"]]:
         check_finite(value, "a time of the state's account", least=0)
-
-
-def check_entries(state: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> None:
-    """Raise a TypeError or a ValueError if an entry is missing or of another type."""
-    for name, hint in schema.items():
-        if name not in state:
-            raise ValueError(f"{where} lacks {name}.")
-        check_type(state[name], hint, f"{where}'s {name}")
-
-
-def check_flat(vector: Any, dim: int, where: str) -> None:
-    """Raise if this is no flat vector of the trainable weights."""
-    check_type(vector, Tensor, where)
-    if vector.shape != (dim,) or not vector.dtype.is_floating_point:
-        raise ValueError(
-            f"{where} is of shape {tuple(vector.shape)} and {vector.dtype}, and the module has "
-            f"{dim} trainable parameters."
-        )
 
 
 def check_snapshot(snapshot: Any, module: nn.Module, where: str) -> None:

@@ -32,6 +32,8 @@ class Sink:
         self.name = name
         self.figures = figures
         self.save_arrays = save_arrays
+        # Last part of tags and folders, of several loaders.
+        self.part = ""
         self._warned: set[tuple[str, str]] = set()
         self._rank = 0
         # Of all monitors of a Trainer, once they share an account.
@@ -69,33 +71,41 @@ class Sink:
         for logger in self.loggers(trainer):
             self.guarded("logging", write_scalars, logger, values, step)
 
-    def arrays(self, trainer: Any, result: Any, stem: str) -> None:
+    def arrays(self, trainer: Any, result: Any, stem: str, name: str = "") -> None:
         """Write a result beside the logs of each logger that has a folder."""
         if not self.save_arrays:
             return
         for folder in {folder_of(logger) for logger in self.loggers(trainer)} - {None}:
             assert isinstance(folder, Path)
-            self.guarded("saving arrays", result.save, folder / self.name / f"{stem}.npz")
+            self.guarded(
+                "saving arrays",
+                result.save,
+                folder / f"{name or self.name}{self.part}" / f"{stem}.npz",
+            )
 
-    def draw(self, trainer: Any, figures: Mapping[str, Any], step: int) -> Iterator[str]:
+    def draw(
+        self, trainer: Any, figures: Mapping[str, Any], step: int, name: str = ""
+    ) -> Iterator[str]:
         """Draw and log figures one after the other; yields each one's name when it is done.
 
         Args:
             trainer: The Trainer.
             figures: The tag's last part to a figure, or to a function that makes it.
             step: The step.
+            name: First part of the tags, by default the monitor's.
         """
         loggers = self.loggers(trainer)
         if not self.figures or not loggers:
             return
-        for name, figure in figures.items():
-            self.guarded("drawing", self._draw, loggers, name, figure, step)
-            yield name
+        for last, figure in figures.items():
+            tag = f"{name or self.name}{self.part}/{last}"
+            self.guarded("drawing", self._draw, loggers, tag, figure, step)
+            yield last
 
-    def _draw(self, loggers: list[Any], name: str, figure: Any, step: int) -> None:
+    def _draw(self, loggers: list[Any], tag: str, figure: Any, step: int) -> None:
         made = figure() if callable(figure) else figure
         for logger in loggers:
-            self.guarded("drawing", write_figure, logger, f"{self.name}/{name}", made, step)
+            self.guarded("drawing", write_figure, logger, tag, made, step)
 
     def guarded(self, what: str, action: Callable[..., object], *arguments: Any) -> None:
         """Do something whose failure must not end the run."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,11 @@ from lla_callbacks.hessian.plot_figures import (
     compared_spectra,
     draw_spectrum,
 )
+from lla_callbacks.hessian.scalars import hessian_scalars
 from lla_callbacks.hessian.words import describe
 from lla_callbacks.report.cost import in_steps
 from lla_callbacks.report.files import write_arrays
-from lla_callbacks.report.result import Result
+from lla_callbacks.report.result import Drawn, Result
 from lla_callbacks.report.stored import load_result, result_arrays
 
 if TYPE_CHECKING:
@@ -120,6 +122,30 @@ class HessianReport(HessianMeasurement, Result):
 
     def _compared_runs(self, histories: Sequence[History], names: Sequence[str]) -> Figure:
         return compared_runs(histories, names)
+
+    def scalars(self, name: str = "hessian") -> dict[str, float]:
+        """Return the finite numbers by tag; ``name`` is the first part of each."""
+        return hessian_scalars(self, name)
+
+    def figures(self, step: int, *, layer_spectra: bool = False) -> Drawn:
+        """Return functions that draw what was found at a step, what matters first.
+
+        Args:
+            step: For titles.
+            layer_spectra: Whether layers have spectra, by ``num_layer_steps``.
+        """
+        found: dict[str, Callable[[], Figure]] = {}
+        if "density" not in self.gaps:
+            found["density"] = partial(self.figure, title=f"Hessian spectrum at step {step}")
+        if "layers" not in self.gaps:
+            title = f"Curvature by layer at step {step}"
+            found["layer_traces"] = partial(self.layer_figure, title=title)
+            if layer_spectra:
+                title = f"Spectrum of each layer and of the whole at step {step}"
+                found["layer_densities"] = partial(self.layer_density_figure, title=title)
+                title = f"How unlike the whole each layer is at step {step}"
+                found["layer_distances"] = partial(self.layer_distance_figure, title=title)
+        return found
 
     def summary(self) -> str:
         """Return what was found, in sentences."""

@@ -86,6 +86,16 @@ class HessianSettings:
         settle(self, seed=seed_of("seed", self.seed))
         check_layers(self.layers)
 
+    def smallest(self) -> HessianSettings:
+        """Return settings that run every line of code and take no time."""
+        return HessianSettings(
+            num_steps=2,
+            num_probes=2,
+            layers=self.layers,
+            num_layer_steps=min(2, self.num_layer_steps),
+            num_layer_probes=min(2, self.num_layer_probes),
+        )
+
     @property
     def max_matvecs(self) -> int:
         """Whole products that a measurement takes at most, a stability run left out."""

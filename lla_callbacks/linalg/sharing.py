@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,9 @@ class Share(Protocol):
             dim: Entries in all.
         """
 
+    def union(self, things: list[Any]) -> list[Any]:
+        """Return the things of all processes, in the order of the processes, after a meeting."""
+
 
 class Alone:
     """One process."""
@@ -87,6 +90,10 @@ class Alone:
     def joined(self, pieces: Tensor, dim: int) -> Tensor:
         """Return the piece, which is all there is."""
         return pieces
+
+    def union(self, things: list[Any]) -> list[Any]:
+        """Return the things."""
+        return things
 
 
 class OutOfStepError(MeasurementError):

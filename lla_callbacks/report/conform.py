@@ -9,6 +9,8 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from torch import Tensor
+
 
 def check_type(value: Any, hint: Any, where: str) -> None:
     """Raise a TypeError, naming the place, if a value is not of a type.
@@ -34,6 +36,24 @@ def check_fields(value: Any, where: str) -> None:
     kind: Any = type(value)
     for name, hint in _hints(kind).items():
         check_type(getattr(value, name), hint, f"{where}.{name}")
+
+
+def check_entries(state: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> None:
+    """Raise a TypeError or a ValueError if an entry is missing or of another type."""
+    for name, hint in schema.items():
+        if name not in state:
+            raise ValueError(f"{where} lacks {name}.")
+        check_type(state[name], hint, f"{where}'s {name}")
+
+
+def check_flat(vector: Any, dim: int, where: str) -> None:
+    """Raise if this is no flat vector of the trainable weights."""
+    check_type(vector, Tensor, where)
+    if vector.shape != (dim,) or not vector.dtype.is_floating_point:
+        raise ValueError(
+            f"{where} is of shape {tuple(vector.shape)} and {vector.dtype}, and the module has "
+            f"{dim} trainable parameters."
+        )
 
 
 def _misfit(value: Any, hint: Any, where: str) -> str:

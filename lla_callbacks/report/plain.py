@@ -26,6 +26,7 @@ _TENSOR = "__tensor__"
 _PACKAGE = "lla_callbacks"
 # Where results of checkpoints from before a move of their file are now.
 _MOVED = {
+    "callbacks.moments": "objective.moment",
     "landscape.basin": "slices.basin",
     "landscape.convexity": "slices.convexity",
     "landscape.directions": "slices.directions",
@@ -42,6 +43,16 @@ _MOVED = {
     "report.landscape_report": "slices.report",
     "report.slice_reports": "slices.results",
 }
+
+
+# Classes of results that are not this package's: those that are loaded already, by their name.
+_OTHERS: dict[str, type] = {}
+
+
+def make_known(kind: type) -> None:
+    """Let a class of results be read from checkpoints; nothing is imported for one."""
+    if not kind.__module__.startswith(f"{_PACKAGE}."):
+        _OTHERS[_name(kind)] = kind
 
 
 def to_plain(value: Any) -> Any:
@@ -88,7 +99,7 @@ def from_plain(plain: Any) -> Any:
 
     Raises:
         TypeError: If a class has other fields than it had.
-        ValueError: If a class is none of this package's dataclasses.
+        ValueError: If a class is none of this package's dataclasses, nor a loaded result's.
     """
     if isinstance(plain, Mapping):
         if _EIGENVALUE in plain:
@@ -204,6 +215,8 @@ def _name(kind: type) -> str:
 
 def _class(name: str) -> Any:
     """Return a dataclass of this package by its name; a checkpoint may name no other code."""
+    if name in _OTHERS:
+        return _OTHERS[name]
     module, _, qualname = name.partition(":")
     module = _MOVED.get(module, module)
     name = f"{module}:{qualname}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.report.files import write_arrays
 from lla_callbacks.report.picture import figure_of, html_of, picture
+from lla_callbacks.report.plain import make_known
 from lla_callbacks.report.shown import png_of
 from lla_callbacks.report.stored import load_result, result_arrays
 
@@ -23,8 +26,44 @@ R = TypeVar("R", bound="Result")
 LONG = ("vector", "vectors", "state_dict")
 
 
+# Functions that draw, by the tag's last part, what matters first.
+Drawn = Mapping[str, Callable[[], Figure]]
+
+
 class Result:
-    """A mixin of frozen dataclasses. They give :meth:`_draw`, and where they can ``figure``."""
+    """A mixin of frozen dataclasses. They give :meth:`_draw`, and where they can ``figure``.
+
+    Fields are numbers, strings, tensors, and dicts, lists and tuples of these: from them follow
+    the plain form in checkpoints, the arrays in files and, where nothing else is said, the scalars.
+
+    Attributes:
+        gaps: What could not be said, by name, and why: a sentence or an error. Told once a run.
+    """
+
+    gaps: Mapping[str, Any] = MappingProxyType({})
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        # So that a checkpoint may hold one of a class of the user's own.
+        make_known(cls)
+
+    def scalars(self, name: str) -> dict[str, float]:
+        """Return the numbers to log by tag; without a word of its own, every number that it has.
+
+        Args:
+            name: First part of every tag.
+        """
+        row = numbers_of(self).items()
+        return {f"{name}/{k}": float(v) for k, v in row if not isinstance(v, (bool, str))}
+
+    def figures(self, step: int) -> Drawn:
+        """Return functions that draw the result, by the tag's last part, what matters first.
+
+        Args:
+            step: Of the weights, for titles.
+        """
+        figure = getattr(self, "figure", None)
+        return {} if figure is None else {"figure": partial(figure, title=f"At step {step}")}
 
     def save(self, path: str | Path) -> Path:
         """Write everything to an .npz file (no pickles inside) and return its path."""
@@ -72,7 +111,13 @@ class Result:
 
     def _arrays(self) -> dict[str, Any]:
         """Return the arrays of the file that are documented for others to read."""
-        return {}
+        held = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        kinds = (Tensor, str, int, float)
+        return {
+            name: value.numpy() if isinstance(value, Tensor) else value
+            for name, value in held.items()
+            if isinstance(value, kinds) and name not in LONG
+        }
 
     def _figures(self) -> Sequence[Figure]:
         """Return what a notebook shows."""

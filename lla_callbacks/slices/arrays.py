@@ -23,7 +23,12 @@ _DIRECTION = ("name", "unit", "reach", "eigenvalue", "residual", "slope", "settl
 
 
 def save_slice(result: Line | Plane | Convexity | Basin, path: Path) -> Path:
-    """Write a result to an .npz file (no pickles inside) and return its path.
+    """Write a result to an .npz file (no pickles inside) and return its path."""
+    return write_arrays(path, arrays_of(result))
+
+
+def arrays_of(result: Line | Plane | Convexity | Basin) -> dict[str, Any]:
+    """Return what a file holds of a result, by name.
 
     Arrays carry the field's name, metrics as ``metrics/<name>``, conditions as ``facts/<name>``,
     directions as ``directions/<k>/<field>`` without their vectors, which the seed or the network
@@ -53,7 +58,7 @@ def save_slice(result: Line | Plane | Convexity | Basin, path: Path) -> Path:
     if marks is not None:
         for name, value in vars(marks).items():
             arrays[f"networks/{name}"] = value.numpy() if isinstance(value, Tensor) else value
-    return write_arrays(path, arrays)
+    return arrays
 
 
 def load_slice(path: Path) -> tuple[str, dict[str, Any]]:

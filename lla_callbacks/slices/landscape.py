@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from lla_callbacks.objective.checks import (
 from lla_callbacks.objective.engines import prove
 from lla_callbacks.objective.evaluation import Predict, check_metrics
 from lla_callbacks.objective.grid import centred
+from lla_callbacks.objective.moment import Progress
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import Evaluation, PointSettings
 from lla_callbacks.objective.self_check import SelfCheck
@@ -42,9 +43,6 @@ from lla_callbacks.slices.slices import (
     measure_path,
     measure_plane,
 )
-
-# Opens a progress bar of a total; yields what advances it.
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
 # Passes that a ray takes, and a Lanczos run of a convexity map's point, about.
 PASSES_A_RAY = 12

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from lla_callbacks.objective.self_check import SelfCheck
 from lla_callbacks.report.cost import in_steps
 from lla_callbacks.report.files import write_arrays
-from lla_callbacks.report.result import Result
+from lla_callbacks.report.result import Drawn, Result
 from lla_callbacks.report.stored import load_result, result_arrays
 from lla_callbacks.report.words import with_error
 from lla_callbacks.slices.directions import Direction
@@ -27,6 +28,7 @@ from lla_callbacks.slices.results import (
     LossPlane,
     finite_range,
 )
+from lla_callbacks.slices.scalars import landscape_scalars
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,12 +86,64 @@ class LandscapeReport(Result):
         return f"<LandscapeReport of {', '.join(self.slices)}, loss {self.loss:.4g}>"
 
     @property
+    def gaps(self) -> Mapping[str, Exception]:  # type: ignore[override]
+        """What could not be had, by name, and why."""
+        return self.missing
+
+    @property
     def slices(self) -> dict[str, Any]:
         """Every slice by its name: ``plane_random``, ``line_top1``, ``convexity``, ``basin``."""
         found: dict[str, Any] = {f"plane_{name}": plane for name, plane in self.planes.items()}
         found |= {f"line_{name}": line for name, line in self.lines.items()}
         found |= {"convexity": self.convexity, "basin": self.basin}
         return {name: part for name, part in found.items() if part is not None}
+
+    def scalars(self, name: str = "landscape") -> dict[str, float]:
+        """Return the finite numbers by tag; ``name`` is the first part of each."""
+        return landscape_scalars(self.slices, name, loss=self.loss, seconds=self.seconds)
+
+    def figures(
+        self,
+        step: int,
+        *,
+        interpolate: bool = False,
+        cap: float | None = None,
+        surface: bool = False,
+        scale: tuple[float, float] | None = None,
+        fine: int = 0,
+    ) -> Drawn:
+        """Return functions that draw what was found at a step, what matters first.
+
+        Args:
+            step: For titles.
+            interpolate: Whether planes are drawn through a spline of the log loss.
+            cap: Losses above this are drawn as this.
+            surface: Whether planes are drawn as surfaces too.
+            scale: Losses at the ends of the colours.
+            fine: Planes of fewer points along a side are drawn through a spline anyway.
+        """
+        drawn: dict[str, Callable[[], Figure]] = {}
+        for name, plane in self.planes.items():
+            spline = interpolate or len(plane.alphas) < fine
+            look: dict[str, Any] = {"interpolate": spline, "cap": cap, "scale": scale}
+            title = f"Loss on the {name} plane at step {step}"
+            drawn[f"plane_{name}"] = partial(plane.figure, title=title, **look)
+            for metric in plane.metrics:
+                drawn[f"plane_{name}_{metric}"] = partial(
+                    plane.figure,
+                    title=f"{metric} on the {name} plane at step {step}",
+                    metric=metric,
+                    interpolate=interpolate,
+                )
+            if surface:
+                drawn[f"surface_{name}"] = partial(plane.surface, title=title, cap=cap, scale=scale)
+        if self.lines:
+            drawn["lines"] = partial(self.line_figure, title=f"Loss on lines at step {step}")
+        if self.convexity is not None:
+            drawn["convexity"] = partial(self.convexity.figure, title=f"Convexity at step {step}")
+        if self.basin is not None:
+            drawn["basin"] = partial(self.basin.figure, title=f"Radii of the basin at step {step}")
+        return drawn
 
     def save(self, path: str | Path) -> Path:
         """Write each slice to a folder of its own beside ``path``, and return their folder.

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from lla_callbacks.slices.basin import Basin
 from lla_callbacks.slices.convexity import Convexity
-from lla_callbacks.slices.report import LandscapeReport
 from lla_callbacks.slices.slices import Line, Plane
 
 
-def landscape_scalars(report: LandscapeReport, name: str = "landscape") -> dict[str, float]:
+def landscape_scalars(
+    slices: Mapping[str, Line | Plane | Convexity | Basin],
+    name: str,
+    *,
+    loss: float,
+    seconds: float,
+) -> dict[str, float]:
     """Return tag to value; what is not finite is left out, so that curves show a gap.
 
     Tags: ``<name>/loss``, ``<name>/seconds``; for each plane ``<name>/plane_<plane>/loss_min``,
@@ -20,8 +26,8 @@ def landscape_scalars(report: LandscapeReport, name: str = "landscape") -> dict[
     ``<name>/basin/effective_radius`` with its standard error, quantiles, ``log10_volume`` and
     what bisection leaves open in it.
     """
-    values = {f"{name}/loss": report.loss, f"{name}/seconds": report.seconds}
-    for part, result in report.slices.items():
+    values = {f"{name}/loss": loss, f"{name}/seconds": seconds}
+    for part, result in slices.items():
         for tag, value in _scalars(result).items():
             values[f"{name}/{part}/{tag}"] = float(value)
     return {tag: value for tag, value in values.items() if math.isfinite(value)}

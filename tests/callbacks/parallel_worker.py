@@ -6,6 +6,7 @@ python -m tests.callbacks.parallel_worker FOLDER CASE...
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -112,7 +113,11 @@ class FailsOnSecond:
 class FailsOutside(HessianMonitor):
     """Fails in the first process while a measurement runs, but not in a product."""
 
-    def _measure(self, objective, moment, *, quick, progress):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.spectrum.measure = self.measured
+
+    def measured(self, objective, moment):
         if moment.step == 4:
             import contextlib
 
@@ -123,8 +128,8 @@ class FailsOutside(HessianMonitor):
 
                 yield advance if objective.module.global_rank == 0 else (lambda count: None)
 
-            progress = broken
-        return super()._measure(objective, moment, quick=quick, progress=progress)
+            moment = replace(moment, tools=replace(moment.tools, progress=broken))
+        return type(self.spectrum).measure(self.spectrum, objective, moment)
 
 
 class NanWhileMoved:

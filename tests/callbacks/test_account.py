@@ -11,8 +11,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from lla_callbacks import HessianMonitor, LossLandscapeMonitor, economy, standard
 from lla_callbacks.callbacks import account as account_module
-from lla_callbacks.callbacks import monitor as monitor_module
-from lla_callbacks.callbacks import planning
+from lla_callbacks.callbacks import firing, planning
 from lla_callbacks.callbacks.account import Account
 from lla_callbacks.callbacks.pace import Choice, Pace
 from lla_callbacks.callbacks.sizing import (
@@ -42,7 +41,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    for module in (account_module, monitor_module, planning):
+    for module in (account_module, firing, planning):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=made.monotonic))
     return made
 
@@ -465,8 +464,8 @@ def test_monitors_of_one_loss_have_it_checked_once(tmp_path, clock):
     loss = costly(clock, 0.1 * PRICE)
     watchers = [HessianMonitor(loss=loss, figures=False), LossLandscapeMonitor(loss=loss)]
     watch(clock, tmp_path, *watchers, train=300)
-    assert watchers[0]._findings is watchers[1]._findings
+    assert watchers[0].subject.findings is watchers[1].subject.findings
     assert watchers[1].report.self_check is watchers[0].report.self_check is not None
     other = [HessianMonitor(loss=loss, figures=False), LossLandscapeMonitor(loss=loss, mode="eval")]
     watch(clock, tmp_path, *other, train=300)
-    assert other[0]._findings is not other[1]._findings
+    assert other[0].subject.findings is not other[1].subject.findings

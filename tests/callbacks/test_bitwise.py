@@ -12,8 +12,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
-from lla_callbacks.callbacks import monitor as monitor_module
-from lla_callbacks.callbacks import replay
+from lla_callbacks.callbacks import replay, subject
 from lla_callbacks.objective import copies, state
 
 from .modules import (
@@ -201,7 +200,7 @@ def weights_left_behind(module, snapshot):
         (state, "_preserved_attributes", nothing_guarded, "/attributes/calls"),
         (state, "preserved_random_streams", nothing_guarded, "/state/net.0.weight"),
         (state, "preserved_modes", nothing_guarded, "/state/net.0.weight"),
-        (monitor_module, "weights_at", weights_left_behind, "/state/net.0.weight"),
+        (subject, "weights_at", weights_left_behind, "/state/net.0.weight"),
     ],
     ids=["buffers", "attributes", "random", "modes", "weights"],
 )

@@ -153,8 +153,9 @@ def visible(callback: Any) -> str:
     if isinstance(callback, PoisonedLoss):
         return repr((callback.num_steps, callback.skipped, callback._position))
     return repr(
-        (callback.history, callback._held.batches, callback._start, callback._due,
-         callback._last_step, callback._last_epoch, callback._more_state())
+        (callback.history, callback.subject.held.batches, callback.subject.start,
+         callback.timing.due, callback.timing.last_step, callback.timing.last_epoch,
+         callback.record.state())
     )  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def resumed(callback: Any, state: Any, trainer: Any, module: Any) -> list[str]:
         callback.load_state_dict(state)
         if not isinstance(callback, (HessianTraceRegularizer, PoisonedLoss)):
             callback._begin(trainer)
-            callback._resume(trainer, module)
+            callback.run.resume(trainer, module)
     return [str(w.message) for w in caught]
 
 

@@ -332,8 +332,8 @@ def test_interrupt_in_a_measurement_leaves_what_one_in_that_hook_leaves(
     assert found[0] is plain[0] is SystemExit
     assert differences(plain[1], found[1]) == []
     # Nothing that keeps the module alive, nothing half done.
-    assert watcher._training is watcher._start is None
-    assert watcher._held.batches == []
+    assert watcher.subject.modes is watcher.subject.start is None
+    assert watcher.subject.held.batches == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert watcher.state_dict()["last_step"] >= 0

@@ -179,14 +179,14 @@ def test_the_centre_is_the_loss_of_the_held_batches(tmp_path):
 def test_pictures_of_a_run_share_directions_and_scale(tmp_path):
     watcher = watch(every_n_train_steps=1, figures=True)
     drawn = []
-    original = watcher._figures
+    original = watcher.slices.figures
 
-    def spy(result, moment):
-        found = original(result, moment)
+    def spy(result, history, moment):
+        found = original(result, history, moment)
         drawn.append(found["plane_random"]())
         return found
 
-    watcher._figures = spy
+    watcher.slices.figures = spy
     fit(tmp_path, watcher, logger=TensorBoardLogger(tmp_path))
     # The filled contours come first.
     scales = {f.axes[0].collections[0].get_clim() for f in drawn}
@@ -204,8 +204,8 @@ def test_reports_keep_no_vectors_and_the_monitor_neither_module_nor_batches(tmp_
         for part in report.slices.values():
             assert all(d.vector.numel() == 0 for d in getattr(part, "directions", ()))
     assert not [v for v in vars(watcher).values() if isinstance(v, nn.Module)]
-    assert watcher._trajectory.weights == []
-    assert watcher._held.batches == []
+    assert watcher.slices.path.weights == []
+    assert watcher.subject.held.batches == []
 
 
 def test_what_cannot_be_had_is_said_once_and_the_rest_is_measured(tmp_path):

@@ -123,7 +123,7 @@ def test_a_fast_dev_run_measures_every_layer_briefly(tmp_path):
 def test_progress_counts_the_layers_products(tmp_path, monkeypatch):
     from contextlib import contextmanager
 
-    from lla_callbacks.callbacks import monitor as monitor_module
+    from lla_callbacks.callbacks import firing
 
     seen = []
 
@@ -133,7 +133,7 @@ def test_progress_counts_the_layers_products(tmp_path, monkeypatch):
         yield counts.append
         seen.append((total, sum(counts)))
 
-    monkeypatch.setattr(monitor_module, "progress", progress)
+    monkeypatch.setattr(firing, "progress", progress)
     watcher = monitor(num_steps=4, num_layer_steps=3, num_layer_probes=6)
     fit(tmp_path, watcher)
     for (total, done), (_, report) in zip(seen, watcher.history, strict=True):

@@ -64,7 +64,7 @@ def test_storing_costs_the_same_at_any_length(monkeypatch):
 def test_monitors_keep_a_bounded_part_and_files_all(tmp_path, monkeypatch):
     for name, value in {"MOST": 12, "RECENT": 3, "DRAWN": 5}.items():
         monkeypatch.setattr(thinning, name, value)
-    monkeypatch.setattr("lla_callbacks.callbacks.hessian_monitor.RECENT", 3)
+    monkeypatch.setattr("lla_callbacks.callbacks.light_record.RECENT", 3)
 
     def make():
         return [

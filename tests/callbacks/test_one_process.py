@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.loggers import CSVLogger
 
 from lla_callbacks import LossLandscapeMonitor
-from lla_callbacks.callbacks import monitor as monitor_module
+from lla_callbacks.callbacks import subject
 
 from .modules import Plain, differences, fit, monitor, outcome, plain_loss, steps
 
@@ -20,14 +20,14 @@ def ours(record):
 
 
 def test_last_weights_that_cannot_be_kept_are_a_gap(tmp_path, monkeypatch, recwarn):
-    kept = monitor_module.take_snapshot
+    kept = subject.take_snapshot
 
     def broken(module):
         if module.trainer.global_step == 4:
             raise MemoryError("no room for weights")
         return kept(module)
 
-    monkeypatch.setattr(monitor_module, "take_snapshot", broken)
+    monkeypatch.setattr(subject, "take_snapshot", broken)
     watcher = monitor(every_n_train_steps=2)
     trainer = fit(tmp_path, watcher, callbacks=[WeightAveraging()], max_steps=4)
     assert trainer.global_step == 4

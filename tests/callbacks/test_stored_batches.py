@@ -79,7 +79,7 @@ def test_monitors_of_one_trainer_share_their_copies_in_memory(tmp_path):
 
     class Look(pl.Callback):
         def on_train_batch_end(self, *args, **more):
-            one, other = (w._held.batches for w in watchers)
+            one, other = (w.subject.held.batches for w in watchers)
             seen.append([a is b for a, b in zip(one, other, strict=True)])
 
     seen = []

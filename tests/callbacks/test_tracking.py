@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from lla_callbacks.callbacks import hessian_monitor
+from lla_callbacks.hessian import quantity
 from lla_callbacks.hessian.tracking import track
 
 from .modules import (
@@ -124,10 +124,10 @@ def test_a_gap_longer_than_the_schedule_unlinks_the_chain(tmp_path, monkeypatch)
     linked = {}
 
     def note(objective, settings, state, **more):
-        linked[watcher._last_light] = len(state.trace.values) > 0
+        linked[watcher.record.last_light] = len(state.trace.values) > 0
         return track(objective, settings, state, **more)
 
-    monkeypatch.setattr(hessian_monitor, "track", note)
+    monkeypatch.setattr(quantity, "track", note)
     # As if a limit had left out step 3.
     watcher._has_room_for_light = lambda: len(linked) != 2 or watcher.skipped
     watcher.skipped = False
@@ -174,12 +174,12 @@ def test_the_tracker_s_state_is_plain(tmp_path):
     watcher = monitor(track_every_n_train_steps=1)
     kept = []
     forget = watcher._forget
-    watcher._forget = lambda: (kept.append(watcher._tracker.state_dict()), forget())
+    watcher._forget = lambda: (kept.append(watcher.spectrum.tracker.state_dict()), forget())
     fit(tmp_path, watcher)
     torch.save(kept[-1], tmp_path / "state.pt")
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)
     assert torch.equal(loaded["vector"], kept[-1]["vector"])
-    assert watcher._tracker.vector is None
+    assert watcher.spectrum.tracker.vector is None
 
 
 @pytest.mark.parametrize("value", [0, 1.5, True])

@@ -1,0 +1,197 @@
+"""One measurement: the quantities of a monitor on one objective at one moment, and its report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lla_callbacks.callbacks.compat import progress, say
+from lla_callbacks.callbacks.moments import space_of
+from lla_callbacks.callbacks.records import Record
+from lla_callbacks.callbacks.sink import Sink
+from lla_callbacks.callbacks.sizers import Sizer
+from lla_callbacks.callbacks.subject import Subject
+from lla_callbacks.callbacks.timing import Timing
+from lla_callbacks.linalg.errors import MeasurementError, forgetful, is_out_of_memory
+from lla_callbacks.linalg.sharing import OutOfStepError, all_or_none
+from lla_callbacks.objective.moment import Moment, Tools
+from lla_callbacks.report.cost import cost_scalars
+from lla_callbacks.report.quantity import finite
+
+# A quantity with its record, and what it found.
+Found = list[tuple[Record, Any]]
+
+
+class Firing:
+    """Measures what is wanted of a moment, and hands it on.
+
+    Args:
+        owner: What the log begins with, the monitor's class.
+        timing: When.
+        subject: On what.
+        records: What.
+        sink: Where to.
+        sizer: How large.
+
+    Attributes:
+        pages: Shows what is no figure: takes the Trainer, a result and the moment.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        timing: Timing,
+        subject: Subject,
+        records: Sequence[Record],
+        sink: Sink,
+        sizer: Sizer,
+    ) -> None:
+        self._owner = owner
+        self._timing, self._subject, self._records = timing, subject, records
+        self._sink, self._sizer = sink, sizer
+        self.pages: Callable[[Any, Any, Moment], None] | None = None
+
+    def fire(self, trainer: Any, module: nn.Module, moment: Moment) -> dict[str, float]:
+        """Measure and report once; return the scalars, none if it failed."""
+        began = time.monotonic()
+        timing, sink, asked = self._timing, self._sink, moment
+        timing.begins(moment)
+        announced = timing.announced(trainer, moment)
+        try:
+            # Whatever fails in one process, wherever it is, fails in all of them.
+            moment, measured = all_or_none(
+                self._subject.processes,
+                lambda: self._measured(trainer, module, asked),
+                "a measurement",
+            )
+        except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
+            self._warn(error)
+            return {}
+        found: Found = []
+        values: dict[str, float] = {}
+        for record, result in measured:
+            try:
+                values |= self._kept(record, result, moment)
+                found.append((record, result))
+            except Exception as error:  # noqa: BLE001 - likewise
+                self._warn(error)
+        if not found:
+            return {}
+        in_fit = moment.function == "fit"
+        if not moment.light:
+            stem = f"{'step' if in_fit else moment.function}_{moment.step:08d}"
+            for record, result in found:
+                sink.arrays(trainer, result, stem, record.quantity.name)
+            if in_fit:
+                timing.pace.saw(time.monotonic() - began)
+            self._draw_what_fits(trainer, found, moment)
+        seconds = time.monotonic() - began
+        overhead = timing.account.overhead if in_fit else math.nan
+        values |= cost_scalars(timing.name, seconds, overhead)
+        if in_fit:
+            if not moment.light:
+                timing.took(trainer, seconds)
+            for tag, value in values.items():
+                trainer.callback_metrics[tag] = torch.tensor(value)
+            sink.scalars(trainer, values, moment.step)
+        if announced:
+            say(trainer, f"{self._owner}: that took {seconds:.1f} s.")
+        return values
+
+    def _measured(self, trainer: Any, module: nn.Module, moment: Moment) -> tuple[Moment, Found]:
+        """Return what each quantity found, and the moment with all that is known of it."""
+        subject, timing = self._subject, self._timing
+        moment = subject.completed(trainer, module, moment)
+        change = subject.change(module, moment)
+        if change:
+            say(trainer, f"{self._owner}: {change}")
+            for record in self._records:
+                record.quantity.weights_changed(space_of(module).dim)
+        found: Found = []
+        troubles: list[Exception] = []
+        with ExitStack() as stack:
+            objective = subject.objective(trainer, module, moment, stack)
+            choice = timing.pace.choice
+            tools = Tools(
+                share=subject.processes,
+                progress=lambda text, total: progress(trainer, text, total),
+                say=lambda text: say(trainer, f"{self._owner}: {text}"),
+                # A smoke test should run every line, not take long.
+                quick=bool(trainer.fast_dev_run),
+                size=self._sizer.size(moment, timing, subject),
+                only=choice is not None and choice.count == 1 and not timing.schedule.is_given,
+                step_seconds=(
+                    timing.account.seconds_a_batch if moment.function == "fit" else math.nan
+                ),
+            )
+            moment = replace(moment, tools=tools)
+            for record in self._records:
+                measure = partial(record.quantity.measure, objective, moment)
+                try:
+                    result = all_or_none(subject.processes, measure, record.quantity.name)
+                except OutOfStepError:
+                    # There is no common point to go on from.
+                    raise
+                except Exception as error:  # noqa: BLE001 - one quantity must not cost the others
+                    # Without its traceback, whose frames hold graphs and weights.
+                    troubles.append(forgetful(error) if len(self._records) > 1 else error)
+                else:
+                    found.append((record, result))
+        if troubles and not found:
+            raise troubles[0]
+        for trouble in troubles:
+            self._warn(trouble)
+        return moment, found
+
+    def _kept(self, record: Record, result: Any, moment: Moment) -> dict[str, float]:
+        """Take note of a result, tell of its gaps, and return its numbers."""
+        quantity = record.quantity
+        check = self._subject.findings.proof.self_check
+        if check is not None and check.trouble:
+            told = MeasurementError(f"{check.trouble}.", check.remedy)
+            self._sink.warn(told, "the self-check", remedy="")
+        for what, trouble in quantity.gaps(result, moment).items():
+            if check is not None and trouble == check.trouble:
+                continue
+            error = trouble
+            if not isinstance(trouble, Exception):
+                error = MeasurementError(f"{what}: {trouble}.", quantity.remedy(result))
+            self._sink.warn(error, what, remedy="")
+        values = finite(quantity.scalars(result))
+        record.keep(result, moment)
+        return values
+
+    def _draw_what_fits(self, trainer: Any, found: Found, moment: Moment) -> None:
+        """Draw figures while there is room for them: at the end one at least."""
+        bounded = self._timing.is_bounded and moment.function == "fit" and not trainer.fast_dev_run
+        drawn = 0
+
+        def draw(record: Record, result: Any) -> None:
+            nonlocal drawn
+            figures = record.quantity.figures(result, record.history, moment)
+            for name, figure in figures.items():
+                # Only the first process draws, so that nobody has to be asked.
+                if bounded and not self._timing.has_room_for_figure(moment, drawn):
+                    break
+                drawn += 1
+                began, named = time.monotonic(), record.quantity.name
+                for _ in self._sink.draw(trainer, {name: figure}, moment.step, named):
+                    self._timing.pace.figure = time.monotonic() - began
+            if self.pages is not None:
+                self.pages(trainer, result, moment)
+
+        for record, result in found:
+            self._sink.guarded("drawing", draw, record, result)
+
+    def _warn(self, error: Exception) -> None:
+        # A loss of one's own is no remedy for trouble with it.
+        own = self._subject.settings.loss is not None and not is_out_of_memory(error)
+        self._sink.warn(error, "a measurement", "" if own else None)

@@ -1,0 +1,399 @@
+"""What a monitor does at each of Lightning's hooks: it sequences its parts, no more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lla_callbacks.callbacks.account import Account, booked
+from lla_callbacks.callbacks.compat import (
+    MisconfigurationException,
+    averages_before,
+    fraction_done,
+    is_barebones,
+    say,
+    state_key_of,
+    step_of,
+)
+from lla_callbacks.callbacks.evaluated import EvaluatedToo
+from lla_callbacks.callbacks.firing import Firing
+from lla_callbacks.callbacks.foretold import balance_of
+from lla_callbacks.callbacks.moments import is_unsized
+from lla_callbacks.callbacks.monitor_settings import MonitorSettings
+from lla_callbacks.callbacks.pace import Pace
+from lla_callbacks.callbacks.planner import Planner
+from lla_callbacks.callbacks.records import Record, check_fit
+from lla_callbacks.callbacks.refusals import refuse_shards
+from lla_callbacks.callbacks.run_state import RunState
+from lla_callbacks.callbacks.schedule import Schedule
+from lla_callbacks.callbacks.sink import Sink
+from lla_callbacks.callbacks.sizers import Sizer
+from lla_callbacks.callbacks.spawned import ComesHome
+from lla_callbacks.callbacks.subject import Subject
+from lla_callbacks.callbacks.telling import rank_zero_warn
+from lla_callbacks.callbacks.timing import Timing
+from lla_callbacks.objective.moment import Moment
+from lla_callbacks.objective.training_step import check_replayable
+
+
+class Watching(EvaluatedToo, ComesHome):
+    """A callback that measures quantities of the held objective, and leaves training unchanged.
+
+    It knows the order of things; each part knows one: ``timing`` when, ``subject`` on what,
+    ``records`` what, ``sink`` where to. Trouble becomes a warning and a gap.
+
+    Args:
+        records: What is measured, with room for what was found.
+        given: The shared settings by name.
+        sizer: Who chooses the sizes of a run with a limit.
+        alone: Whether there is one quantity, whose state lies beside the monitor's own.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], given: Mapping[str, Any], sizer: Sizer, *, alone: bool
+    ) -> None:
+        super().__init__()
+        owner, settings = type(self).__name__, MonitorSettings.of(given)
+        self.shared_settings = settings
+        self.__dict__.update(settings.flat, num_samples=settings.held.samples)
+        self.name = settings.output.name
+        self.records = tuple(records)
+        self.sizer = sizer
+        self.sink = Sink(
+            owner,
+            self.name,
+            figures=settings.output.figures,
+            save_arrays=settings.output.save_arrays,
+        )
+        self.timing = Timing(owner, self.name, settings.when, sizer.share)
+        self.subject = Subject(owner, settings.held, settings.products, self.sink)
+        self.planner = Planner(owner, self.timing, self.subject, sizer, self._all_hold)
+        self.run = RunState(
+            owner, settings, self.timing, self.subject, self.records, self.sink, alone=alone
+        )
+        self.firing = Firing(owner, self.timing, self.subject, self.records, self.sink, sizer)
+        # Quantities that look at every step.
+        self._watching = [r.quantity for r in self.records if r.quantity.watches]
+
+    # -- its parts ----------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """The user's own schedule."""
+        return self.timing.schedule
+
+    @property
+    def account(self) -> Account:
+        """What the run may spend on being watched, and has."""
+        return self.timing.account
+
+    @property
+    def pace(self) -> Pace:
+        """What was planned for the run."""
+        return self.timing.pace
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a limit holds."""
+        return self.timing.is_bounded
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the user's own schedule says when, whatever it costs."""
+        return self.timing.is_asked
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a fit is under way."""
+        return self.run.is_running
+
+    @property
+    def measures_shards(self) -> bool:
+        """Whether parameters may be spread over processes."""
+        return all(record.quantity.reads_shards for record in self.records)
+
+    @property
+    def state_key(self) -> str:
+        """Tell several monitors of one Trainer apart."""
+        return state_key_of(self, name=self.name)
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys([self.name, *(r.quantity.name for r in self.records)]))
+
+    def _others(self, trainer: Any) -> list[Watching]:
+        return [c for c in trainer.callbacks if isinstance(c, Watching) and c is not self]
+
+    def _running(self, trainer: Any) -> list[Watching]:
+        return [c for c in self._others(trainer) if c.is_running]
+
+    # -- Lightning's hooks --------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the present fit, or of the last one."""
+        return self.run.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a state until training starts, when the module is there."""
+        self.run.loaded = state_dict
+
+    def _sent(self) -> dict[str, Any]:
+        return self.run.sent(self.evaluated)
+
+    def _received(self, found: Any) -> None:
+        self.evaluated = self.run.received(found)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before anything starts."""
+        # Before a checkpoint is loaded: one that an earlier call loaded is not this one's.
+        self.run.loaded = None
+        if is_barebones(trainer):
+            return
+        kind = type(self).__name__
+        for other in self._others(trainer):
+            for name in {*self._names()} & {*other._names()}:
+                raise MisconfigurationException(
+                    f"two monitors are named {name!r} and would write the same tags: give "
+                    "one of them another name=."
+                )
+        if self.subject.settings.loss is None and stage in ("fit", "validate", "test"):
+            try:
+                check_replayable(pl_module)
+            except TypeError as error:
+                raise MisconfigurationException(f"{kind}: {error}") from error
+        refuse_shards(self, trainer, pl_module)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Not in setup: the module's own setup and configure_model may still make layers.
+        self._check_module(trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        for record in self.records:
+            record.clear()
+        self._begin(trainer)
+        if is_barebones(trainer):
+            rank_zero_warn(f"{type(self).__name__} does nothing with Trainer(barebones=True).")
+            return
+        self.timing.join(other.timing for other in self._running(trainer))
+        with self.timing.watching():
+            self.timing.seen_steps = trainer.global_step
+            self.run.resume(trainer, pl_module)
+            self._share_copies(trainer)
+            if self.subject.settings.dataloader is not None:
+                self.subject.note_modes(pl_module)
+                self.subject.hold_loader(trainer, pl_module)
+                self.subject.kept.compare_loader(self.subject.held)
+                if self._all_hold():
+                    self._fire_start(trainer, pl_module)
+            if self.run.missed_epoch(trainer):
+                self._end_epoch(trainer, pl_module, trainer.current_epoch - 1)
+            self.sink.introduce(trainer, self._layout())
+        self._look("after_step", trainer, pl_module)
+
+    @booked
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        held, seen = self.subject.held, self.timing.batch_samples
+        if (held.complete and seen and not self._watching) or is_barebones(trainer):
+            return
+        if not seen and batch is not None:
+            self.sink.guarded("holding a batch", self.planner.foretell, trainer, batch)
+        if not held.complete and self.subject.settings.dataloader is None:
+            self.sink.guarded("holding a batch", self._hold, trainer, pl_module, batch, batch_idx)
+            if self._all_hold():
+                self._fire_start(trainer, pl_module)
+        self._look("before_step", trainer, pl_module)
+
+    @booked
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if is_barebones(trainer):
+            return
+        if self._watching:
+            self._look("after_step", trainer, pl_module)
+        timing, account = self.timing, self.timing.account
+        if account.members[0] == self.name:
+            account.tick(partial(fraction_done, trainer, batch_idx))
+        if timing.is_idle:
+            return
+        if timing.is_bounded and not timing.pace.planned:
+            if self.planner.plan_when_ready(trainer, pl_module):
+                self._share_copies(trainer)
+                self.planner.tell(trainer)
+                self._fire_start_if_there_is_room(trainer, pl_module)
+        elif timing.is_bounded and self.subject.start_pending:
+            self._fire_start_if_there_is_room(trainer, pl_module)
+        complete = self.subject.held.complete
+        timing.after_batch(trainer.global_step, step_of(trainer), complete=complete)
+        self._fire_if_due(trainer, pl_module)
+
+    @booked
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if is_barebones(trainer):
+            return
+        self._end_epoch(trainer, pl_module, trainer.current_epoch)
+        if averages_before(trainer, self):
+            # When training ends the module has the average already.
+            self.subject.keep_final(pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if is_barebones(trainer):
+            return
+        timing, subject = self.timing, self.subject
+        with timing.watching():
+            if subject.held.complete and step_of(trainer) != timing.last_step:
+                if timing.is_bounded:
+                    self.sink.guarded("a measurement", self.planner.plan_end, trainer)
+                self._fire(trainer, pl_module, subject.final(trainer, pl_module))
+        if timing.count:
+            say(trainer, balance_of(timing))
+        self.run.end()
+        self._forget()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take over the state of a run in which nothing was left to train.
+
+        Its history and report are there again, and if it was killed between its last checkpoint
+        and its end, that end is measured: its weights are those of the checkpoint.
+        """
+        if not self.run.loaded or is_barebones(trainer):
+            return
+        for record in self.records:
+            record.clear()
+        self._begin(trainer)
+        self.timing.join(other.timing for other in self._running(trainer))
+        with self.timing.watching():
+            self.run.resume(trainer, pl_module)
+            behind = step_of(trainer) != self.timing.last_step
+            missing = self.run.is_resumed and trainer.world_size == 1 and behind
+            if missing and self.subject.settings.dataloader is not None:
+                self.subject.hold_loader(trainer, pl_module)
+                self._all_hold()
+        if missing:
+            self.on_train_end(trainer, pl_module)
+        else:
+            self.run.end()
+            self._forget()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        # Callbacks that save a checkpoint now come later.
+        self.run.end()
+        self._forget()
+
+    # -- a run --------------------------------------------------------------------------
+
+    def _begin(self, trainer: Any) -> None:
+        """Start anew, among the processes that there are."""
+        self.timing.reset()
+        self.subject.reset(trainer)
+        for record in self.records:
+            record.begin()
+        self.sink.begin(self.subject.processes.rank)
+
+    def _forget(self) -> None:
+        """Drop what belongs to a finished run and would keep its module alive."""
+        self.subject.forget()
+        for record in self.records:
+            record.quantity.end()
+
+    def _look(self, what: str, trainer: Any, module: nn.Module) -> None:
+        """Let quantities look at the weights that want to."""
+        if not self._watching or is_barebones(trainer) or is_unsized(module):
+            return
+        for quantity in self._watching:
+            look = getattr(quantity, what)
+            self.sink.guarded("recording the path", look, step_of(trainer), module)
+
+    def _share_copies(self, trainer: Any) -> None:
+        self.subject.share_copies(other.subject for other in self._running(trainer))
+
+    def _check_module(self, trainer: Any, module: nn.Module) -> None:
+        if not is_barebones(trainer) and not is_unsized(module):
+            engine = self.subject.products.engine
+            check_fit(type(self).__name__, module, self.records, engine, self.sink)
+
+    def _layout(self) -> Mapping[str, Any] | None:
+        """Return a TensorBoard layout of custom charts, if there is one."""
+        return None
+
+    # -- on what ------------------------------------------------------------------------
+
+    def _hold(self, trainer: Any, module: nn.Module, batch: Any, number: int) -> None:
+        """Keep one training batch, and the weights that the first one meets."""
+        subject = self.subject
+        subject.note_modes(module)
+        # Steps that take the iterator themselves are announced without a batch at first.
+        try:
+            if batch is not None:
+                subject.held.add(batch, number=number, most=trainer.num_training_batches)
+                self._share_copies(trainer)
+        finally:
+            # In all processes at the same step, whatever became of the batch.
+            alone = subject.held.complete and subject.processes.size == 1 and not self.is_bounded
+            if not alone:
+                self.sink.guarded("keeping weights", self._remember_start, trainer, module)
+
+    def _remember_start(self, trainer: Any, module: nn.Module) -> None:
+        if self.subject.late and not is_unsized(module):
+            self.subject.late = False
+            self.sink.guarded("layers=", self._check_late, trainer, module)
+        self.subject.remember_start(trainer, module)
+
+    def _check_late(self, trainer: Any, module: nn.Module) -> None:
+        """Check what could not be while layers had no size; the run has begun, and goes on."""
+        try:
+            self._check_module(trainer, module)
+        except Exception:
+            for record in self.records:
+                record.quantity.do_without_layers()
+            raise
+
+    def _all_hold(self) -> bool:
+        """Return whether every process holds its batches; then each holds those of all."""
+        choice = self.timing.pace.choice
+        return self.subject.all_hold(None if choice is None else choice.samples)
+
+    def _end_epoch(self, trainer: Any, module: nn.Module, epoch: int) -> None:
+        self.timing.last_epoch = epoch
+        subject = self.subject
+        if not subject.held.complete and subject.processes.all(bool(subject.held.batches)):
+            # An epoch is all there is: further batches would repeat its samples.
+            subject.held.complete = True
+            self._all_hold()
+            self._fire_start(trainer, module)
+        if self.schedule.after_epoch(epoch):
+            self.timing.due = True
+        self._fire_if_due(trainer, module)
+
+    # -- when ---------------------------------------------------------------------------
+
+    def _fire_start(self, trainer: Any, module: nn.Module) -> None:
+        self._share_copies(trainer)
+        if (self.is_bounded and not self.pace.planned) or is_unsized(module):
+            # Its size is chosen first, when the pace of the run is known.
+            self._remember_start(trainer, module)
+        elif self.subject.start_pending:
+            self._fire(trainer, module, self.subject.take_start(trainer))
+
+    def _fire_start_if_there_is_room(self, trainer: Any, module: nn.Module) -> None:
+        """Measure the start now; in a run of unknown length once what has passed pays for it."""
+        account, processes = self.account, self.subject.processes
+        rare = processes.size == 1 or not account.batches & (account.batches - 1)
+        if not self.subject.start_pending or not rare:
+            return
+        if not math.isnan(account.fraction) or processes.agree(self.timing.fits):
+            self._fire_start(trainer, module)
+
+    def _fire_if_due(self, trainer: Any, module: nn.Module) -> None:
+        subject = self.subject
+        complete = subject.held.complete
+        if self.timing.is_time(step_of(trainer), subject.processes, complete=complete):
+            self._fire(trainer, module, Moment(step_of(trainer)))
+
+    def _fire(self, trainer: Any, module: nn.Module, moment: Moment) -> dict[str, float]:
+        return self.firing.fire(trainer, module, moment)

@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALL = $(BIN)/python $(PIP)
 
-.PHONY: demo test check bitwise test-cpp test-oldest test-newest lint types tests fast docs release-check homepage studies quick-studies clean
+.PHONY: demo test check bitwise test-cpp test-types test-oldest test-newest lint types tests fast docs release-check homepage studies quick-studies clean
 FAST = $(addprefix tests/,linalg objective hessian slices curves alignment minima penalty report test_layering.py test_settings.py)
 STUDIES = poison lambda_max shift layers trace_regularizer
 
@@ -46,6 +46,10 @@ bitwise: $(VENV)/.test
 # Operators in C++, which take ten seconds and a compiler.
 test-cpp: $(VENV)/.test
 	LLA_CPP=1 $(BIN)/python -m pytest -q tests/objective/test_cpp_operators.py $(ARGS)
+
+# What a user's mypy says with either Trainer: half a minute for Lightning's own types.
+test-types: $(VENV)/.test
+	LLA_TYPES=1 $(BIN)/python -m pytest -q tests/test_typing.py $(ARGS)
 
 # The whole suite with the oldest releases that setup.cfg allows; 3 GB to download, 6 on disk, since torch
 # of that time comes with CUDA. What old releases warn about is theirs.

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lla_callbacks.callbacks.compat import Callback
 from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
 from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
@@ -16,7 +15,10 @@ from lla_callbacks.objective.checks import number, shown
 TraceRegularization = float | Literal["auto"] | Mapping[str, Any] | None
 
 
-def economy(trace_regularization: TraceRegularization = None, **overrides: Any) -> list[Callback]:
+# Lists of callbacks: of either Lightning, which a list of one type of them would not be.
+
+
+def economy(trace_regularization: TraceRegularization = None, **overrides: Any) -> list[Any]:
     """Return callbacks for long runs: extremes, trace and lines, within 2 % of training time.
 
     Both monitors share that. Sizes are chosen so that it is kept; there are no planes.
@@ -32,7 +34,7 @@ def economy(trace_regularization: TraceRegularization = None, **overrides: Any) 
     return [*_pair(_limit(0.02, overrides), {}, {"planes": []}, overrides), *penalty]
 
 
-def standard(trace_regularization: TraceRegularization = None, **overrides: Any) -> list[Callback]:
+def standard(trace_regularization: TraceRegularization = None, **overrides: Any) -> list[Any]:
     """Return callbacks with every default: within 5 % of training time, both together.
 
     Args:
@@ -44,7 +46,7 @@ def standard(trace_regularization: TraceRegularization = None, **overrides: Any)
     return [*_pair({}, {}, {}, overrides), *_regularizer(trace_regularization)]
 
 
-def paper(trace_regularization: TraceRegularization = None, **overrides: Any) -> list[Callback]:
+def paper(trace_regularization: TraceRegularization = None, **overrides: Any) -> list[Any]:
     """Return callbacks in published settings.
 
     100 Lanczos steps from one start vector (Gabdullin 2024), so that KH05 compares with the
@@ -81,7 +83,7 @@ def paper(trace_regularization: TraceRegularization = None, **overrides: Any) ->
     return [*_pair({"num_samples": 2048}, hessian, slices, overrides), *penalty]
 
 
-def _regularizer(asked: TraceRegularization, **settings: Any) -> list[Callback]:
+def _regularizer(asked: TraceRegularization, **settings: Any) -> list[Any]:
     if asked is None:
         return []
     if isinstance(asked, Mapping):
@@ -113,7 +115,7 @@ def _pair(
     hessian: dict[str, Any],
     slices: dict[str, Any],
     overrides: dict[str, Any],
-) -> list[Callback]:
+) -> list[Any]:
     """Return both monitors, each with the overrides that it knows.
 
     Raises:
@@ -127,7 +129,7 @@ def _pair(
                 f"a bundle does not take {key!r}; it takes the settings of "
                 f"{' and '.join(kind.__name__ for kind in kinds)}, their names left out."
             )
-    made: list[Callback] = []
+    made: list[Any] = []
     for kind, names, own in zip(kinds, known, (hessian, slices), strict=True):
         chosen = {key: value for key, value in overrides.items() if key in names}
         made.append(kind(**{**shared, **own, **chosen}))

@@ -35,10 +35,15 @@ def _bases(path: str, name: str) -> tuple[type, ...]:
 
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback as Callback
+    from lightning.pytorch import Callback as _OfLightning
+    from pytorch_lightning import Callback as _OfPytorchLightning
     from pytorch_lightning.utilities.exceptions import (
         MisconfigurationException as MisconfigurationException,
     )
+
+    # Either Trainer takes it. Where one of the two is not installed, its part is of any type.
+    class Callback(_OfPytorchLightning, _OfLightning):
+        """A callback of both namespaces."""
 else:
     # The packages are mirrored copies without inheritance; a class of both passes both.
     Callback = type("Callback", _bases("", "Callback"), {})

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lla_callbacks.alignment.groups import Group, groups_of, permuted
 from lla_callbacks.alignment.matching import match
 from lla_callbacks.alignment.tracing import traced_groups
+from lla_callbacks.objective.checks import MOST_WORK, module_of, seed_of, shown, whole
 from lla_callbacks.objective.networks import networks_of
 from lla_callbacks.objective.state import preserved_random_streams
 
@@ -103,10 +104,13 @@ def aligned(
         >>> bool(torch.allclose(net(x), b(x), atol=1e-5)), len(found.groups)
         (True, 1)
     """
-    if restarts is not None and (
-        isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 1
-    ):
-        raise ValueError(f"restarts is {restarts!r}; give a whole number of at least 1, or None.")
+    module_of("module", module)
+    restarts = whole("restarts", restarts, 1, MOST_WORK, none=True, other=", or None")
+    seed = seed_of("seed", seed)
+    if groups is not None and (not isinstance(groups, Mapping) or not groups):
+        raise ValueError(
+            f"groups is {shown(groups)}; give a dict of name to [(parameter, dim), ...], or None."
+        )
     networks = networks_of(module, [start, end], ["start", "end"])
     states = [
         {**rest, **{n: w.detach().cpu() for n, w in zip(networks.names, weights, strict=True)}}

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal
+
+from lla_callbacks.objective.checks import (
+    MOST_WORK,
+    function_of,
+    number,
+    one_of,
+    shown,
+    whole,
+)
 
 Unit = Literal["epochs", "steps"]
 
@@ -18,38 +27,33 @@ def check_ensembling(
     predict: Any,
 ) -> None:
     """Raise a ValueError, which says what is allowed, for a setting that is not."""
-    _check_whole("cycle", cycle, 1)
-    if cycle_unit not in get_args(Unit):
-        raise ValueError(f"cycle_unit is {cycle_unit!r}; give one of {', '.join(get_args(Unit))}.")
+    whole("cycle", cycle, 1, MOST_WORK)
+    one_of("cycle_unit", cycle_unit, Unit)
     if cycle_unit == "steps" and cycle % 2:
         raise ValueError(
             f"cycle is {cycle}; give an even number of steps, so that one has the lowest rate."
         )
     for name, value in {"lr_max": lr_max, "lr_min": lr_min}.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not (0 <= value < math.inf)
-        ):
-            raise ValueError(f"{name} is {value!r}; give a finite number of at least 0.")
+        number(name, value, "a finite number of at least 0", least=0)
     if lr_max < lr_min or lr_max == 0:
         raise ValueError(
             f"lr_max is {lr_max} and lr_min {lr_min}; give a positive highest rate and a "
             "lowest one that is not above it."
         )
-    whole = isinstance(start, int) and not isinstance(start, bool)
-    if not (whole and start >= 0) and not (isinstance(start, float) and 0 <= start < 1):
+    fitting = isinstance(start, int) and not isinstance(start, bool) and start >= 0
+    if not fitting and not (isinstance(start, float) and 0 <= start < 1):
         raise ValueError(
-            f"start is {start!r}; give a share of the run from 0 to below 1 (a float), or a "
+            f"start is {shown(start)}; give a share of the run from 0 to below 1 (a float), or a "
             "number of optimizer steps (an int)."
         )
-    _check_whole("num_samples", num_samples, 0)
-    if predict is not None and not callable(predict):
-        raise ValueError(
-            f"predict is {predict!r}; give predict(module, batch) -> (outputs, targets)."
-        )
+    whole("num_samples", num_samples, 0)
+    function_of("predict", predict, "predict(module, batch) -> (outputs, targets)", 2)
 
 
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}.")
+def folder(directory: Any) -> Path | None:
+    """Return where members are written, None for nowhere."""
+    if directory is None:
+        return None
+    if not isinstance(directory, (str, Path)) or not str(directory):
+        raise TypeError(f"directory is {shown(directory)}; give the path of a folder, or None.")
+    return Path(directory)

@@ -14,7 +14,7 @@ from lla_callbacks.callbacks.compat import (
     MisconfigurationException,
     shards_parameters,
 )
-from lla_callbacks.callbacks.ensembling_settings import Unit, check_ensembling
+from lla_callbacks.callbacks.ensembling_settings import Unit, check_ensembling, folder
 from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.member_comparison import MemberComparison
 from lla_callbacks.callbacks.spawned import ComesHome
@@ -97,7 +97,7 @@ class FastGeometricEnsembling(ComesHome):
         self.lr_max = lr_max
         self.lr_min = lr_min
         self.start = start
-        self.directory = None if directory is None else Path(directory)
+        self.directory = folder(directory)
         self.cycle_unit: Unit = cycle_unit
         self.num_samples = num_samples
         self.predict = predict

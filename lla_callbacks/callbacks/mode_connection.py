@@ -35,7 +35,7 @@ from lla_callbacks.objective.evaluation import (
     Predict,
     check_metrics,
 )
-from lla_callbacks.objective.networks import Networks, networks_of
+from lla_callbacks.objective.networks import Networks, network_of, networks_of
 from lla_callbacks.objective.objective import trainable
 
 
@@ -129,11 +129,11 @@ class ModeConnection(CurveComesHome):
         name: str = "curve",
     ) -> None:
         super().__init__()
+        network_of("start", start), network_of("end", end)
         check_kind(kind)
         check_bends(bends)
-        flag("align", align)
-        flag("scale_steps", scale_steps)
-        for switch, value in {"live": live, "figures": figures, "save_arrays": save_arrays}.items():
+        for switch, value in {"align": align, "scale_steps": scale_steps, "live": live,
+                              "figures": figures, "save_arrays": save_arrays}.items():  # fmt: skip
             flag(switch, value)
         whole("num_samples", num_samples, 1)
         seed_of("seed", seed)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lla_callbacks.callbacks.compat import Callback, spawns_processes
+from lla_callbacks.callbacks.telling import rank_zero_warn
 
 # Objects of this process by their token.
 _HOMES: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()

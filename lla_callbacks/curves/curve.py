@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lla_callbacks.objective.checks import one_of, whole
 from lla_callbacks.objective.networks import save_whole
 
 Kind = Literal["bezier", "chain"]
@@ -205,19 +206,24 @@ def step_lengths(kind: Kind, points: Sequence[Sequence[Tensor]], t: Tensor) -> T
     return torch.einsum("ij,jk,ik->i", d, gram, d).clamp(min=0).sqrt()
 
 
+# Each is a network; more than this many are a slip of the hand.
+MOST_BENDS = 1000
+
+
 def check_kind(kind: str) -> None:
     """Raise a ValueError for a kind of curve that does not exist."""
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind is {kind!r}; give one of {', '.join(get_args(Kind))}.")
+    one_of("kind", kind, Kind)
 
 
 def check_bends(bends: Any) -> None:
     """Raise a ValueError if this is no number of bends."""
-    if isinstance(bends, bool) or not isinstance(bends, int) or bends < 1:
-        raise ValueError(
-            f"bends is {bends!r}; give a whole number of at least 1: control points between the "
-            "ends (the reference code counts the ends too)."
-        )
+    whole(
+        "bends",
+        bends,
+        1,
+        MOST_BENDS,
+        other=": control points between the ends (the reference code counts the ends too)",
+    )
 
 
 def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,17 @@ from lla_callbacks.curves.measure import CURVE_POINTS, Along, even, measure_alon
 from lla_callbacks.curves.plain_training import MakeOptimizer, train_curve
 from lla_callbacks.curves.report import Barriers, LossCurve
 from lla_callbacks.objective.build import objective_of
-from lla_callbacks.objective.checks import flag
+from lla_callbacks.objective.checks import (
+    MOST_POINTS,
+    MOST_WORK,
+    flag,
+    function_of,
+    module_of,
+    number,
+    positive,
+    seed_of,
+    whole,
+)
 from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.evaluation import Loss, Predict, check_metrics
 from lla_callbacks.objective.grid import coordinates
@@ -85,6 +95,8 @@ def loss_curve(
         TypeError: If there is neither a loss nor a replayable ``training_step``.
     """
     check_metrics(metrics, predict)
+    straight = flag("straight", straight)
+    seed = seed_of("seed", seed)
     settings = PointSettings(metrics, predict, evaluation, time_budget)
     where = even(CURVE_POINTS) if t is None else _between(coordinates("t", t))
     networks, kind = _networks(module, curve)
@@ -176,12 +188,14 @@ def connect(
     """
     check_kind(kind)
     check_bends(bends)
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs is {epochs!r}; give a whole number of at least 1.")
-    for name, value, least in (("lr", lr, 0.0), ("weight_decay", weight_decay, -1e-300)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > least:
-            what = "a positive number" if name == "lr" else "0 or a positive number"
-            raise ValueError(f"{name} is {value!r}; give {what}.")
+    epochs = whole("epochs", epochs, 1, MOST_WORK)
+    lr = positive("lr", lr)
+    momentum = number("momentum", momentum, "a number from 0 to below 1", least=0, below=1)
+    weight_decay = number("weight_decay", weight_decay, "0 or a positive number", least=0)
+    scale_steps = flag("scale_steps", scale_steps)
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        optimizer = function_of("optimizer", optimizer, "optimizer(parameters)", 1)
+    seed = seed_of("seed", seed)
     networks = networks_of(module, [start, end], ["start", "end"])
     with _prepared(module, networks):
         objective = objective_of(
@@ -238,6 +252,14 @@ def barrier(
         ValueError: If a setting is not allowed, or networks are not alike; by name.
         TypeError: If there is neither a loss nor a replayable ``training_step``.
     """
+    module_of("module", module)
+    if isinstance(checkpoints, (str, bytes, Tensor, nn.Module)) or not isinstance(
+        checkpoints, (Mapping, Sequence)
+    ):
+        raise ValueError(
+            f"checkpoints is of type {type(checkpoints).__name__}; give a list of networks, or a "
+            "dict of name to network."
+        )
     named = (
         dict(checkpoints)
         if isinstance(checkpoints, Mapping)
@@ -245,12 +267,12 @@ def barrier(
     )
     if len(named) < 2:
         raise ValueError(f"there are {len(named)} checkpoints; give two at least.")
-    if isinstance(points, bool) or not isinstance(points, int) or points < 3:
-        raise ValueError(f"points is {points!r}; give a whole number of at least 3.")
+    points = whole("points", points, 3, MOST_POINTS)
+    seed = seed_of("seed", seed)
     flag("align", align)
     check_metrics(metrics, predict)
     settings = PointSettings(metrics, predict, evaluation)
-    networks = networks_of(module, list(named.values()), [f"checkpoint {n}" for n in named])
+    networks = networks_of(module, list(named.values()), [f"checkpoints[{n}]" for n in named])
     lines: dict[tuple[int, int], Along] = {}
     with _prepared(module, networks):
         objective = objective_of(
@@ -308,13 +330,20 @@ def _networks(module: nn.Module, curve: Curve | Sequence[Any]) -> tuple[Networks
         ]
         bends = [f"control point {j}" for j in range(1, curve.bends + 1)]
         return networks_of(module, states, ["start", *bends, "end"]), curve.kind
-    if isinstance(curve, (str, bytes, Mapping, nn.Module)) or len(curve) < 2:
+    if not isinstance(curve, (list, tuple)) or len(curve) < 2:
         raise ValueError(
-            "curve is one network; give a Curve, or a list of two networks or more, which are "
-            "joined in order."
+            f"curve is {_kind_of(curve)}; give a Curve, or a list of two networks or more, which "
+            "are joined in order."
         )
-    roles = [f"network {j}" for j in range(len(curve))]
+    roles = [f"curve[{j}]" for j in range(len(curve))]
     return networks_of(module, list(curve), roles), "chain"
+
+
+def _kind_of(curve: Any) -> str:
+    if isinstance(curve, (nn.Module, Mapping)):
+        return "one network"
+    few = isinstance(curve, (list, tuple))
+    return f"{len(curve)} networks" if few else f"of type {type(curve).__name__}"
 
 
 def _subset(networks: Networks, chosen: Sequence[int]) -> Networks:

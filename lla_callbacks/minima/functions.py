@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,8 +24,13 @@ from lla_callbacks.objective.checks import (
     batches_of,
     flag,
     function_of,
+    module_of,
+    number,
+    one_of,
     positive,
     seed_of,
+    shown,
+    text_of,
     whole,
 )
 from lla_callbacks.objective.counting import BatchSize, about, batch_size_of, sample_count
@@ -33,6 +38,10 @@ from lla_callbacks.objective.evaluation import Loss, Predict
 from lla_callbacks.objective.objective import Mode
 from lla_callbacks.objective.precision import at_precision
 from lla_callbacks.slices.basin import Basin
+
+PREDICT = "predict(module, batch) -> (logits, labels)"
+# Statistics that are estimated anew at each network would need its batches.
+MapMode = Literal["eval", "batch"]
 
 
 def compare_basins(a: Basin, b: Basin, *, names: tuple[str, str] = ("a", "b")) -> BasinComparison:
@@ -47,7 +56,14 @@ def compare_basins(a: Basin, b: Basin, *, names: tuple[str, str] = ("a", "b")) -
         ValueError: If the two do not compare: rim, number of samples or of parameters, mode or
             normalization differ.
     """
-    return BasinComparison(**vars(basin_ratio(a, b, names)))
+    for name, basin in (("a", a), ("b", b)):
+        if not isinstance(basin, Basin):
+            raise ValueError(f"{name} is {shown(basin)}; give a result of basin_radii.")
+    if not (isinstance(names, (list, tuple)) and len(names) == 2):
+        raise ValueError(f"names is {shown(names)}; give a pair of names, one a basin.")
+    for part in names:
+        text_of("names", part, "a pair of names")
+    return BasinComparison(**vars(basin_ratio(a, b, (names[0], names[1]))))
 
 
 @torch.inference_mode(False)
@@ -94,8 +110,12 @@ def relax(
     """
     num_steps = whole("num_steps", num_steps, 1, MOST_WORK)
     lr = positive("lr", lr)
-    optimizer = function_of("optimizer", optimizer, "optimizer(parameters)", 1)
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        optimizer = function_of("optimizer", optimizer, "optimizer(parameters)", 1)
     dropout = flag("dropout", dropout)
+    batches_of("held_out", held_out, none=True)
+    function_of("predict", predict, PREDICT, 2)
+    seed = seed_of("seed", seed)
     make = partial(
         objective_of, module, loss=loss, mode=mode, dropout=False, seed=seed, microbatch_size=None
     )
@@ -160,16 +180,30 @@ def map_of_minima(
     """
     seed = seed_of("seed", seed)
     num_samples = whole("num_samples", num_samples, 1, none=True, other=", or None for all")
+    for name, value, kind in (
+        ("distance", distance, Distance), ("method", method, Method), ("mode", mode, MapMode),
+    ):  # fmt: skip
+        one_of(name, value, kind)
+    function_of("predict", predict, PREDICT, 2)
+    perplexity = positive("perplexity", perplexity, none=True)
+    text_of("values_name", values_name, "what the values are")
+    if module is not None:
+        module_of("module", module)
     sets, names, networks = _sets(checkpoints)
     if len(networks) < 3:
         raise ValueError(f"{len(networks)} checkpoints make no map: give three at least.")
-    if values is not None and len(values) != len(networks):
-        raise ValueError(f"values has {len(values)} numbers for {len(networks)} checkpoints.")
-    if path is not None and path not in sets:
+    if values is not None:
+        if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+            raise ValueError(f"values is {shown(values)}; give a number a checkpoint, or None.")
+        wanted = "a number a checkpoint, NaN where there is none, or None"
+        values = [v if v != v else number("values", v, wanted) for v in values]
+        if len(values) != len(networks):
+            raise ValueError(
+                f"values has {len(values)} numbers for {len(networks)} checkpoints: give as many."
+            )
+    if path is not None and (not isinstance(path, str) or path not in sets):
         known = ", ".join(dict.fromkeys(sets))
-        raise ValueError(f"path is {path!r}; give one of the sets, {known}.")
-    if mode not in ("eval", "batch"):
-        raise ValueError(f"mode is {mode!r}; give 'eval' or 'batch'.")
+        raise ValueError(f"path is {shown(path)}; give one of the sets, {known}.")
     held: list[Any] = []
     if distance != "weights":
         batches_of("batches", batches)
@@ -241,6 +275,9 @@ def measure_shift(
         TypeError: If there is neither a loss nor a replayable ``training_step``.
         MeasurementError: If a loss or a product is not finite or cannot be had.
     """
+    module_of("module", module)
+    function_of("predict", predict, PREDICT, 2)
+    seed = seed_of("seed", seed)
     if not isinstance(loaders, Mapping) or not loaders:
         raise ValueError(
             f"loaders is of type {type(loaders).__name__}; give a dict of name to batches, with "
@@ -299,7 +336,9 @@ def _sets(checkpoints: Any) -> tuple[list[str], list[str], list[Any]]:
             str(name): [one] if isinstance(one, (nn.Module, Mapping)) else list(one)
             for name, one in checkpoints.items()
         }
-    elif isinstance(checkpoints, nn.Module) or not isinstance(checkpoints, Iterable):
+    elif isinstance(checkpoints, (nn.Module, str, bytes, torch.Tensor)) or not isinstance(
+        checkpoints, Iterable
+    ):
         raise ValueError(
             f"checkpoints is of type {type(checkpoints).__name__}; give a list of networks, or a "
             "dict of name to networks."

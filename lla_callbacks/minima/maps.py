@@ -87,8 +87,8 @@ def features_of(
         host = checkpoint if isinstance(checkpoint, nn.Module) else module
         if host is None:
             raise ValueError(
-                f"checkpoint {k} is a {type(checkpoint).__name__}: give module=, the network that "
-                "state dicts are of."
+                f"checkpoints[{k}] is of type {type(checkpoint).__name__}: give modules, or "
+                "state dicts and module=, the network that they are of."
             )
         snapshot = None if host is checkpoint else _snapshot(host, checkpoint, k)
         with weights_at(host, snapshot):
@@ -229,7 +229,7 @@ def _snapshot(module: nn.Module, checkpoint: Any, k: int) -> Snapshot:
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
         raise ValueError(
-            f"checkpoint {k} is of type {type(checkpoint).__name__}; give a module, a state dict "
+            f"checkpoints[{k}] is of type {type(checkpoint).__name__}; give a module, a state dict "
             "or a Lightning checkpoint."
         )
     parts = []
@@ -246,7 +246,7 @@ def _snapshot(module: nn.Module, checkpoint: Any, k: int) -> Snapshot:
                     else (f"has shape {tuple(checkpoint[name].shape)}, not {tuple(tensor.shape)}")
                 )
                 raise ValueError(
-                    f"checkpoint {k} does not fit {type(module).__name__}: {name!r} {have}."
+                    f"checkpoints[{k}] does not fit {type(module).__name__}: {name!r} {have}."
                 )
         parts.append({name: checkpoint[name].detach() for name in persistent})
     return Snapshot(*parts)

@@ -268,6 +268,20 @@ def optimizer_of(name: str, value: Any) -> Any:
     )
 
 
+def tensor_of(name: str, value: Any, what: str) -> Tensor:
+    """Return a tensor."""
+    if isinstance(value, Tensor):
+        return value
+    raise TypeError(f"{name} is {shown(value)}; give {what}, a tensor.")
+
+
+def text_of(name: str, value: Any, what: str) -> str:
+    """Return a text that is not empty."""
+    if isinstance(value, str) and value:
+        return value
+    raise ValueError(f"{name} is {shown(value)}; give {what}, a string.")
+
+
 def module_of(name: str, value: Any) -> nn.Module:
     """Return a module."""
     if isinstance(value, nn.Module):

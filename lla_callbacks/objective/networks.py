@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lla_callbacks.objective.checks import module_of, shown
 from lla_callbacks.objective.evaluation import Statistics
 from lla_callbacks.objective.objective import trainable
 from lla_callbacks.objective.state import Snapshot
@@ -76,6 +77,7 @@ def networks_of(module: nn.Module, networks: Sequence[Any], roles: Sequence[str]
             parameters or buffers other than batch norm's differ; by name.
         TypeError: If a network is none of the above.
     """
+    module_of("module", module)
     states = [state_of(n, role) for n, role in zip(networks, roles, strict=True)]
     own = module.state_dict()
     first = {id(p): name for name, p in module.named_parameters()}
@@ -117,6 +119,19 @@ def networks_of(module: nn.Module, networks: Sequence[Any], roles: Sequence[str]
     )
 
 
+def network_of(name: str, network: Any) -> Any:
+    """Return what may be a network: a module, a state dict, or a path that is looked at later.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+    if isinstance(network, (nn.Module, Path)) or (isinstance(network, (str, Mapping)) and network):
+        return network
+    raise TypeError(
+        f"{name} is {shown(network)}; give a module, a state dict, or the path of a checkpoint."
+    )
+
+
 def state_of(network: Any, role: str) -> Mapping[str, Tensor]:
     """Return the state dict of a module, a Lightning checkpoint, or a file of either.
 
@@ -127,7 +142,9 @@ def state_of(network: Any, role: str) -> Mapping[str, Tensor]:
     if isinstance(network, (str, Path)):
         path = Path(network)
         if not path.is_file():
-            raise ValueError(f"{role} is {str(network)!r}, which is no file; give a checkpoint.")
+            raise ValueError(
+                f"{role} is {shown(str(network))}, which is no file; give a checkpoint."
+            )
         try:
             network = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -154,7 +171,7 @@ def _check_fits(
     missing = [name for name in own if name not in state]
     if missing:
         raise ValueError(
-            f"{role} lacks {_few(missing)}; it has {_few(list(state))}. Give a network of the "
+            f"{role} lacks {_few(missing)}; it has {_few(list(state))}: give a network of the "
             "module's own architecture, its names as the module has them."
         )
     for name, value in own.items():

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lla_callbacks.objective.checks import one_of, tensor_of, whole
 from lla_callbacks.objective.precision import widened_half
 
 Reduction = Literal["mean", "sum", "none"]
@@ -57,6 +58,9 @@ def reversed_cross_entropy(
         99.3069
     """
     _check_reduction(reduction)
+    tensor_of("logits", logits, "scores of classes")
+    tensor_of("targets", targets, "labels")
+    ignore_index = whole("ignore_index", ignore_index, -(2**63))
     if targets.is_floating_point() or targets.ndim >= max(1, logits.ndim):
         raise NoReverseError(
             f"targets have dtype {targets.dtype} and shape {tuple(targets.shape)} for logits of "
@@ -100,6 +104,8 @@ def reversed_binary_cross_entropy(
         NoReverseError: A ValueError, if shapes differ or a target is neither 0 nor 1.
     """
     _check_reduction(reduction)
+    tensor_of("logits", logits, "one a label")
+    tensor_of("targets", targets, "labels, 0 or 1")
     if logits.shape != targets.shape:
         raise NoReverseError(
             f"logits have shape {tuple(logits.shape)} and targets {tuple(targets.shape)}: give "
@@ -173,5 +179,4 @@ def _reduced(values: Tensor, count: int, reduction: Reduction) -> Tensor:
 
 
 def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}; give 'mean', 'sum' or 'none'.")
+    one_of("reduction", reduction, Reduction)

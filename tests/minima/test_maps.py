@@ -134,7 +134,7 @@ def test_the_projector_gets_at_most_fifty_columns(tmp_path):
         ((networks(3), BATCHES), {"path": "good"}, "path is 'good'"),
         ((networks(3), BATCHES), {"mode": "recalibrate"}, "mode is 'recalibrate'"),
         ((networks(4), BATCHES), {"method": "tsne", "perplexity": 9}, "perplexity is 9"),
-        (([{}, {}, {}], BATCHES), {}, "give module="),
+        (([{}, {}, {}], BATCHES), {}, "give modules, or state dicts and module="),
         (([{}, *networks(2)], BATCHES), {"module": net()}, "'0.weight' is missing"),
         (([0, *networks(2)], BATCHES), {"module": net()}, "of type int; give a module"),
         ((net(), BATCHES), {}, "give a list of networks"),

@@ -89,7 +89,7 @@ def test_what_does_not_compare_is_refused(changes, words):
 
 
 def test_other_things_are_refused():
-    with pytest.raises(ValueError, match="a is 0.3; give a result of basin_radii"):
+    with pytest.raises(ValueError, match=r"a is 0\.3; give a result of basin_radii"):
         compare_basins(0.3, basin(WIDE))
 
 

@@ -109,6 +109,7 @@ ACCEPTED: dict[str, set[str]] = {
     "num_samples": COUNTS,
     "mode": set(),
     "matrix": set(),
+    "parameters": {"None"},  # no other names a parameter here
     "dropout": FLAGS,
     "loss": {"None"},
     "dataloader": {"None"},

@@ -19,7 +19,8 @@ from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.evaluation import Loss
 from lla_callbacks.objective.gauss_newton import Matrix
 from lla_callbacks.objective.layers import Layers
-from lla_callbacks.objective.objective import Engine, Mode, trainable
+from lla_callbacks.objective.objective import Engine, Mode
+from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.precision import Precision, at_precision, check_precision
 from lla_callbacks.objective.self_check import Jacobian
 
@@ -31,6 +32,7 @@ def measure_hessian(
     loss: Loss | None = None,
     mode: Mode = "batch",
     dropout: bool = False,
+    parameters: Parameters = None,
     matrix: Matrix = "hessian",
     layers: Layers = None,
     num_probes: int = HessianSettings.num_probes,
@@ -70,6 +72,9 @@ def measure_hessian(
             by running statistics. ``"recalibrate"``: by statistics over all batches at the
             present weights, held fixed.
         dropout: Whether dropout is on; off by default in every mode.
+        parameters: Which parameters' Hessian: ``None`` takes all that are trained; shell patterns
+            of their names (``"generator.*"``), or of modules; or a predicate ``(name, parameter)
+            -> bool``. The others stay where they are.
         matrix: ``"hessian"``, or ``"ggn"``: its Gauss-Newton part ``J' A J``, what the criterion
             curves with the network taken as linear, which is never negative; the report holds its
             share of the Hessian's trace too. For losses made of ``cross_entropy``, ``nll_loss``,
@@ -143,9 +148,6 @@ def measure_hessian(
     module_of("module", module)
     check_precision(precision)
     optimizer_of("optimizer", optimizer)
-    limit = None
-    if optimizer is not None:
-        limit = stability_limit(optimizer, ParameterSpace(trainable(module)))
     with at_precision(module, precision):
         objective = objective_of(
             module,
@@ -163,5 +165,9 @@ def measure_hessian(
             jacobian=jacobian,
             batch_size=batch_size,
             matrix=matrix,
+            parameters=parameters,
         )
+        limit = None
+        if optimizer is not None:
+            limit = stability_limit(optimizer, ParameterSpace(objective.variables))
         return HessianReport.of(measure(objective, settings, limit=limit))

@@ -32,7 +32,7 @@ from lla_callbacks.objective.engines import prove, refuses, with_hessian
 from lla_callbacks.objective.filters import filter_scales
 from lla_callbacks.objective.gauss_newton import GaussNewtonObjective
 from lla_callbacks.objective.layers import layer_parameters, outside
-from lla_callbacks.objective.objective import Objective, trainable
+from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.self_check import SelfCheck
 
 # What goes on from a measurement: takes the operator, the layers' positions, runs and traces.
@@ -260,7 +260,7 @@ def gap_measurement(
         check: What it proved of itself, which is that there is no Hessian.
         share: Processes that share the batches.
     """
-    space = ParameterSpace(trainable(objective.module))
+    space = ParameterSpace(objective.variables)
     loss, gradient = objective.gradient(share)
     none = torch.empty(0, dtype=torch.float64)
     unknown = Eigenvalue(math.nan, math.nan)

@@ -23,7 +23,8 @@ from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.engines import engines_of, prove_engine, raise_last
 from lla_callbacks.objective.evaluation import Loss
 from lla_callbacks.objective.gauss_newton import Matrix
-from lla_callbacks.objective.objective import Engine, Mode, Objective, trainable
+from lla_callbacks.objective.objective import Engine, Mode, Objective
+from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.precision import Precision, at_precision, check_precision
 from lla_callbacks.objective.self_check import Jacobian
 
@@ -73,7 +74,7 @@ class CurvatureOperator(SymmetricOperator):
         self._copies = copies
         self._chunk_size = chunk_size
         self._inner: LossOperator | None = None
-        own = ParameterSpace(trainable(objective.module))
+        own = ParameterSpace(objective.variables)
         self._weights = own.flatten(own.tensors)
         with self._at_precision():
             engines, self.engine_reason = objective.without_skipped(lambda: engines_of(objective))
@@ -174,7 +175,7 @@ class CurvatureOperator(SymmetricOperator):
         )
 
     def _matmat(self, columns: Tensor) -> Tensor:
-        own = ParameterSpace(trainable(self._objective.module))
+        own = ParameterSpace(self._objective.variables)
         if own.dim != self._weights.numel() or not torch.equal(
             own.flatten(own.tensors), self._weights
         ):
@@ -231,6 +232,7 @@ def hessian_operator(
     loss: Loss | None = None,
     mode: Mode = "batch",
     dropout: bool = False,
+    parameters: Parameters = None,
     matrix: Matrix = "hessian",
     num_samples: int | None = None,
     microbatch_size: int | None = None,
@@ -256,6 +258,9 @@ def hessian_operator(
         mode: ``"batch"``, ``"eval"`` or ``"recalibrate"``, as of
             :func:`~lla_callbacks.measure_hessian`, and likewise all below.
         dropout: Whether dropout is on.
+        parameters: Which parameters' Hessian: ``None`` takes all that are trained; shell patterns
+            of their names (``"generator.*"``), or of modules; or a predicate ``(name, parameter)
+            -> bool``. The others stay where they are.
         matrix: ``"hessian"``, or ``"ggn"`` for its Gauss-Newton part.
         num_samples: Take batches until they have this many samples; ``None`` takes all.
         microbatch_size: Evaluate batches in parts of at most this many samples.
@@ -295,5 +300,6 @@ def hessian_operator(
             jacobian=jacobian,
             batch_size=batch_size,
             matrix=matrix,
+            parameters=parameters,
         )
     return CurvatureOperator(objective, copies, chunk_size=chunk_size)

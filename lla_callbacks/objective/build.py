@@ -27,6 +27,7 @@ from lla_callbacks.objective.objective import (
     check_engine,
     check_mode,
 )
+from lla_callbacks.objective.parts import Parameters, check_parameters
 from lla_callbacks.objective.precision import Precision, check_precision
 from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.objective.training_step import check_replayable, replay_training_step
@@ -49,6 +50,7 @@ def objective_of(
     jacobian: Jacobian = "gap",
     batch_size: BatchSize = None,
     matrix: Matrix = "hessian",
+    parameters: Parameters = None,
 ) -> Objective:
     """Return the objective that every function measures: copies of batches, frozen.
 
@@ -64,6 +66,7 @@ def objective_of(
     check_mode(mode, dropout)
     check_engine(engine)
     check_matrix(matrix, engine)
+    check_parameters(parameters)
     check_precision(precision)
     num_samples = whole("num_samples", num_samples, 1, none=True, other=", or None for all")
     microbatch_size = whole("microbatch_size", microbatch_size, 1, none=True, other=", or None")
@@ -96,4 +99,5 @@ def objective_of(
         check=check,
         jacobian=jacobian,
         batch_size=batch_size,
+        parameters=parameters,
     )

@@ -11,7 +11,7 @@ from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.objective.checks import one_of
 from lla_callbacks.objective.criteria import heard
-from lla_callbacks.objective.objective import Engine, Objective, trainable
+from lla_callbacks.objective.objective import Engine, Objective
 from lla_callbacks.objective.sharded import is_sharded
 
 Matrix = Literal["hessian", "ggn"]
@@ -58,7 +58,7 @@ class GaussNewtonObjective(Objective):
         )
         return self._finished(
             GaussNewtonOperator(
-                terms, trainable(self.module), heard=heard, context=self.context, share=share
+                terms, self.variables, heard=heard, context=self.context, share=share
             )
         )
 

@@ -20,6 +20,7 @@ from lla_callbacks.objective.counting import BatchSize, counts_of
 from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
 from lla_callbacks.objective.loss import Loss, Statistics, load_statistics
 from lla_callbacks.objective.memory import Findings
+from lla_callbacks.objective.parts import Parameters, chosen_names
 from lla_callbacks.objective.precision import HALF, Precision, autocast_inside, check_precision
 from lla_callbacks.objective.randomness import (
     RANDOM_NOTE,
@@ -55,6 +56,7 @@ class HeldLoss:
         counts: Samples in each.
         places: Which of the held batches each one is, or is a part of.
         num_samples: Samples in all.
+        names: Of the parameters that are variables; ``None``: all that are trained.
         findings: What was found out about the held batches, kept from one measurement to the next.
     """
 
@@ -72,6 +74,7 @@ class HeldLoss:
         arithmetic: torch.dtype | None,
         findings: Findings | None,
         batch_size: BatchSize,
+        parameters: Parameters = None,
     ) -> None:
         check_mode(mode, dropout)
         check_precision(precision)
@@ -90,18 +93,27 @@ class HeldLoss:
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("there is no batch to measure on: give at least one.")
-        parameters = trainable(self.module)
-        if not parameters:
+        every = trainable(self.module)
+        if not every:
             raise ValueError(
                 f"{type(module).__name__} has no trainable parameter: unfreeze one first."
             )
-        self.device = next(iter(parameters.values())).device
+        self.names = chosen_names(module, parameters)
+        self.device = next(iter(every.values())).device
         places = [i for i in range(len(self.batches)) if i not in self.findings.proof.skipped]
         self.batches = [self.batches[i] for i in places]
         self.places = places
         self.num_held = len(self.places) + len(self.findings.proof.skipped)
         self.counts = counts_of(self.batches, batch_size)
         self.num_samples = sum(self.counts)
+
+    @property
+    def variables(self) -> dict[str, nn.Parameter]:
+        """The parameters that the loss is a function of, by name: those that were chosen."""
+        every = trainable(self.module)
+        if self.names is None:
+            return every
+        return {name: p for name, p in every.items() if name in self.names}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -117,7 +129,7 @@ class HeldLoss:
     def eps(self) -> float:
         """Relative rounding of the arithmetic."""
         found = self.arithmetic or self.inner_arithmetic
-        precision = ParameterSpace(trainable(self.module)).precision
+        precision = ParameterSpace(self.variables).precision
         return max(torch.finfo(d).eps for d in (precision, found) if d is not None)
 
     @property
@@ -126,7 +138,7 @@ class HeldLoss:
         found = self.arithmetic or self.inner_arithmetic
         if found is not None:
             return f"{str(found).removeprefix('torch.')} autocast"
-        return str(ParameterSpace(trainable(self.module)).precision).removeprefix("torch.")
+        return str(ParameterSpace(self.variables).precision).removeprefix("torch.")
 
     def without_skipped(self, action: Callable[[], Result]) -> Result:
         """Return what an action returns, without the batches that the training step skips.

@@ -24,6 +24,7 @@ from lla_callbacks.objective.held_loss import check_mode as check_mode
 from lla_callbacks.objective.held_loss import trainable as trainable
 from lla_callbacks.objective.loss import Loss, Statistics
 from lla_callbacks.objective.memory import Findings
+from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.precision import Precision
 from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.objective.sharded import is_sharded, reshard, sharded_gradients
@@ -39,7 +40,7 @@ class Objective(HeldLoss):
     random in the module is the same function each time.
 
     Args:
-        module: Any module; its trainable parameters are the variables.
+        module: Any module; its trainable parameters are the variables, or a part of them.
         batches: Any iterable of batches. They stay as they are: every evaluation gets fresh
             copies on the module's device.
         loss: ``loss(module, batch)`` returns the scalar mean loss of one batch.
@@ -68,6 +69,8 @@ class Objective(HeldLoss):
             curvature is measured. ``"measure"``: the Jacobian of the gradient is, and marked.
         batch_size: How many samples a batch has, where it does not tell: a number, or a function
             of the batch.
+        parameters: Which parameters are the variables; the others stay where they are. See
+            :func:`~lla_callbacks.objective.parts.chosen_names`.
 
     Attributes:
         num_samples: Samples behind the loss; see
@@ -98,6 +101,7 @@ class Objective(HeldLoss):
         check: bool = True,
         jacobian: Jacobian = "gap",
         batch_size: BatchSize = None,
+        parameters: Parameters = None,
     ) -> None:
         check_engine(engine)
         if microbatch_size is not None and microbatch_size < 1:
@@ -117,6 +121,7 @@ class Objective(HeldLoss):
             arithmetic=arithmetic,
             findings=findings,
             batch_size=batch_size,
+            parameters=parameters,
         )
         self._max_memory = max_memory
         if microbatch_size is not None:
@@ -172,10 +177,10 @@ class Objective(HeldLoss):
             return self._finished(
                 DifferenceOperator(
                     terms,
-                    trainable(self.module),
+                    self.variables,
                     context=context,
                     share=share,
-                    constant=padding_vectors(self.module),
+                    constant=padding_vectors(self),
                     differentiate=sharded_gradients if sharded else first_derivative,
                     settle=partial(reshard, self.module) if sharded else None,
                 )
@@ -183,7 +188,7 @@ class Objective(HeldLoss):
         return self._finished(
             HessianOperator(
                 terms,
-                trainable(self.module),
+                self.variables,
                 chunk_size=chunk_size,
                 context=context,
                 share=share,
@@ -205,7 +210,7 @@ class Objective(HeldLoss):
             MeasurementError: If any process fails.
         """
         share = share or Alone()
-        space = ParameterSpace(trainable(self.module))
+        space = ParameterSpace(self.variables)
         statistics = self.statistics()
 
         def differentiated(loss: Tensor) -> tuple[float, Tensor]:
@@ -251,15 +256,15 @@ class Objective(HeldLoss):
         return operator
 
 
-def padding_vectors(module: nn.Module) -> Tensor | None:
+def padding_vectors(objective: HeldLoss) -> Tensor | None:
     """Return the positions of embeddings' padding vectors in the flat vector, if there are any.
 
     They have no gradient by definition, so they are constants.
     """
-    space = ParameterSpace(trainable(module))
+    space = ParameterSpace(objective.variables)
     names = {id(t): name for name, t in zip(space.names, space.tensors, strict=True)}
     found = []
-    for m in module.modules():
+    for m in objective.module.modules():
         padding = getattr(m, "padding_idx", None)
         weight = dict(m.named_parameters(recurse=False)).get("weight")
         if isinstance(padding, int) and weight is not None and id(weight) in names:

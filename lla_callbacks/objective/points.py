@@ -18,7 +18,7 @@ from lla_callbacks.objective.checks import one_of, positive, settle
 from lla_callbacks.objective.evaluation import Evaluator, Predict, evaluating
 from lla_callbacks.objective.families import Family
 from lla_callbacks.objective.grid import Keep, gathered
-from lla_callbacks.objective.objective import Objective, trainable
+from lla_callbacks.objective.objective import Objective
 
 Evaluation = Literal["auto", "loop", "vmap"]
 
@@ -148,7 +148,7 @@ def evaluate_points(
 
 def space_of(objective: Objective) -> ParameterSpace:
     """Return the layout of an objective's variables."""
-    return ParameterSpace(trainable(objective.module))
+    return ParameterSpace(objective.variables)
 
 
 @dataclass

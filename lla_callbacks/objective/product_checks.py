@@ -113,7 +113,7 @@ def _by_gradients(
     """Return what plain backward passes say of a gradient and a product, and the cost."""
     plain = hessian.vectors.cut(objective.gradient(hessian.share)[1])
     first = _gradient(hessian, plain, pairs)
-    padding = padding_vectors(objective.module)
+    padding = padding_vectors(objective)
     if padding is not None and not hessian.vectors.agreed(
         not bool(hessian.gradient[hessian.vectors.local(padding)].any())
     ):
@@ -231,7 +231,7 @@ def _moved_gradients(
     def look(loss: Tensor) -> None:
         kinks.append(count_kinks(loss))
 
-    padding = padding_vectors(objective.module)
+    padding = padding_vectors(objective)
     if padding is not None:
         # The product sees them as the constants that they are.
         unit = unit.index_fill(0, padding.to(unit.device), 0.0)

@@ -271,7 +271,7 @@ class _Prober:
             device=self._space.device,
         )
         # By definition these are constants, though they are stored among the weights.
-        padding = padding_vectors(self._objective.module)
+        padding = padding_vectors(self._objective)
         if padding is not None:
             random = random.index_fill(0, padding.to(random.device), 0.0)
             gradient = gradient.index_fill(0, padding.to(gradient.device), 0.0)

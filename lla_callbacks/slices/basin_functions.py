@@ -22,6 +22,7 @@ from lla_callbacks.objective.evaluation import (
     Loss,
 )
 from lla_callbacks.objective.objective import Mode
+from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.points import PointSettings
 from lla_callbacks.slices.basin import measure_basin
 from lla_callbacks.slices.choice import (
@@ -56,6 +57,7 @@ def convexity_map(
     vectors: Vectors = "zero",
     mode: Mode = "batch",
     dropout: bool = False,
+    parameters: Parameters = None,
     optimizer: torch.optim.Optimizer | None = None,
     checkpoints: Sequence[Any] = (),
     num_samples: int | None = None,
@@ -82,6 +84,9 @@ def convexity_map(
         vectors: See :func:`loss_line`.
         mode: See :func:`loss_line`.
         dropout: See :func:`loss_line`.
+        parameters: Which parameters move: ``None`` lets all that are trained, shell patterns of
+            their names, or of modules, or a predicate ``(name, parameter) -> bool`` some. The
+            others stay where they are.
         optimizer: See :func:`loss_line`.
         checkpoints: See :func:`loss_line`.
         num_samples: See :func:`loss_line`.
@@ -104,6 +109,7 @@ def convexity_map(
     given = axes_of(alphas, betas)
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
+        parameters=parameters,
         microbatch_size=microbatch_size, check=check, batch_size=batch_size,
     )  # fmt: skip
     prove(objective)
@@ -140,6 +146,7 @@ def basin_radii(
     vectors: Vectors = "zero",
     mode: Mode = "batch",
     dropout: bool = False,
+    parameters: Parameters = None,
     num_samples: int | None = None,
     microbatch_size: int | None = None,
     time_budget: float | None = None,
@@ -166,6 +173,9 @@ def basin_radii(
         vectors: See :func:`loss_line`.
         mode: See :func:`loss_line`.
         dropout: See :func:`loss_line`.
+        parameters: Which parameters move: ``None`` lets all that are trained, shell patterns of
+            their names, or of modules, or a predicate ``(name, parameter) -> bool`` some. The
+            others stay where they are.
         num_samples: See :func:`loss_line`.
         microbatch_size: See :func:`loss_line`.
         time_budget: Seconds after which no further ray is begun.
@@ -185,6 +195,7 @@ def basin_radii(
     budget = PointSettings(time_budget=time_budget).time_budget
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
+        parameters=parameters,
         microbatch_size=microbatch_size, check=check, batch_size=batch_size,
     )  # fmt: skip
     prove(objective)

@@ -23,6 +23,7 @@ from lla_callbacks.objective.evaluation import (
 )
 from lla_callbacks.objective.grid import centred, coordinates
 from lla_callbacks.objective.objective import Mode
+from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.points import Evaluation
 from lla_callbacks.slices.arrays import load_progress, save_progress
 from lla_callbacks.slices.choice import (
@@ -65,6 +66,7 @@ def loss_line(
     vectors: Vectors = "zero",
     mode: Mode = "batch",
     dropout: bool = False,
+    parameters: Parameters = None,
     optimizer: torch.optim.Optimizer | None = None,
     checkpoints: Sequence[Any] = (),
     num_samples: int | None = None,
@@ -103,6 +105,9 @@ def loss_line(
         mode: ``"batch"``, ``"eval"`` or ``"recalibrate"`` (batch norm's statistics are estimated
             at each point; twice the cost).
         dropout: Whether dropout is on (one fixed mask); off by default in every mode.
+        parameters: Which parameters move: ``None`` lets all that are trained, shell patterns of
+            their names, or of modules, or a predicate ``(name, parameter) -> bool`` some. The
+            others stay where they are.
         optimizer: Gives Adam's moments.
         checkpoints: State dicts or modules along the path of training, oldest first.
         num_samples: Take batches until they have this many samples; ``None`` takes all.
@@ -127,6 +132,7 @@ def loss_line(
     wanted = None if alphas is None else coordinates("alphas", alphas)
     objective = objective_of(
         module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
+        parameters=parameters,
         microbatch_size=microbatch_size, check=check, batch_size=batch_size,
     )  # fmt: skip
     prove(objective)
@@ -158,6 +164,7 @@ def loss_plane(
     vectors: Vectors = "zero",
     mode: Mode = "batch",
     dropout: bool = False,
+    parameters: Parameters = None,
     optimizer: torch.optim.Optimizer | None = None,
     checkpoints: Sequence[Any] = (),
     num_samples: int | None = None,
@@ -194,6 +201,9 @@ def loss_plane(
         vectors: See :func:`loss_line`.
         mode: See :func:`loss_line`.
         dropout: See :func:`loss_line`.
+        parameters: Which parameters move: ``None`` lets all that are trained, shell patterns of
+            their names, or of modules, or a predicate ``(name, parameter) -> bool`` some. The
+            others stay where they are.
         optimizer: See :func:`loss_line`.
         checkpoints: See :func:`loss_line`.
         num_samples: See :func:`loss_line`.
@@ -232,12 +242,17 @@ def loss_plane(
         through: NetworkPlane | None = None
         names: tuple[Any, ...] = ()
         if names_networks(directions):
+            if parameters is not None:
+                raise ValueError(
+                    f"parameters is {shown(parameters)}, and a plane through networks moves all "
+                    "that they differ in; give parameters=None."
+                )
             through = network_plane(module, directions, mode)
             stack.enter_context(through.placed(module))
         else:
             names = plane_names(directions)
         objective = objective_of(
-            module, batches, loss, mode=mode, dropout=dropout, seed=seed,
+            module, batches, loss, mode=mode, dropout=dropout, seed=seed, parameters=parameters,
             num_samples=num_samples, microbatch_size=microbatch_size, check=check,
             batch_size=batch_size,
         )  # fmt: skip

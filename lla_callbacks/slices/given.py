@@ -146,6 +146,7 @@ def fingerprint(
     # The loss itself cannot be hashed; its value at the centre can, and that of the metrics.
     with evaluating(objective, metrics=settings.metrics, predict=settings.predict) as evaluate:
         centre = evaluate().tolist()
-        words = (objective.mode, objective.dropout, objective.seed, evaluate.names, centre)
-    digest.update(repr(words).encode())
+        words: list[Any] = [objective.mode, objective.dropout, objective.seed, evaluate.names]
+        part = [] if objective.names is None else [sorted(objective.names)]
+    digest.update(repr((*words, centre, *part)).encode())
     return digest.hexdigest()

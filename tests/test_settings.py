@@ -109,7 +109,9 @@ ACCEPTED: dict[str, set[str]] = {
     "num_samples": COUNTS,
     "mode": set(),
     "matrix": set(),
-    "parameters": {"None"},  # no other names a parameter here
+    # Patterns are asked of a module, which a constructor has not.
+    "parameters": {"None", "text", "number as text", "tuple of text", "outside", "with slash",
+                   "control"},
     "dropout": FLAGS,
     "loss": {"None"},
     "dataloader": {"None"},
@@ -186,6 +188,11 @@ PARTICULAR: dict[tuple[str, str], set[str]] = {
     ("basin_radii", "num_rays"): COUNTS,
     ("interpolate", "end"): {"None"},
     ("measure_hessian", "layers"): {"None"},  # others name no module here
+    **{
+        (name, "parameters"): {"None"}
+        for name in ("measure_hessian", "hessian_operator", "loss_line", "loss_plane",
+                     "convexity_map", "basin_radii")
+    },
     **{
         (name, "num_samples"): {"None", *COUNTS}
         for name in ("measure_hessian", "hessian_operator", "loss_line", "loss_plane",

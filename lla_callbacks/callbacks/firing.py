@@ -114,7 +114,7 @@ class Firing:
         if change:
             say(trainer, f"{self._owner}: {change}")
             for record in self._records:
-                record.quantity.weights_changed(space_of(module).dim)
+                record.quantity.weights_changed(space_of(module, subject.products.parameters).dim)
         found: Found = []
         troubles: list[Exception] = []
         with ExitStack() as stack:

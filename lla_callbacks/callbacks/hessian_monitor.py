@@ -120,6 +120,12 @@ class HessianMonitor(Watching):
         name: First part of every tag; give each monitor its own.
         batch_size: How many samples a batch has, where it does not tell: a number, or
             ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
+        num_eigenvectors: How many leading eigenvectors each report has, by parameter name; see
+            :func:`~lla_callbacks.measure_hessian`. 0 (default): none. Files have all of them,
+            ``report`` those of the last measurement, ``history`` their eigenvalues alone.
+        parameters: Which parameters are measured: ``None`` takes all that are trained; shell
+            patterns of their names (``"generator.*"``), or of modules; or a predicate ``(name,
+            parameter) -> bool``. Another monitor may measure others.
 
     Attributes:
         history: Pairs of step and :class:`HessianReport` of the last fit: all of it up to 400,
@@ -173,6 +179,8 @@ class HessianMonitor(Watching):
         custom_scalars: bool = True,
         name: str = "hessian",
         batch_size: BatchSize = None,
+        num_eigenvectors: int = HessianSettings.num_eigenvectors,
+        parameters: str | list[str] | Callable[[str, nn.Parameter], bool] | None = None,
     ) -> None:
         given = shared(locals())
         settings = HessianSettings(
@@ -184,6 +192,7 @@ class HessianMonitor(Watching):
             layers=layers,
             eig_rtol=eig_rtol,
             trace_rtol=trace_rtol,
+            num_eigenvectors=num_eigenvectors,
             seed=seed,
         )
         probes, rtol = check_light(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lla_callbacks.callbacks.monitor_settings import shared
 from lla_callbacks.callbacks.records import Record
 from lla_callbacks.callbacks.sizers import SlicesSizer
@@ -104,6 +106,9 @@ class LossLandscapeMonitor(Watching):
         name: First part of every tag; give each monitor its own.
         batch_size: How many samples a batch has, where it does not tell: a number, or
             ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
+        parameters: Which parameters are measured: ``None`` takes all that are trained; shell
+            patterns of their names (``"generator.*"``), or of modules; or a predicate ``(name,
+            parameter) -> bool``. Another monitor may measure others.
 
     Attributes:
         history: Pairs of step and :class:`~lla_callbacks.LandscapeReport` of the last fit: all of
@@ -162,6 +167,7 @@ class LossLandscapeMonitor(Watching):
         save_batches: bool = True,
         name: str = "landscape",
         batch_size: BatchSize = None,
+        parameters: str | list[str] | Callable[[str, nn.Parameter], bool] | None = None,
     ) -> None:
         everything = shared(locals())
         given = {

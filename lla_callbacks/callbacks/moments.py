@@ -9,12 +9,12 @@ from torch.nn.parameter import is_lazy
 
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.moment import Moment
-from lla_callbacks.objective.objective import trainable
+from lla_callbacks.objective.parts import Parameters, variables_of
 
 
-def space_of(module: nn.Module) -> ParameterSpace:
-    """Return the layout of a module's trainable parameters."""
-    return ParameterSpace(trainable(module))
+def space_of(module: nn.Module, parameters: Parameters = None) -> ParameterSpace:
+    """Return the layout of a module's trained parameters, or of those that are chosen."""
+    return ParameterSpace(variables_of(module, parameters))
 
 
 def is_unsized(module: nn.Module) -> bool:

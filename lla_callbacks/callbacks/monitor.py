@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+
 from lla_callbacks.callbacks.monitor_settings import shared
 from lla_callbacks.callbacks.records import Record
 from lla_callbacks.callbacks.sizers import SamplesSizer
@@ -55,6 +57,7 @@ class Monitor(Watching):
         save_batches: Whether checkpoints hold the held batches.
         name: First part of the tags of what it costs; give each monitor its own.
         batch_size: How many samples a batch has, where it does not tell.
+        parameters: Which parameters are measured; ``None``: all that are trained.
 
     Raises:
         ValueError: If a setting is not allowed; the message says what is.
@@ -89,6 +92,7 @@ class Monitor(Watching):
         save_batches: bool = True,
         name: str = "monitor",
         batch_size: BatchSize = None,
+        parameters: str | list[str] | Callable[[str, nn.Parameter], bool] | None = None,
     ) -> None:
         given = shared(locals())
         self.quantities = check_quantities(quantities)

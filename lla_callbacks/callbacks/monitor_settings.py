@@ -25,6 +25,7 @@ from lla_callbacks.objective.checks import (
 from lla_callbacks.objective.counting import BatchSize, batch_size_of
 from lla_callbacks.objective.loss import Loss
 from lla_callbacks.objective.objective import Engine, Mode, check_engine, check_mode
+from lla_callbacks.objective.parts import Parameters, check_parameters
 from lla_callbacks.objective.precision import Precision, check_precision
 from lla_callbacks.objective.self_check import Jacobian
 
@@ -124,6 +125,7 @@ class Products:
         precision: In which arithmetic.
         check: Whether the loss proves itself at the first measurement of a run.
         jacobian: What is measured where its gradient is no derivative.
+        parameters: Which parameters are measured; ``None``: all that are trained.
     """
 
     microbatch_size: int | None = None
@@ -132,6 +134,7 @@ class Products:
     precision: Precision = "float32"
     check: bool = True
     jacobian: Jacobian = "gap"
+    parameters: Parameters = None
 
     def __post_init__(self) -> None:
         for name, unit in {"microbatch_size": "", "max_memory": " byte"}.items():
@@ -141,6 +144,7 @@ class Products:
         check_precision(self.precision)
         settle(self, check=flag("check", self.check))
         one_of("jacobian", self.jacobian, Jacobian)
+        settle(self, parameters=check_parameters(self.parameters))
 
 
 @dataclass(frozen=True)

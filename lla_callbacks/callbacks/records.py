@@ -49,7 +49,7 @@ class Record:
         """Take note of a result."""
         self.result = result
         if moment.function == "fit":
-            self.history.append((moment.step, result))
+            self.history.append((moment.step, self.quantity.kept(result)))
             thin(self.history)
 
     def state(self) -> dict[str, Any]:

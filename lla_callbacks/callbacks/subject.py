@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lla_callbacks.callbacks.compat import autocast_dtype, say, step_of
+from lla_callbacks.callbacks.compat import MisconfigurationException, autocast_dtype, say, step_of
 from lla_callbacks.callbacks.held_batches import HeldBatches
 from lla_callbacks.callbacks.kept_batches import KeptBatches
 from lla_callbacks.callbacks.moments import change_of, is_unsized, space_of
@@ -23,7 +23,8 @@ from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.sharing import all_or_none
 from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.moment import Moment
-from lla_callbacks.objective.objective import Objective, trainable
+from lla_callbacks.objective.objective import Objective
+from lla_callbacks.objective.parts import variables_of
 from lla_callbacks.objective.precision import at_precision
 from lla_callbacks.objective.sharded import reshard
 from lla_callbacks.objective.state import Snapshot, take_snapshot, weights_at
@@ -172,7 +173,9 @@ class Subject:
         if len(trainer.optimizers) != 1:
             return None
         try:
-            return stability_limit(trainer.optimizers[0], space_of(module))
+            return stability_limit(
+                trainer.optimizers[0], space_of(module, self.products.parameters)
+            )
         except Exception as error:  # noqa: BLE001 - of an optimizer that is not known well enough
             self.sink.warn(error, "the stability limit")
             return None
@@ -195,9 +198,16 @@ class Subject:
             moment = replace(moment, limit=None)
         return moment
 
+    def check_parameters(self, module: nn.Module) -> None:
+        """Raise a MisconfigurationException if some pattern matches no parameter of a module."""
+        try:
+            variables_of(module, self.products.parameters)
+        except ValueError as error:
+            raise MisconfigurationException(f"{self.owner}: {error}") from error
+
     def change(self, module: nn.Module, moment: Moment) -> str:
         """Return in words that other parameters are trained than before; empty if they are not."""
-        names = tuple(trainable(module))
+        names = tuple(variables_of(module, self.products.parameters))
         known, self._known_names = self._known_names, names
         return "" if known in ((), names) else change_of(known, names, moment)
 
@@ -245,6 +255,7 @@ class Subject:
                 check=how.check and batches is None,
                 jacobian=how.jacobian,
                 batch_size=held.batch_size,
+                parameters=how.parameters,
             )
 
         return all_or_none(self.processes, make)
@@ -263,4 +274,5 @@ class Subject:
         return (
             samples, held.mode, held.dropout, held.loss, id(held.dataloader), held.seed,
             how.precision, how.engine, how.microbatch_size, how.max_memory, how.check,
+            how.parameters,
         )  # fmt: skip

@@ -30,6 +30,7 @@ from lla_callbacks.callbacks.records import Record, check_fit
 from lla_callbacks.callbacks.refusals import refuse_shards
 from lla_callbacks.callbacks.run_state import RunState
 from lla_callbacks.callbacks.schedule import Schedule
+from lla_callbacks.callbacks.self_words import SaysItself
 from lla_callbacks.callbacks.sink import Sink
 from lla_callbacks.callbacks.sizers import Sizer
 from lla_callbacks.callbacks.spawned import ComesHome
@@ -40,7 +41,7 @@ from lla_callbacks.objective.moment import Moment
 from lla_callbacks.objective.training_step import check_replayable
 
 
-class Watching(EvaluatedToo, ComesHome):
+class Watching(EvaluatedToo, ComesHome, SaysItself):
     """A callback that measures quantities of the held objective, and leaves training unchanged.
 
     It knows the order of things; each part knows one: ``timing`` when, ``subject`` on what,
@@ -62,6 +63,10 @@ class Watching(EvaluatedToo, ComesHome):
         self.__dict__.update(settings.flat, num_samples=settings.held.samples)
         self.name = settings.output.name
         self.records = tuple(records)
+        for record in self.records:
+            # Those that keep vectors of their own must know which.
+            if hasattr(record.quantity, "parameters"):
+                record.quantity.parameters = settings.products.parameters
         self.sizer = sizer
         self.sink = Sink(
             owner,
@@ -315,6 +320,7 @@ class Watching(EvaluatedToo, ComesHome):
     def _check_module(self, trainer: Any, module: nn.Module) -> None:
         if not is_barebones(trainer) and not is_unsized(module):
             engine = self.subject.products.engine
+            self.subject.check_parameters(module)
             check_fit(type(self).__name__, module, self.records, engine, self.sink)
 
     def _layout(self) -> Mapping[str, Any] | None:

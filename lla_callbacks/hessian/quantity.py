@@ -23,7 +23,8 @@ from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.costs import PRODUCT
 from lla_callbacks.objective.layers import layer_parameters, outside
 from lla_callbacks.objective.moment import Moment
-from lla_callbacks.objective.objective import Objective, trainable
+from lla_callbacks.objective.objective import Objective
+from lla_callbacks.objective.parts import Parameters, variables_of
 from lla_callbacks.report.conform import check_entries, check_fields, check_flat
 from lla_callbacks.report.quantity import Drawn, Quantity
 from lla_callbacks.report.thinning import drawn as drawn_part
@@ -68,6 +69,8 @@ class Spectrum(Quantity):
         # Why differences took over in this run; empty while the exact engine serves.
         self._fallback = ""
         self._told = False
+        # Which parameters the monitor measures.
+        self.parameters: Parameters = None
 
     @property
     def settings(self) -> HessianSettings:
@@ -134,7 +137,7 @@ class Spectrum(Quantity):
         if self.tracking:
             products += self.tracking.num_probes // 2
         if settings.layer_plan.max_matvecs:
-            space = ParameterSpace(trainable(objective.module))
+            space = ParameterSpace(objective.variables)
             groups = layer_parameters(objective.module, space, settings.layers)
             products += len(groups) * settings.layer_plan.max_matvecs
         return products
@@ -162,6 +165,13 @@ class Spectrum(Quantity):
         if not quick:
             return self.tracking
         return replace(self.tracking, num_steps=2, num_probes=min(2, self.tracking.num_probes))
+
+    def kept(self, result: HessianReport) -> HessianReport:
+        """Return a report without eigenvectors, each of which is as long as the network."""
+        vectors = result.eigenvectors
+        return result if vectors is None else replace(
+            result, eigenvectors=vectors.without_vectors()
+        )  # fmt: skip
 
     # -- shown --------------------------------------------------------------------------
 
@@ -200,7 +210,7 @@ class Spectrum(Quantity):
         """Raise a ValueError if layers do not fit a module; return which are told apart."""
         if self.settings.layers is None:
             return ""
-        space = ParameterSpace(trainable(module))
+        space = ParameterSpace(variables_of(module, self.parameters))
         groups = layer_parameters(module, space, self.settings.layers)
         left = outside(space, groups)
         if not left:
@@ -243,7 +253,7 @@ class Spectrum(Quantity):
         tracker = TrackerState.from_state_dict(state["tracker"])
         check_fields(tracker, "the state's tracker")
         if tracker.vector is not None:
-            space = ParameterSpace(trainable(module))
+            space = ParameterSpace(variables_of(module, self.parameters))
             check_flat(tracker.vector, space.dim, "the state's tracker.vector")
             # The run may go on in another precision.
             tracker = replace(tracker, vector=tracker.vector.to(space.dtype))

@@ -80,6 +80,20 @@ def chosen_names(module: nn.Module, parameters: Parameters) -> frozenset[str] | 
     return frozenset(found)
 
 
+def variables_of(module: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
+    """Return the trained parameters that are chosen, by name; a shared one under its first.
+
+    Raises:
+        ValueError: See :func:`chosen_names`.
+    """
+    names = chosen_names(module, parameters)
+    return {
+        name: p
+        for name, p in module.named_parameters()
+        if p.requires_grad and (names is None or name in names)
+    }
+
+
 def _fits(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 

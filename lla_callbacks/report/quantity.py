@@ -58,6 +58,10 @@ class Quantity(ABC):
                 not divided (``moment.lent.share``), each does all of it.
         """
 
+    def kept(self, result: Any) -> Any:
+        """Return what a history keeps of a result: all of it, if that does not grow too large."""
+        return result
+
     def scalars(self, result: Any) -> dict[str, float]:
         """Return a result's numbers by tag; not finite ones are left out of the logs."""
         found: dict[str, float] = result.scalars(self.name)

@@ -13,7 +13,8 @@ from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.costs import FORWARD, PRODUCT
 from lla_callbacks.objective.moment import Moment
-from lla_callbacks.objective.objective import Objective, trainable
+from lla_callbacks.objective.objective import Objective
+from lla_callbacks.objective.parts import Parameters, variables_of
 from lla_callbacks.report.conform import check_entries, check_flat
 from lla_callbacks.report.quantity import Drawn, Quantity
 from lla_callbacks.slices.choice import DirectionSource
@@ -74,6 +75,8 @@ class Slices(Quantity):
         name: str = "landscape",
     ) -> None:
         self.name = name
+        # Which parameters the monitor moves.
+        self.parameters: Parameters = None
         self._settings = settings or LandscapeSettings()
         self.interpolate, self.cap, self.surface = interpolate, cap, surface
         # Asked after every batch.
@@ -183,12 +186,12 @@ class Slices(Quantity):
     def before_step(self, step: int, module: nn.Module) -> None:
         """Keep the weights before a step, for the direction of the last update."""
         if self._wants_update and (self._previous is None or self._previous[0] != step):
-            self._previous = step, _weights(module)
+            self._previous = step, _weights(module, self.parameters)
 
     def after_step(self, step: int, module: nn.Module) -> None:
         """Keep the present weights as a point of the path, if one is wanted and due."""
         if self._wants_path and self.path.wants(step):
-            weights = _weights(module)
+            weights = _weights(module, self.parameters)
             self.weights_changed(weights.numel())
             self.path.record(step, weights)
 
@@ -203,7 +206,7 @@ class Slices(Quantity):
         check_entries(path, _PATH, "the state's path")
         if len(path["steps"]) != len(path["weights"]) or path["interval"] < 1:
             raise ValueError("the state's path has not one set of weights for each step.")
-        space = ParameterSpace(trainable(module))
+        space = ParameterSpace(variables_of(module, self.parameters))
         for weights in [*path["weights"], *([previous[1]] if previous else [])]:
             check_flat(weights, space.dim, "a point of the state's path")
         # The run may go on in another precision.
@@ -223,6 +226,6 @@ def needs_products(settings: LandscapeSettings) -> bool:
     return any(str(name).startswith(("top", "bottom")) for name in settings.wanted)
 
 
-def _weights(module: nn.Module) -> Tensor:
-    space = ParameterSpace(trainable(module))
+def _weights(module: nn.Module, parameters: Parameters) -> Tensor:
+    space = ParameterSpace(variables_of(module, parameters))
     return space.flatten(space.tensors).cpu()

@@ -43,6 +43,7 @@ ONLY_IN = {
 # Private members of Lightning that compat.py touches; tests/callbacks/test_compat.py hides each.
 OF_LIGHTNING = {
     "_batches_that_stepped",
+    "_data_source",
     "_generate_state_key",
     "_on_before_batch_transfer",
     "_should_accumulate",

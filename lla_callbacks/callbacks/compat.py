@@ -146,6 +146,21 @@ def spawns_processes(trainer: Any) -> bool:
     return any("MultiProcessing" in kind or "XLALauncher" in kind for kind in kinds)
 
 
+def source_of_loaders(trainer: Any, stage: str) -> list[Any] | None:
+    """Return what holds the loaders that a Trainer is about to read, before it has made them.
+
+    Those that it was given; or, of a module or a data module that makes them, its attributes.
+    """
+    loops = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop"}
+    loop = getattr(trainer, loops.get(stage, ""), None)
+    found = getattr(getattr(loop, "_data_source", None), "instance", None)
+    if found is None:
+        return None
+    makes = any(hasattr(found, f"{name}_dataloader") for name in ("train", "val", "test"))
+    # Not what Lightning itself hangs on them.
+    return [v for k, v in vars(found).items() if k[:1] != "_"] if makes else [found]
+
+
 def data_parallel_group(trainer: Any) -> tuple[Any, int, int]:
     """Return the process group over which batches differ, this rank in it, and its size.
 

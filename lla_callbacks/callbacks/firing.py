@@ -90,18 +90,20 @@ class Firing:
             stem = f"{'step' if in_fit else moment.function}_{moment.step:08d}"
             for record, result in found:
                 sink.arrays(trainer, result, stem, record.quantity.name)
-            if in_fit:
-                timing.pace.saw(time.monotonic() - began)
+            took = time.monotonic() - began
             self._draw_what_fits(trainer, found, moment)
         seconds = time.monotonic() - began
         overhead = timing.account.overhead if in_fit else math.nan
         values |= cost_scalars(timing.name, seconds, overhead)
         if in_fit:
-            if not moment.light:
-                timing.took(trainer, seconds)
             for tag, value in values.items():
                 trainer.callback_metrics[tag] = torch.tensor(value)
+            logging = time.monotonic()
             sink.scalars(trainer, values, moment.step)
+            if not moment.light:
+                # A logger may let the run wait, which the next measurement has to pay for too.
+                timing.pace.saw(took + time.monotonic() - logging)
+                timing.took(trainer, seconds)
         if announced:
             say(trainer, f"{self._owner}: that took {seconds:.1f} s.")
         return values

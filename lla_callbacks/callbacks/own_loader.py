@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lla_callbacks.callbacks.compat import MisconfigurationException
+from lla_callbacks.callbacks.compat import MisconfigurationException, source_of_loaders
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.rules import ATOMS
 from lla_callbacks.objective.state import copier_for
@@ -24,7 +24,7 @@ class SharedLoaderError(MisconfigurationException):
     """A monitor's loader cannot be read without taking something from training."""
 
 
-def apart(trainer: Any, module: nn.Module, loader: Any) -> Any:
+def apart(trainer: Any, module: nn.Module, loader: Any, source: Any = None) -> Any:
     """Return a loader of the same batches that shares nothing with training's.
 
     A copy, of the sampler, the generator, the dataset and its random state; it has workers of
@@ -35,6 +35,7 @@ def apart(trainer: Any, module: nn.Module, loader: Any) -> Any:
         trainer: Whose loaders may be the same.
         module: Its module.
         loader: An iterable of batches.
+        source: What training's loaders will come from, where they are not there yet.
 
     Raises:
         SharedLoaderError: If it cannot be copied and shares something with training.
@@ -44,7 +45,7 @@ def apart(trainer: Any, module: nn.Module, loader: Any) -> Any:
     copied = copier.copy(loader, (None, "dataloader"))
     if not copier.replaced:
         return copied
-    if shared := _shared(trainer, loader):
+    if (shared := _shared(trainer, loader, source)) is not None:
         raise SharedLoaderError(
             f"dataloader= shares a {type(shared).__name__} with the Trainer's own loaders, and "
             f"{copier.replaced[0]} cannot be copied: reading it would take batches from "
@@ -53,10 +54,32 @@ def apart(trainer: Any, module: nn.Module, loader: Any) -> Any:
     return loader
 
 
-def _shared(trainer: Any, loader: Any) -> Any:
+def refuse_shared(trainer: Any, module: nn.Module, loader: Any, stage: str) -> None:
+    """Raise before anything starts, as far as the Trainer knows its own loaders by then.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module.
+        loader: The monitor's own loader, or None.
+        stage: What the Trainer is about to do.
+
+    Raises:
+        SharedLoaderError: See :func:`apart`.
+    """
+    source = source_of_loaders(trainer, stage)
+    # Only what is shared is copied, on trial.
+    if loader is not None and source is not None and _common(source, loader) is not None:
+        apart(trainer, module, loader, source)
+
+
+def _shared(trainer: Any, loader: Any, source: Any = None) -> Any:
     """Return something that a loader shares with those of the Trainer, None if there is nothing."""
     names = ("train_dataloader", "val_dataloaders", "test_dataloaders")
-    theirs = [getattr(trainer, name, None) for name in names]
+    return _common([*(getattr(trainer, name, None) for name in names), source], loader)
+
+
+def _common(theirs: Sequence[Any], loader: Any) -> Any:
+    """Return something that a loader shares with others, None if there is nothing."""
     known = {id(thing) for thing in _parts([t for t in theirs if t is not None])}
     return next((thing for thing in _parts([loader]) if id(thing) in known), None)
 

@@ -24,6 +24,7 @@ from lla_callbacks.callbacks.firing import Firing
 from lla_callbacks.callbacks.foretold import balance_of
 from lla_callbacks.callbacks.moments import is_unsized
 from lla_callbacks.callbacks.monitor_settings import MonitorSettings
+from lla_callbacks.callbacks.own_loader import refuse_shared
 from lla_callbacks.callbacks.pace import Pace
 from lla_callbacks.callbacks.planner import Planner
 from lla_callbacks.callbacks.records import Record, check_fit
@@ -157,7 +158,6 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
         self.run.loaded = None
         if is_barebones(trainer):
             return
-        kind = type(self).__name__
         for other in self._others(trainer):
             for name in {*self._names()} & {*other._names()}:
                 raise MisconfigurationException(
@@ -168,8 +168,9 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
             try:
                 check_replayable(pl_module)
             except TypeError as error:
-                raise MisconfigurationException(f"{kind}: {error}") from error
+                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         refuse_shards(self, trainer, pl_module)
+        refuse_shared(trainer, pl_module, self.subject.settings.dataloader, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: the module's own setup and configure_model may still make layers.

@@ -18,6 +18,7 @@ from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.hessian.scalars import tracking_scalars
 from lla_callbacks.hessian.settings import HessianSettings, TrackingSettings
 from lla_callbacks.hessian.tracking import HessianTracking, TrackerState, anchored, track
+from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.sharing import all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.costs import PRODUCT
@@ -182,8 +183,11 @@ class Spectrum(Quantity):
         return result.scalars(self.name)
 
     def gaps(self, result: HessianReport | HessianTracking, moment: Moment) -> Mapping[str, Any]:
-        """Return what could not be said, by name."""
-        return result.gaps
+        """Return what could not be said, by name; what is not the engine's says what to do."""
+        return {
+            what: MeasurementError(f"{what}: {why}.", "") if why.startswith("eig_rtol=") else why
+            for what, why in result.gaps.items()
+        }
 
     def remedy(self, result: HessianReport | HessianTracking) -> str:
         """Return what a user can do about gaps."""

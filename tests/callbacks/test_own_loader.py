@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import (
@@ -16,7 +17,17 @@ from torch.utils.data import (
     Subset,
 )
 
-from .modules import Order, Plain, data, differences, fit, monitor, outcome, steps
+from .modules import (
+    Order,
+    Plain,
+    data,
+    differences,
+    fit,
+    monitor,
+    outcome,
+    quiet_trainer,
+    steps,
+)
 
 
 class Noisy(Dataset):
@@ -123,6 +134,31 @@ def test_what_cannot_be_copied_is_refused_before_the_first_step(tmp_path):
     ):
         fit(tmp_path, monitor(dataloader=own), Plain, lambda: training)
     assert dataset.drawn == []
+
+
+class Given(Plain):
+    """Makes training's loader from a dataset that it has."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.own = dataset
+
+    def train_dataloader(self):
+        return DataLoader(self.own, 4)
+
+
+@pytest.mark.parametrize("makes", [False, True])
+def test_it_is_refused_in_setup_where_the_trainer_knows_by_then(tmp_path, makes):
+    class Later(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            raise AssertionError("too late")
+
+    dataset = Open()
+    module = Given(dataset) if makes else Plain()
+    watcher = monitor(dataloader=DataLoader(dataset, 4))
+    trainer = quiet_trainer(tmp_path, [watcher, Later()])
+    with pytest.raises(MisconfigurationException, match=r"shares a Open.*dataset of its own"):
+        trainer.fit(module, None if makes else DataLoader(dataset, 4))
 
 
 def test_what_cannot_be_copied_is_read_where_training_has_no_part_in_it(tmp_path):

@@ -53,7 +53,7 @@ class Refusing(CSVLogger):
 class WithoutFigures(TensorBoardLogger):
     """Its writer has no place for some things."""
 
-    refused = "add_figure"
+    refused = "add_image"
 
     @property
     def experiment(self):
@@ -150,6 +150,11 @@ MONITORS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
         {"charts": {"custom_scalars": False}},
     ),
     "disk": ({"logger": Refusing}, "Free disk space.", {"freed": {"logger": CSVLogger}}),
+    "run that ended early": (
+        {"eig_rtol": 0.9, "num_steps": 12},
+        "Leave out eig_rtol for them.",
+        {"left out": {"eig_rtol": None}},
+    ),
     "names": (
         {"beside": lambda: LossLandscapeMonitor(name="hessian", every_n_epochs=1)},
         "give one of them another name=",
@@ -192,7 +197,10 @@ def run(folder: Any, make_callback: Callable[..., Any], settings: Settings) -> t
 @pytest.mark.parametrize("name", MONITORS)
 def test_what_a_warning_says_to_do_ends_in_measurements(tmp_path, name):
     wrong, remedy, mended = MONITORS[name]
-    assert remedy in run(tmp_path / "wrong", monitor, wrong)[1]
+    said = run(tmp_path / "wrong", monitor, wrong)[1]
+    assert remedy in said
+    # Of another trouble than this one.
+    assert "float64" not in said
     for way, settings in mended.items():
         watcher, said = run(tmp_path / way, monitor, {**wrong, **settings})
         assert (said, steps(watcher)) == ("", [0, 2]), way

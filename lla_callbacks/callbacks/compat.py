@@ -206,7 +206,20 @@ def _before_transfer(trainer: Any, module: Any, batch: Any) -> Any:
 
 
 def state_key_of(callback: Any, **settings: Any) -> str:
-    """Return the key that tells callbacks of one class apart in a checkpoint."""
+    """Return the key that tells callbacks of one class apart in a checkpoint.
+
+    Lightning asks for it at every hook of every batch, so that it is made once.
+    """
+    known = (type(callback), *settings.items())
+    if known not in _KEYS:
+        _KEYS[known] = _state_key(callback, settings)
+    return _KEYS[known]
+
+
+_KEYS: dict[tuple[Any, ...], str] = {}
+
+
+def _state_key(callback: Any, settings: dict[str, Any]) -> str:
     # Documented, though private by its name.
     generate = getattr(callback, "_generate_state_key", None)
     if generate is None:

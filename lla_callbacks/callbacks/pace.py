@@ -59,7 +59,7 @@ class Pace:
     targets: list[float] = field(default_factory=list)
     cost: float = 0.0
     predicted: float = 0.0
-    figure: float = 0.2
+    figure: float = 0.15
     choice: Choice | None = None
     next_batch: float = 0.0
     seen: int = 0

@@ -49,7 +49,7 @@ class UnitCosts:
     batch_product: float
     batch_samples: int
     step: float
-    figure: float = 0.25
+    figure: float = 0.15
     fixed: float = 0.03
 
     def of(self, few: float, batch: float, samples: int) -> float:

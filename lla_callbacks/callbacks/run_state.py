@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from lla_callbacks.callbacks.compat import step_of
-from lla_callbacks.callbacks.idle_hooks import without_idle_hooks
 from lla_callbacks.callbacks.kept_batches import BATCHES
 from lla_callbacks.callbacks.monitor_settings import MonitorSettings
 from lla_callbacks.callbacks.pace import Pace

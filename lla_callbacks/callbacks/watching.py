@@ -22,6 +22,7 @@ from lla_callbacks.callbacks.compat import (
 from lla_callbacks.callbacks.evaluated import EvaluatedToo
 from lla_callbacks.callbacks.firing import Firing
 from lla_callbacks.callbacks.foretold import balance_of
+from lla_callbacks.callbacks.idle_hooks import without_idle_hooks
 from lla_callbacks.callbacks.moments import is_unsized
 from lla_callbacks.callbacks.monitor_settings import MonitorSettings
 from lla_callbacks.callbacks.own_loader import refuse_shared
@@ -42,6 +43,7 @@ from lla_callbacks.objective.moment import Moment
 from lla_callbacks.objective.training_step import check_replayable
 
 
+@without_idle_hooks
 class Watching(EvaluatedToo, ComesHome, SaysItself):
     """A callback that measures quantities of the held objective, and leaves training unchanged.
 
@@ -397,9 +399,8 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
             self._fire_start(trainer, module)
 
     def _fire_if_due(self, trainer: Any, module: nn.Module) -> None:
-        subject = self.subject
-        complete = subject.held.complete
-        if self.timing.is_time(step_of(trainer), subject.processes, complete=complete):
+        held, processes = self.subject.held, self.subject.processes
+        if self.timing.is_time(step_of(trainer), processes, complete=held.complete):
             self._fire(trainer, module, Moment(step_of(trainer)))
 
     def _fire(self, trainer: Any, module: nn.Module, moment: Moment) -> dict[str, float]:

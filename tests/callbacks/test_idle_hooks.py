@@ -15,7 +15,7 @@ class Counted(pl.profilers.Profiler):
         self.seen = Counter()
 
     def start(self, name):
-        if "Monitor" in name:
+        if "[Callback]Mine" in name:
             self.seen[name.rpartition(".")[2]] += 1
 
     def stop(self, name):

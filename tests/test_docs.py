@@ -23,7 +23,7 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "<docs>", "exec"), {"__name__": "docs"})
+    exec(compile(block, "<docs>", "exec", dont_inherit=True), {"__name__": "docs"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

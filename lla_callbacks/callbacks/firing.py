@@ -22,9 +22,11 @@ from lla_callbacks.callbacks.subject import Subject
 from lla_callbacks.callbacks.timing import Timing
 from lla_callbacks.linalg.errors import MeasurementError, forgetful, is_out_of_memory
 from lla_callbacks.linalg.sharing import OutOfStepError, all_or_none
+from lla_callbacks.objective.engines import prove
 from lla_callbacks.objective.moment import Moment, Tools
+from lla_callbacks.objective.objective import Objective
 from lla_callbacks.report.cost import cost_scalars
-from lla_callbacks.report.quantity import finite
+from lla_callbacks.report.quantity import Quantity, finite
 
 # A quantity with its record, and what it found.
 Found = list[tuple[Record, Any]]
@@ -122,12 +124,25 @@ class Firing:
         with ExitStack() as stack:
             objective = subject.objective(trainer, module, moment, stack)
             choice = timing.pace.choice
+
+            def offer(what: str, *things: Any) -> None:
+                # Those that come later; what is offered and not taken costs nobody.
+                for record in self._records[len(found) + len(troubles) + 1 :]:
+                    take = partial(record.quantity.offered, what, things, moment)
+                    try:
+                        all_or_none(subject.processes, take, "an offer")
+                    except OutOfStepError:
+                        raise
+                    except Exception as error:  # noqa: BLE001 - it makes its own then
+                        forgetful(error)
+
             tools = Tools(
                 share=subject.processes,
                 progress=lambda text, total: progress(trainer, text, total),
                 say=lambda text: say(trainer, f"{self._owner}: {text}"),
                 # A smoke test should run every line, not take long.
                 quick=bool(trainer.fast_dev_run),
+                offer=offer,
                 size=self._sizer.size(moment, timing, subject),
                 only=choice is not None and choice.count == 1 and not timing.schedule.is_given,
                 step_seconds=(
@@ -136,7 +151,7 @@ class Firing:
             )
             moment = replace(moment, tools=tools)
             for record in self._records:
-                measure = partial(record.quantity.measure, objective, moment)
+                measure = partial(_measured_by, record.quantity, objective, moment)
                 try:
                     result = all_or_none(subject.processes, measure, record.quantity.name)
                 except OutOfStepError:
@@ -197,3 +212,10 @@ class Firing:
         # A loss of one's own is no remedy for trouble with it.
         own = self._subject.settings.loss is not None and not is_out_of_memory(error)
         self._sink.warn(error, "a measurement", "" if own else None)
+
+
+def _measured_by(quantity: Quantity, objective: Objective, moment: Moment) -> Any:
+    if quantity.proves_itself:
+        return quantity.measure(objective, moment)
+    prove(objective, moment.lent.share)
+    return objective.without_skipped(lambda: quantity.measure(objective, moment))

@@ -51,6 +51,7 @@ class Spectrum(Quantity):
         tracker_step: The step it is of, -1 before.
     """
 
+    proves_itself = True
     result = HessianReport
     reads_shards = True
 
@@ -126,7 +127,7 @@ class Spectrum(Quantity):
                 limit=moment.limit,
                 listener=advance,
                 share=lent.share,
-                anchor=self._anchor(moment) if self.tracking else None,
+                anchor=self._anchor(moment),
             )
         if reason:
             found = replace(found, engine_reason=reason)
@@ -144,9 +145,12 @@ class Spectrum(Quantity):
         return products
 
     def _anchor(self, moment: Moment) -> Anchor:
-        """Return what lets light measurements go on from a full one."""
+        """Return what lets others, and light measurements, go on from a full one."""
 
         def anchor(hessian: Any, blocks: Any, runs: Any, traces: Any) -> None:
+            moment.lent.offer("spectrum", hessian, runs[0])
+            if self.tracking is None:
+                return
             settings = self._light_settings(quick=moment.lent.quick)
             known = anchored(hessian, blocks, runs, traces, settings, self.tracker)
             self.tracker, self.tracker_step = known, moment.step

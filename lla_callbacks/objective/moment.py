@@ -30,7 +30,9 @@ class Tools:
         size: Settings by name that were chosen for this run, so that its limit is kept.
         only: Whether this is the one measurement that there is room for.
         step_seconds: Seconds of a training step on the user's own batch; NaN where unknown.
-        shared: What one quantity leaves for the others at this moment, by name.
+        offer: Offers the others what a quantity has at hand, while it has it: a name, and things.
+            ``"spectrum"`` comes with the operator and a Lanczos run on it.
+        shared: What quantities keep of that until it is their turn, by name.
     """
 
     share: Share = field(default_factory=Alone)
@@ -40,6 +42,7 @@ class Tools:
     size: Mapping[str, Any] = field(default_factory=dict)
     only: bool = False
     step_seconds: float = math.nan
+    offer: Callable[..., None] = lambda what, *things: None
     shared: dict[str, Any] = field(default_factory=dict)
 
     def in_steps(self, seconds: float) -> float:

@@ -213,24 +213,12 @@ class Objective(HeldLoss):
         space = ParameterSpace(self.variables)
         statistics = self.statistics()
 
-        def differentiated(loss: Tensor) -> tuple[float, Tensor]:
-            if look is not None:
-                look(loss)
-            return loss_value(loss), space.flatten(first_derivative(loss, space.tensors))
-
         def mine() -> tuple[float, Tensor]:
             value = 0.0
             total = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
             for i in range(share.rank, len(self.batches), share.size):
                 weight = self.counts[i] / self.num_samples
-                with torch.inference_mode(False), torch.enable_grad():
-                    part, gradient = self.evaluate(
-                        self.batches[i],
-                        statistics,
-                        self.plain_context,
-                        differentiated,
-                        self.places[i],
-                    )
+                part, gradient = self.batch_gradient(i, statistics, look=look)
                 value += weight * part
                 total += weight * gradient
             return value, total
@@ -240,6 +228,43 @@ class Objective(HeldLoss):
             value = float(share.total(torch.tensor([value], dtype=torch.float64))[0])
             total = share.total(total)
         return value, total
+
+    def batch_gradient(
+        self,
+        i: int,
+        statistics: Statistics | None = None,
+        *,
+        look: Callable[[Tensor], object] | None = None,
+    ) -> tuple[float, Tensor]:
+        """Return the loss of batch ``i`` alone and its gradient ``(dim,)``.
+
+        Args:
+            i: Below ``len(objective.batches)``; the batch has ``objective.counts[i]`` samples.
+            statistics: Of batch norms, where they are known already.
+            look: Called with the loss and its graph.
+
+        Raises:
+            MeasurementError: If the loss is not finite.
+        """
+        space = ParameterSpace(self.variables)
+
+        def differentiated(loss: Tensor) -> tuple[float, Tensor]:
+            if look is not None:
+                look(loss)
+            return loss_value(loss), space.flatten(first_derivative(loss, space.tensors))
+
+        known = self.statistics() if statistics is None else statistics
+        with torch.inference_mode(False), torch.enable_grad():
+            found: tuple[float, Tensor] = self.evaluate(
+                self.batches[i], known, self.plain_context, differentiated, self.places[i]
+            )
+        return found
+
+    def by_name(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a flat vector ``(dim,)`` by parameter, in the parameters' shapes."""
+        named = self.variables
+        parts = torch.split(vector, [p.numel() for p in named.values()])
+        return {n: part.view(named[n].shape) for n, part in zip(named, parts, strict=True)}
 
     @property
     def engines(self) -> tuple[Literal["exact", "difference"], ...]:

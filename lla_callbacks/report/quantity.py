@@ -24,7 +24,7 @@ class Quantity(ABC):
     """Something to be measured: its settings, and how.
 
     Subclass it as a frozen dataclass whose fields are the settings, and check them in
-    ``__post_init__``. See `Your own quantity` in the documentation.
+    ``__post_init__``; docs/own_quantity.md has one in 30 lines.
 
     Attributes:
         name: First part of every tag, and the folder of its files.
@@ -32,6 +32,7 @@ class Quantity(ABC):
             with ``max_overhead`` is planned.
         result: Class of the results.
         watches: Whether :meth:`before_step` and :meth:`after_step` are called.
+        proves_itself: Whether :meth:`measure` has the loss prove itself; else that is done before.
         reads_shards: Whether it can be measured where parameters are spread over processes.
     """
 
@@ -39,6 +40,7 @@ class Quantity(ABC):
     gradients: float = 1.0
     result: ClassVar[Any] = Result
     watches: bool = False
+    proves_itself: ClassVar[bool] = False
     reads_shards: ClassVar[bool] = False
 
     @property
@@ -61,6 +63,13 @@ class Quantity(ABC):
     def kept(self, result: Any) -> Any:
         """Return what a history keeps of a result: all of it, if that does not grow too large."""
         return result
+
+    def offered(self, what: str, things: Sequence[Any], moment: Moment) -> None:
+        """Keep in ``moment.lent.shared`` what can be used of a thing that another has at hand.
+
+        A quantity that comes earlier in the list calls it through ``moment.lent.offer``; so one
+        spectrum run, say, serves both.
+        """
 
     def scalars(self, result: Any) -> dict[str, float]:
         """Return a result's numbers by tag; not finite ones are left out of the logs."""

@@ -130,6 +130,7 @@ class DirectionSource:
         path: The path of training on its plane, once its components were asked for.
         listener: Called after products, with their number.
         expected: Names that will be asked for sooner or later.
+        known: Directions that are there already, by name.
     """
 
     objective: Objective
@@ -145,8 +146,12 @@ class DirectionSource:
     path: Path | None = None
     listener: Callable[[int], object] | None = None
     expected: Sequence[str] = ()
+    known: Mapping[str, Direction] = field(default_factory=dict)
     _failed: Exception | None = None
     _known: dict[str, Direction] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._known |= {name: self._same(d) for name, d in self.known.items()}
 
     def prepare(self, names: Sequence[Any]) -> None:
         """Compute those of these directions that need derivatives, by one Lanczos run."""

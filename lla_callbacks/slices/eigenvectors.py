@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lla_callbacks.linalg.accumulation import norm
-from lla_callbacks.linalg.lanczos import lanczos
+from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.objective.engines import with_hessian
@@ -87,12 +87,46 @@ def _directions(
     )
     if "top2" in names and run.num_steps < 2:
         raise ValueError("the Hessian has one eigenvalue only: choose 'top1' without 'top2'.")
+    return found | {
+        name: direction for name, (direction, _) in _of_run(hessian, run, names).items()
+    }
+
+
+def known_directions(
+    hessian: LossOperator, run: LanczosRun, wanted: Sequence[str]
+) -> dict[str, Direction]:
+    """Return what somebody else's Lanczos run tells of the directions that are wanted.
+
+    Those whose eigenvector it has found as surely as a run of :func:`curved_directions` would, and
+    the gradient, which costs nothing; the others are left out.
+
+    Args:
+        hessian: The operator, still in use.
+        run: A run on it from a random start.
+        wanted: Names, among others that have nothing to do with the Hessian.
+    """
+    found: dict[str, Direction] = {}
+    if "gradient" in wanted:
+        length = norm(hessian.space.flatten(hessian.space.tensors))
+        gradient = hessian.vectors.joined(hessian.gradient)
+        found["gradient"] = gradient_direction(gradient, hessian.loss, length)
+    names = [name for name in NAMES if name in wanted and run.num_steps >= 2]
+    made = _of_run(hessian, run, names).items()
+    return found | {name: direction for name, (direction, settled) in made if settled}
+
+
+def _of_run(
+    hessian: LossOperator, run: LanczosRun, names: Sequence[str]
+) -> dict[str, tuple[Direction, bool]]:
+    """Return the directions of these names, and whether each has settled."""
+    found: dict[str, tuple[Direction, bool]] = {}
+    length = norm(hessian.space.flatten(hessian.space.tensors))
     for name in names:
         place = _PLACES[name]
         index = place % run.num_steps
         value, residual = float(run.values[index]), float(run.residuals[index])
         largest = float(run.values.abs().max())
-        if alone:
+        if list(names) == ["top1"]:
             settled = run.broke_down or residual <= RTOL * largest
         else:
             settled = run.settled(place, RTOL)
@@ -102,7 +136,7 @@ def _directions(
         slope = hessian.vectors.inner(hessian.gradient, vector)
         if slope < 0:
             vector, slope = -vector, -slope
-        found[name] = Direction(
+        direction = Direction(
             hessian.vectors.joined(vector),
             f"{label}, λ = {value:.3g}" + ("" if settled else f" ± {residual:.1g}"),
             "‖v‖",
@@ -112,6 +146,7 @@ def _directions(
             slope,
             settled=settled,
         )
+        found[name] = direction, settled
     return found
 
 

@@ -18,6 +18,7 @@ from lla_callbacks.objective.parts import Parameters, variables_of
 from lla_callbacks.report.conform import check_entries, check_flat
 from lla_callbacks.report.quantity import Drawn, Quantity
 from lla_callbacks.slices.choice import DirectionSource
+from lla_callbacks.slices.eigenvectors import known_directions
 from lla_callbacks.slices.landscape import (
     PASSES_A_MAP_POINT,
     PASSES_A_RAY,
@@ -63,6 +64,7 @@ class Slices(Quantity):
         path: The weights of training that principal components are of.
     """
 
+    proves_itself = True
     result = LandscapeReport
 
     def __init__(
@@ -120,6 +122,7 @@ class Slices(Quantity):
             weights=[self.path.weights[i] for i in earlier],
             steps=[*(self.path.steps[i] for i in earlier), moment.step],
             share=lent.share,
+            known=lent.shared.get("directions", {}),
         )
         found = measure_landscape(
             objective, settings, source, share=lent.share, progress=lent.progress
@@ -138,6 +141,13 @@ class Slices(Quantity):
             for other in share.union([list(steps)]):
                 common &= set(other)
         return [i for i, step in enumerate(steps) if step in common]
+
+    def offered(self, what: str, things: Sequence[Any], moment: Moment) -> None:
+        """Take eigenvectors from somebody else's Lanczos run, as far as it has found them."""
+        if what == "spectrum":
+            hessian, run = things
+            found = known_directions(hessian, run, self.settings.wanted)
+            moment.lent.shared["directions"] = found
 
     # -- shown --------------------------------------------------------------------------
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
-from lla_callbacks import LossLandscapeMonitor
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from own_quantity import GradientNoise
+
+from lla_callbacks import LossLandscapeMonitor, Monitor
 
 from .ddp_slices import Net
 from .modules import quiet_trainer
@@ -25,15 +28,17 @@ def part(folder, name, epochs, checkpoint=None, devices=2, watcher=None):
 
     torch.manual_seed(3)
     watcher = watcher or LossLandscapeMonitor(**SETTINGS)
+    own = Monitor([GradientNoise()], every_n_train_steps=2, num_samples=16)
     strategy = DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto"
     trainer = quiet_trainer(
-        folder, [watcher], devices=devices, strategy=strategy, max_epochs=epochs,
+        folder, [watcher, own], devices=devices, strategy=strategy, max_epochs=epochs,
         use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(Net(), ckpt_path=checkpoint)
     trainer.save_checkpoint(folder / f"{name}.ckpt")
     found = {
         "steps": [step for step, _ in watcher.history],
+        "own": [[s, r.ratio, *r.by_parameter.values()] for s, r in own.histories["gradient"]],
         "losses": [report.loss for _, report in watcher.history],
         "samples": [r.lines["random"].facts.num_samples for _, r in watcher.history],
     }

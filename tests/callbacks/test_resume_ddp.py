@@ -23,6 +23,10 @@ def test_two_processes_go_on_as_two_or_as_one(tmp_path):
     # Later losses differ by dropout, whose random stream Lightning does not restore.
     assert second["losses"][:3] == whole["losses"][:3] == first["losses"]
     assert second["steps"] == whole["steps"]
+    # A quantity of one's own, on 16 samples in 4 batches.
+    assert [own[0] for own in whole["own"]] == [own[0] for own in second["own"]] == [0, 2, 4, 6, 8]
+    assert second["own"][:3] == whole["own"][:3] == first["own"]
+    assert all(ratio > 0 for _, *own in whole["own"] for ratio in own)
     assert set(whole["samples"]) == set(second["samples"]) == {16}
     watcher = LossLandscapeMonitor(**SETTINGS)
     part(tmp_path, "alone", 2, tmp_path / "first.ckpt", devices=1, watcher=watcher)

@@ -209,8 +209,8 @@ def test_every_public_result_is_one(made: dict[str, Any]) -> None:
         if isinstance(kind := getattr(lla, name), type) and is_dataclass(kind)
     }
     assert {k for k in frozen if issubclass(k, Result)} == results
-    # Permutations and control points, to be applied, with files of their own.
-    assert frozen - results == {lla.Alignment, lla.Curve}
+    # Permutations and control points, to be applied, with files of their own; and no result.
+    assert frozen - results == {lla.Alignment, lla.Curve, lla.Moment}
 
 
 def test_a_history_is_a_table(made: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,11 @@ class Objective(HeldLoss):
         )
 
     def gradient(
-        self, share: Share | None = None, *, look: Callable[[Tensor], object] | None = None
+        self,
+        share: Share | None = None,
+        *,
+        look: Callable[[Tensor], object] | None = None,
+        statistics: Statistics | None = None,
     ) -> tuple[float, Tensor]:
         """Return ``L`` and its gradient ``(dim,)`` by a plain backward pass, torch's own kernels.
 
@@ -205,13 +209,14 @@ class Objective(HeldLoss):
         Args:
             share: The processes.
             look: Called with the loss of each batch and its graph.
+            statistics: Of batch norms; ``None``: those of the mode at the present weights.
 
         Raises:
             MeasurementError: If any process fails.
         """
         share = share or Alone()
         space = ParameterSpace(self.variables)
-        statistics = self.statistics()
+        statistics = self.statistics() if statistics is None else statistics
 
         def mine() -> tuple[float, Tensor]:
             value = 0.0

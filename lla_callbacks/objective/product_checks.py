@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -236,11 +237,13 @@ def _moved_gradients(
         # The product sees them as the constants that they are.
         unit = unit.index_fill(0, padding.to(unit.device), 0.0)
     family = Offsets(hessian.space, [unit])
+    # Those of the weights at which the Hessian is, which holds them fixed.
+    gradient = partial(objective.gradient, hessian.share, statistics=objective.statistics())
     try:
         family.place([-step])
-        behind = vectors.cut(objective.gradient(hessian.share)[1])
+        behind = vectors.cut(gradient()[1])
         family.place([step])
-        ahead = vectors.cut(objective.gradient(hessian.share, look=look)[1])
+        ahead = vectors.cut(gradient(look=look)[1])
     finally:
         family.restore()
     total = torch.tensor([float(sum(kinks))], dtype=torch.float64)

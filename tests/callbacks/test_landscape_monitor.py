@@ -54,11 +54,12 @@ def test_training_ends_in_the_same_bits(tmp_path, optimizer, mode):
     with warnings.catch_warnings():
         if optimizer == "sgd":
             warnings.filterwarnings("ignore", ".*plane_adam.*|.*line_adam_m.*")
-        watcher = watch(every_n_train_steps=2, mode=mode, **EVERYTHING)
+        # By a clock of its own it would leave out slices on a busy machine.
+        watcher = watch(every_n_train_steps=3, mode=mode, time_budget=None, **EVERYTHING)
         without = stateful_run(tmp_path, optimizer=optimizer)
         found = stateful_run(tmp_path, watcher, optimizer=optimizer)
     assert differences(without, found) == []
-    assert steps(watcher) == [0, 2, 4, 6]
+    assert steps(watcher) == [0, 3, 6]
     last = watcher.history[-1][1].slices
     known = {"plane_random", "plane_hessian", "plane_trajectory", "line_update", "convexity"}
     assert known <= set(last)

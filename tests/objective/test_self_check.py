@@ -367,6 +367,17 @@ def test_spectral_norm_in_training_turns_with_the_weights() -> None:
     assert found.outcome("slope") == "passed"
 
 
+@pytest.mark.parametrize("kind", [nn.Tanh, nn.ReLU])
+def test_statistics_that_are_estimated_anew_are_held_by_the_check_too(kind: Any) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), kind(), nn.Linear(6, 3)).double()
+    found, engine = proved(
+        Objective(module, [vectors(), vectors()], cross_entropy, mode="recalibrate")
+    )
+    assert engine == "exact"
+    assert {c.outcome for c in found.checks} == {"passed"}
+
+
 # -- kinks, slices, maps --------------------------------------------------------------------------
 
 

@@ -128,7 +128,7 @@ ACCEPTED: dict[str, set[str]] = {
     "precision": set(),
     "figures": FLAGS,
     "save_arrays": FLAGS,
-    "save_batches": FLAGS,
+    "save_batches": {"None", *FLAGS},
     "custom_scalars": FLAGS,
     "name": {"text", "number as text"},
     "quantities": set(),

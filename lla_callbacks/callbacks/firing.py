@@ -20,13 +20,19 @@ from lla_callbacks.callbacks.sink import Sink
 from lla_callbacks.callbacks.sizers import Sizer
 from lla_callbacks.callbacks.subject import Subject
 from lla_callbacks.callbacks.timing import Timing
-from lla_callbacks.linalg.errors import MeasurementError, forgetful, is_out_of_memory
+from lla_callbacks.linalg.errors import (
+    MeasurementError,
+    NotYetError,
+    forgetful,
+    is_out_of_memory,
+)
 from lla_callbacks.linalg.sharing import OutOfStepError, all_or_none
 from lla_callbacks.objective.engines import prove
 from lla_callbacks.objective.moment import Moment, Tools
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.report.cost import cost_scalars
 from lla_callbacks.report.quantity import Quantity, finite
+from lla_callbacks.slices.quantity import YOUNG
 
 # A quantity with its record, and what it found.
 Found = list[tuple[Record, Any]]
@@ -75,7 +81,10 @@ class Firing:
                 "a measurement",
             )
         except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
-            self._warn(error)
+            young = asked.step < YOUNG and asked.function == "fit"
+            # Nothing else was wanted than what no young run has, or than was told to be missing.
+            if not (isinstance(error, NotYetError) and (young or sink.foreseen)):
+                self._warn(error)
             return {}
         found: Found = []
         values: dict[str, float] = {}

@@ -37,7 +37,10 @@ def cost_of(timing: Timing, trainer: Any, steps: float) -> str:
     if epochs is not None and 0 < batches < math.inf:
         many = "epoch" if epochs == 1 else f"{epochs} epochs"
         added.append(f"every {many} adds about {_percent(steps / (epochs * batches))}")
-    return "; ".join([words, *added]) + " to training. max_overhead=0.05 would keep it to 5 %."
+    said = "; ".join([words, *added]) + " to training. "
+    if every is not None and epochs is not None:
+        said += "Both schedules are kept; what falls due by both is measured once. "
+    return said + "max_overhead=0.05 would keep it to 5 %."
 
 
 def plan_of(timing: Timing, full: float) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lla_callbacks.callbacks.account import booked
 from lla_callbacks.callbacks.compat import step_of
+from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.light_record import LightRecord
 from lla_callbacks.callbacks.monitor_settings import shared
 from lla_callbacks.callbacks.schedule import Schedule
@@ -112,9 +113,9 @@ class HessianMonitor(Watching):
         figures: Whether figures are drawn.
         save_arrays: Whether every result is written to
             ``<log_dir>/hessian/step_00000100.npz`` (TensorBoard thins images out).
-        save_batches: Whether checkpoints hold the held batches, once for all monitors that hold
-            the same ones. Without them a resumed run holds new ones, and says so where they are
-            others.
+        save_batches: Whether checkpoints hold the data of the held batches. ``None``: a
+            fingerprint where the training loader gives them again, else the data. ``False``:
+            never; a resumed run then says where it goes on with other ones.
         custom_scalars: Whether TensorBoard gets a layout that draws values with their
             error bands. Turn it off if you store a layout of your own.
         name: First part of every tag; give each monitor its own.
@@ -145,10 +146,12 @@ class HessianMonitor(Watching):
         >>> trainer = Trainer(callbacks=[HessianMonitor()], max_epochs=1)
     """
 
+    @by_name_after("every_n_train_steps")
     def __init__(
         self,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
+        *,
         track_every_n_train_steps: int | None = None,
         track_num_probes: int = TrackingSettings.num_probes,
         track_eig_rtol: float | None = TrackingSettings.eig_rtol,
@@ -175,7 +178,7 @@ class HessianMonitor(Watching):
         jacobian: Jacobian = "gap",
         figures: bool = True,
         save_arrays: bool = True,
-        save_batches: bool = True,
+        save_batches: bool | None = None,
         custom_scalars: bool = True,
         name: str = "hessian",
         batch_size: BatchSize = None,

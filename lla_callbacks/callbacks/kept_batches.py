@@ -10,12 +10,17 @@ from lla_callbacks.callbacks.held_batches import HeldBatches
 from lla_callbacks.callbacks.monitor_settings import Held
 from lla_callbacks.callbacks.processes import Processes
 from lla_callbacks.callbacks.saved_state import as_precise
-from lla_callbacks.callbacks.telling import rank_zero_info, rank_zero_warn
+from lla_callbacks.callbacks.sink import Sink
+from lla_callbacks.callbacks.telling import rank_zero_info
 
 # Of these two it depends which batches are held.
 BATCHES = ("num_samples", "dataloader")
 # Bytes of training data in a checkpoint from which on a line says so.
 MANY = 10 * 2**20
+NOTE = (
+    "From step {} on measured on other batches than before, so that values before and after do "
+    "not compare."
+)
 
 
 class KeptBatches:
@@ -27,14 +32,15 @@ class KeptBatches:
     Args:
         owner: What the log begins with, the monitor's class.
         settings: What is held.
+        sink: What tells of it.
 
     Attributes:
         mark: Hash of the batches before the checkpoint.
         note: What reports say where batches are others than before.
     """
 
-    def __init__(self, owner: str, settings: Held) -> None:
-        self._owner, self._settings = owner, settings
+    def __init__(self, owner: str, settings: Held, sink: Sink) -> None:
+        self._owner, self._settings, self._sink = owner, settings, sink
         self.begin(None, alone=True)
 
     def begin(self, trainer: Any, *, alone: bool) -> None:
@@ -113,6 +119,8 @@ class KeptBatches:
             except Exception:  # noqa: BLE001 - a loader that fails here fails in training too
                 found = None
             return found or {}
+        # Of another loader, or of several processes: this one's would be others.
+        self._again = False
         trial = HeldBatches(self._settings.samples)
         trial.load(held)
         if trial.mark() != held["mark"]:
@@ -125,14 +133,15 @@ class KeptBatches:
         """Note that other batches may be held from a step on."""
         self._anew, self._since = True, step
 
-    def compare_loader(self, held: HeldBatches) -> None:
+    def compare_loader(self, held: HeldBatches, step: int) -> None:
         """Warn if a loader of the user's own gives other batches than before the checkpoint."""
         mark = held.mark()
         if self.mark is not None and self.mark != mark:
-            rank_zero_warn(
-                f"{self._owner}: dataloader gives other batches than before the "
-                "checkpoint, so that curves may jump here. Give one whose first batches are always "
-                "the same, or leave it out."
+            self.note = NOTE.format(step)
+            self._sink.tell(
+                "dataloader gives other batches than before the checkpoint, so that curves may "
+                f"jump at step {step}, and reports from there on say so. Give one whose first "
+                "batches are always the same, or leave it out."
             )
         self.mark = mark
 
@@ -145,13 +154,10 @@ class KeptBatches:
             held.keep(planned)
         if self._settings.dataloader is None and self.mark not in (None, held.mark()):
             step = self._since
-            self.note = (
-                f"From step {step} on measured on other batches than before, so that values before "
-                "and after do not compare."
-            )
-            rank_zero_warn(
-                f"{self._owner}: the checkpoint holds no data of the held batches, and "
-                f"training gives other ones now: curves may jump at step {step}, and reports from "
-                "there on say so. Set save_batches=True to keep them in checkpoints, or give "
-                "dataloader= with batches that are always the same."
+            self.note = NOTE.format(step)
+            self._sink.tell(
+                "the checkpoint holds no data of the held batches, and training gives other ones "
+                f"now: curves may jump at step {step}, and reports from there on say so. Set "
+                "save_batches=True to keep them in checkpoints, or give dataloader= with batches "
+                "that are always the same."
             )

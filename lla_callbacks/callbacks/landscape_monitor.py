@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.monitor_settings import shared
 from lla_callbacks.callbacks.records import Record
 from lla_callbacks.callbacks.sizers import SlicesSizer
@@ -100,9 +101,9 @@ class LossLandscapeMonitor(Watching):
         figures: Whether figures are drawn.
         save_arrays: Whether every slice is written to
             ``<log_dir>/landscape/<slice>/step_00000100.npz``.
-        save_batches: Whether checkpoints hold the held batches, once for all monitors that hold
-            the same ones. Without them a resumed run holds new ones, and says so where they are
-            others.
+        save_batches: Whether checkpoints hold the data of the held batches. ``None``: a
+            fingerprint where the training loader gives them again, else the data. ``False``:
+            never; a resumed run then says where it goes on with other ones.
         name: First part of every tag; give each monitor its own.
         batch_size: How many samples a batch has, where it does not tell: a number, or
             ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
@@ -125,10 +126,12 @@ class LossLandscapeMonitor(Watching):
         >>> trainer = Trainer(callbacks=[LossLandscapeMonitor()], max_epochs=1)
     """
 
+    @by_name_after("every_n_train_steps")
     def __init__(
         self,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
+        *,
         planes: list[str] | tuple[str, ...] | None = None,
         lines: list[str] | tuple[str, ...] | None = None,
         metrics: dict[str, Any] | None = None,
@@ -164,7 +167,7 @@ class LossLandscapeMonitor(Watching):
         jacobian: Jacobian = "gap",
         figures: bool = True,
         save_arrays: bool = True,
-        save_batches: bool = True,
+        save_batches: bool | None = None,
         name: str = "landscape",
         batch_size: BatchSize = None,
         parameters: str | list[str] | Callable[[str, nn.Parameter], bool] | None = None,

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.monitor_settings import shared
 from lla_callbacks.callbacks.records import Record
 from lla_callbacks.callbacks.sizers import SamplesSizer
@@ -54,7 +55,9 @@ class Monitor(Watching):
         jacobian: What is measured where its gradient is no derivative.
         figures: Whether figures are drawn.
         save_arrays: Whether results are written beside the logs.
-        save_batches: Whether checkpoints hold the held batches.
+        save_batches: Whether checkpoints hold the data of the held batches. ``None``: a
+            fingerprint where the training loader gives them again, else the data. ``False``:
+            never; a resumed run then says where it goes on with other ones.
         name: First part of the tags of what it costs; give each monitor its own.
         batch_size: How many samples a batch has, where it does not tell.
         parameters: Which parameters are measured; ``None``: all that are trained.
@@ -69,11 +72,13 @@ class Monitor(Watching):
         >>> trainer = Trainer(callbacks=[Monitor([Spectrum()])], max_epochs=1)
     """
 
+    @by_name_after("every_n_train_steps")
     def __init__(
         self,
         quantities: Sequence[Quantity],
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
+        *,
         num_samples: int | None = None,
         mode: Mode = "batch",
         dropout: bool = False,
@@ -89,7 +94,7 @@ class Monitor(Watching):
         jacobian: Jacobian = "gap",
         figures: bool = True,
         save_arrays: bool = True,
-        save_batches: bool = True,
+        save_batches: bool | None = None,
         name: str = "monitor",
         batch_size: BatchSize = None,
         parameters: str | list[str] | Callable[[str, nn.Parameter], bool] | None = None,

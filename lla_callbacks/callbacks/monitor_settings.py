@@ -80,7 +80,9 @@ class Held:
         loss: ``loss(module, batch)``; ``None`` replays ``training_step``.
         dataloader: Batches to measure on instead of the first training batches.
         seed: Fixes whatever is random.
-        save_batches: Whether checkpoints hold the held batches.
+        save_batches: Whether checkpoints hold the data of the held batches. ``None``: a
+            fingerprint where the training loader gives them again, else the data. ``False``:
+            never; a resumed run then says where it goes on with other ones.
         batch_size: How many samples a batch has, where it does not tell.
     """
 
@@ -90,7 +92,7 @@ class Held:
     loss: Loss | None = None
     dataloader: Any = None
     seed: int = 0
-    save_batches: bool = True
+    save_batches: bool | None = None
     batch_size: BatchSize = None
 
     def __post_init__(self) -> None:
@@ -100,7 +102,7 @@ class Held:
             self,
             num_samples=None if self.num_samples is None else samples,
             dropout=flag("dropout", self.dropout),
-            save_batches=flag("save_batches", self.save_batches),
+            save_batches=flag("save_batches", self.save_batches, none=True),
             seed=seed_of("seed", self.seed),
             batch_size=batch_size_of("batch_size", self.batch_size),
         )

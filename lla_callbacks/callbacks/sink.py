@@ -25,10 +25,14 @@ class Sink:
         name: First part of every tag.
         figures: Whether figures are drawn.
         save_arrays: Whether results are written beside the logs.
+        own_loss: Whether the user gave the loss, so that giving one is no remedy.
     """
 
-    def __init__(self, owner: str, name: str, *, figures: bool, save_arrays: bool) -> None:
+    def __init__(
+        self, owner: str, name: str, *, figures: bool, save_arrays: bool, own_loss: bool = False
+    ) -> None:
         self.owner = owner
+        self._own_loss = own_loss
         self.name = name
         self.figures = figures
         self.save_arrays = save_arrays
@@ -38,6 +42,8 @@ class Sink:
         self._rank = 0
         # Of all monitors of a Trainer, once they share an account.
         self.said = Said()
+        # Parts of results that were told to be missing when the run began.
+        self.foreseen: set[str] = set()
 
     def begin(self, rank: int = 0) -> None:
         """Warn again of what an earlier run was warned of; as this process."""
@@ -120,19 +126,25 @@ class Sink:
     def warn(self, error: Exception, what: str, remedy: str | None = None) -> None:
         """Warn once a cause, with the remedy; ``""`` if the error says it itself."""
         cause = type(error).__name__
-        if (what, cause) in self._warned:
+        if (what, cause) in self._warned or what in self.foreseen:
             return
         self._warned.add((what, cause))
         if remedy is None:
             remedy = "" if isinstance(error, MeasurementError) else " " + remedy_of(error, what)
         text = f"{what} failed and leaves a gap; training goes on. {described(error)}{remedy}"
+        if self._own_loss:
+            text = text.replace("Give loss=", "Give another loss=")
         if self._rank == 0 or was_told(error):
-            if self.said.is_new(self.name, text):
-                rank_zero_warn(f"{self.owner}: {text}")
+            self.tell(text)
         else:
             # The first process knows nothing of it.
             with above_bars():
                 warnings.warn(f"{self.owner} in process {self._rank}: {text}", stacklevel=2)
+
+    def tell(self, text: str) -> None:
+        """Warn, once for all monitors of the Trainer."""
+        if self.said.is_new(self.name, text):
+            rank_zero_warn(f"{self.owner}: {text}")
 
 
 def remedy_of(error: Exception, what: str) -> str:

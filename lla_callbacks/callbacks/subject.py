@@ -58,7 +58,7 @@ class Subject:
         self.settings = settings
         self.products = products
         self.sink = sink
-        self.kept = KeptBatches(owner, settings)
+        self.kept = KeptBatches(owner, settings, sink)
         self.reset()
 
     def reset(self, trainer: Any = None) -> None:
@@ -111,7 +111,7 @@ class Subject:
         held = self.held
         if self.processes.size == 1:
             if held.complete:
-                self.kept.go_on_with_new(held, planned)
+                self._go_on_with_new(planned)
             return held.complete
         # Together, since what follows is an exchange.
         held.complete = self.processes.all(held.complete)
@@ -127,8 +127,23 @@ class Subject:
         except Exception as error:  # noqa: BLE001 - no batches, no measurements; training goes on
             self.sink.warn(error, "holding a batch", REMEDIES["holding a batch"])
             held.batches, held.numbers = [], []
-        self.kept.go_on_with_new(held, planned)
+        self._go_on_with_new(planned)
         return bool(held.batches)
+
+    def compare_loader(self, trainer: Any) -> None:
+        """Say, and note in reports, if the user's own loader gives other batches than before."""
+        self.kept.compare_loader(self.held, step_of(trainer))
+        self._note_others()
+
+    def _go_on_with_new(self, planned: int | None) -> None:
+        self.kept.go_on_with_new(self.held, planned)
+        self._note_others()
+
+    def _note_others(self) -> None:
+        """Let reports say that batches are others than before."""
+        note, proof = self.kept.note, self.findings.proof
+        if note and note not in proof.notes:
+            self.findings.proof = replace(proof, notes=(*proof.notes, note))
 
     # -- weights ------------------------------------------------------------------------
 

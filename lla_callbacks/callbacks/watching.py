@@ -21,6 +21,7 @@ from lla_callbacks.callbacks.compat import (
 )
 from lla_callbacks.callbacks.evaluated import EvaluatedToo
 from lla_callbacks.callbacks.firing import Firing
+from lla_callbacks.callbacks.foreseen import without_moments
 from lla_callbacks.callbacks.foretold import balance_of
 from lla_callbacks.callbacks.idle_hooks import without_idle_hooks
 from lla_callbacks.callbacks.moments import is_unsized
@@ -76,6 +77,7 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
             self.name,
             figures=settings.output.figures,
             save_arrays=settings.output.save_arrays,
+            own_loss=settings.held.loss is not None,
         )
         self.timing = Timing(owner, self.name, settings.when, sizer.share)
         self.subject = Subject(owner, settings.held, settings.products, self.sink)
@@ -177,6 +179,11 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Not in setup: the module's own setup and configure_model may still make layers.
         self._check_module(trainer, pl_module)
+        for record in self.records:
+            gaps, words = without_moments(record.quantity, trainer.optimizers)
+            if gaps and not is_barebones(trainer):
+                self.sink.foreseen.update(gaps)
+                rank_zero_warn(f"{type(self).__name__}: {words}")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         for record in self.records:
@@ -185,7 +192,7 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
         if is_barebones(trainer):
             rank_zero_warn(f"{type(self).__name__} does nothing with Trainer(barebones=True).")
             return
-        self.timing.join(other.timing for other in self._running(trainer))
+        self._join(trainer)
         with self.timing.watching():
             self.timing.seen_steps = trainer.global_step
             self.run.resume(trainer, pl_module)
@@ -193,7 +200,7 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
             if self.subject.settings.dataloader is not None:
                 self.subject.note_modes(pl_module)
                 self.subject.hold_loader(trainer, pl_module)
-                self.subject.kept.compare_loader(self.subject.held)
+                self.subject.compare_loader(trainer)
                 if self._all_hold():
                     self._fire_start(trainer, pl_module)
             if self.run.missed_epoch(trainer):
@@ -274,7 +281,7 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
         for record in self.records:
             record.clear()
         self._begin(trainer)
-        self.timing.join(other.timing for other in self._running(trainer))
+        self._join(trainer)
         with self.timing.watching():
             self.run.resume(trainer, pl_module)
             behind = step_of(trainer) != self.timing.last_step
@@ -302,6 +309,11 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
         for record in self.records:
             record.begin()
         self.sink.begin(self.subject.processes.rank)
+
+    def _join(self, trainer: Any) -> None:
+        """Share an account with the monitors that run already, and what they have told."""
+        self.timing.join(other.timing for other in self._running(trainer))
+        self.sink.said = self.account.said
 
     def _forget(self) -> None:
         """Drop what belongs to a finished run and would keep its module alive."""

@@ -165,11 +165,14 @@ def seed_of(name: str, value: Any) -> int:
     return found
 
 
-def flag(name: str, value: Any) -> bool:
-    """Return True or False."""
+def flag(name: str, value: Any, *, none: bool = False) -> Any:
+    """Return True or False, or None where that is allowed."""
+    if value is None and none:
+        return None
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
         return bool(value)
-    raise ValueError(f"{name} is {shown(value)}; give True or False.")
+    either = "True, False, or None" if none else "True or False"
+    raise ValueError(f"{name} is {shown(value)}; give {either}.")
 
 
 def one_of(name: str, value: Any, kind: Any) -> Any:

@@ -10,25 +10,37 @@ import pytest
 
 from lla_callbacks import (
     FastGeometricEnsembling,
+    HessianMonitor,
     HessianTraceRegularizer,
+    LossLandscapeMonitor,
     ModeConnection,
+    Monitor,
     PoisonedLoss,
+    Spectrum,
 )
 
 from .modules import Plain
 
 ONE, OTHER = Plain(), Plain()
 BATCHES = [[1]]
+QUANTITY = Spectrum()
 CALLS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (HessianTraceRegularizer, (1e-3,), {"layers": "middle", "estimator": "exact"}),
     (PoisonedLoss, (0.5, BATCHES), {"labels": "true", "start_step": 3}),
     (ModeConnection, (ONE, OTHER), {"kind": "chain", "bends": 2}),
+    (HessianMonitor, (2, 3), {"track_every_n_train_steps": 5, "track_num_probes": 2}),
+    (LossLandscapeMonitor, (2, 3), {"planes": ["random"], "lines": []}),
+    (Monitor, ([QUANTITY], 2, 3), {"num_samples": 5}),
     (FastGeometricEnsembling, (2, 0.1, 0.01), {"start": 0.5}),
 ]
 
 
 def settings(made: Any) -> dict[str, Any]:
-    return {k: v for k, v in vars(made).items() if isinstance(v, (int, float, str, tuple))}
+    kinds = (int, float, str)
+    found: dict[str, Any] = {k: v for k, v in vars(made).items() if isinstance(v, kinds)}
+    for name in ("tracking_schedule", "shared_settings", "settings", "layers"):
+        found[name] = repr(getattr(made, name, None))
+    return found
 
 
 @pytest.mark.parametrize(("kind", "first", "rest"), CALLS)

@@ -1,5 +1,8 @@
 """Held batches in checkpoints: once for all monitors that hold the same, or not at all."""
 
+import logging
+from functools import partial
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -7,6 +10,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lla_callbacks import HessianMonitor, LossLandscapeMonitor
+from lla_callbacks.callbacks import kept_batches
+from lla_callbacks.callbacks.given_again import gives_again
 from lla_callbacks.callbacks.held_batches import is_same
 
 from .modules import Plain, loader, quiet_trainer
@@ -64,14 +69,136 @@ def test_two_monitors_store_the_same_batches_once_and_none_on_request(tmp_path):
     assert size_of(tmp_path, [hessian(save_batches=False), slices(save_batches=False)]) < (
         none + 0.2 * batches
     )
+    kept = {"save_batches": True}
     # One of them cuts its last batch: that part alone is another one's.
-    unequal = size_of(tmp_path, [hessian(), slices(num_samples=5)])
+    unequal = size_of(tmp_path, [hessian(**kept), slices(num_samples=5, **kept)])
     assert unequal < none + 1.2 * batches
-    assert none + batches < size_of(tmp_path, [hessian(), slices()]) < none + 1.2 * batches
+    stored = size_of(tmp_path, [hessian(**kept), slices(**kept)])
+    assert none + batches < stored < none + 1.2 * batches
     # Whoever goes on, and in which order, has them.
     for watchers in ([slices(), hessian()], [slices()], [hessian()]):
         go(tmp_path, watchers, 2, tmp_path / "kept.ckpt")
         assert all([step for step, _ in w.history] == [0, 2, 4, 6, 8] for w in watchers)
+
+
+class Stateful(DataLoader):
+    """Goes on where it was, as torchdata's loader does."""
+
+    def state_dict(self):
+        return {}
+
+
+class Backwards(DataLoader):
+    def __iter__(self):
+        return iter(list(super().__iter__())[::-1])
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(range(8))
+
+
+X = TensorDataset(torch.arange(8.0))
+
+
+@pytest.mark.parametrize(
+    ("given", "again"),
+    [
+        (DataLoader(X, 2), True),
+        (DataLoader(X, 2, drop_last=True, num_workers=1), True),
+        (DataLoader(X, batch_size=None), True),
+        ([[1], [2]], True),
+        (DataLoader(X, 2, shuffle=True), False),
+        (DataLoader(X, 2, sampler=torch.utils.data.WeightedRandomSampler([1.0], 4)), False),
+        (DataLoader(X, batch_sampler=[[0], [1]]), False),
+        (DataLoader(Stream()), False),
+        (Stateful(X, 2), False),
+        (Backwards(X, 2), False),
+        (iter([]), False),
+        ({"a": DataLoader(X, 2)}, False),
+        (None, False),
+    ],
+)
+def test_which_loaders_give_the_same_batches_again(given, again):
+    assert gives_again(given) is again
+
+
+def held_in(path):
+    callbacks = torch.load(path, weights_only=True)["callbacks"]
+    return next(iter(callbacks.values()))["held"]
+
+
+# Of Lightning, which begins a loader anew in the middle of an epoch.
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_a_fingerprint_will_do_where_the_loader_gives_the_batches_again(tmp_path):
+    """A run that is cut anywhere and goes on has the numbers of one that is not."""
+    every = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1,
+                            save_top_k=-1)  # fmt: skip
+    whole = hessian(num_samples=7, every_n_train_steps=1)
+    go(tmp_path, [whole, every], 2, None, Plain, loader, enable_checkpointing=True)
+    wanted = numbers(whole)
+    # After one batch of the two that are held, after both, and between epochs.
+    for cut in (1, 2, 4):
+        path = tmp_path / "kept" / f"step={cut}.ckpt"
+        held = held_in(path)
+        assert "batches" not in held
+        assert len(held["numbers"]) == min(cut, 2)
+        again = hessian(num_samples=7, every_n_train_steps=1)
+        go(tmp_path, [again], 2, path, Plain, loader)  # warnings are errors
+        found = numbers(again)
+        # Lightning begins a loader anew in an epoch that was cut: training is another one then.
+        if cut == 4:
+            assert found == wanted
+        if cut > 1:
+            assert {step: found[step] for step in found if step <= cut}.items() <= wanted.items()
+
+
+def numbers(watcher):
+    return {step: (r.loss, r.trace, float(r.lambda_max)) for step, r in watcher.history}
+
+
+def test_a_shuffled_loader_keeps_the_data_and_that_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(kept_batches, "MANY", 1)
+    train = partial(loader, shuffle=True)
+    with caplog.at_level(logging.INFO):
+        trainer = go(tmp_path, [hessian()], make=Plain, train=train)
+        trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    assert len(held_in(tmp_path / "kept.ckpt")["batches"]) == 2
+    said = [r.message for r in caplog.records if "MiB of training data" in r.message]
+    assert len(said) == 1
+    assert "save_batches=False leaves them out" in said[0]
+    again = hessian()
+    go(tmp_path, [again], 2, tmp_path / "kept.ckpt", Plain, train)  # warnings are errors
+    assert [step for step, _ in again.history] == [0, 2, 4, 6, 8]
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Other samples whenever it is read, which no loader tells."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return torch.randn(3), index % 2, index
+
+
+def test_batches_that_are_others_are_said_once_and_marked(tmp_path, recwarn):
+    def random_loader():
+        return DataLoader(Augmented(), 4)
+
+    trainer = go(tmp_path, [hessian(), slices()], make=Plain, train=random_loader)
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    recwarn.clear()
+    again = [hessian(), slices()]
+    torch.manual_seed(9)
+    go(tmp_path, again, 2, tmp_path / "kept.ckpt", Plain, random_loader)
+    said = [str(w.message) for w in recwarn if "curves may jump" in str(w.message)]
+    assert len(said) == 1  # for both
+    assert "at step 4, and reports from there on say so. Set save_batches=True" in said[0]
+    for watcher in again:
+        marked = [step for step, r in watcher.history if any("step 4 on" in n for n in r.notes)]
+        assert marked == [6, 8]
+        assert "From step 4 on measured on other batches" in watcher.report.summary()
 
 
 def test_monitors_of_one_trainer_share_their_copies_in_memory(tmp_path):

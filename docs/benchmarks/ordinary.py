@@ -36,8 +36,8 @@ import pytorch_lightning as pl  # noqa: E402
 EPOCHS = {
     "classifier": (5, 1),
     "gpt": (3, 1),
-    "regression": (120, 25),
-    "gan": (200, 50),
+    "regression": (220, 50),
+    "gan": (360, 80),
     "lora": (6, 2),
 }
 

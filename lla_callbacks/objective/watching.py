@@ -39,7 +39,7 @@ class Watch:
 def watch(
     owner: Any,
     copied: Sequence[tuple[Any, Any]],
-    filled: Sequence[dict[Any, Any]] = (),
+    filled: Sequence[Any] = (),
     empty: Sequence[Any] = (),
 ) -> Watch | None:
     """Note the attributes of a module or a class, where it can be seen whether they change.
@@ -48,10 +48,11 @@ def watch(
         owner: The module or the class.
         copied: Attributes that may change inside, as they are now, and what they were copied
             from; what is its own copy cannot change.
-        filled: Dictionaries of submodules and hooks, whose members are told apart by identity.
+        filled: Dictionaries and sets that torch keeps of submodules, hooks and names, whose members
+            are told apart by identity.
         empty: Dictionaries without members.
     """
-    contents: list[tuple[Any, Any]] = [(d, dict(d)) for d in filled]
+    contents: list[tuple[Any, Any]] = [(container, container.copy()) for container in filled]
     for value, original in copied:
         if value is original:
             continue

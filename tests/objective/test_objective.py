@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lla_callbacks import MeasurementError, measure_hessian
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batches import fresh, hold, sample_count, split
+from lla_callbacks.objective.evaluation import evaluating
 from lla_callbacks.objective.layers import layer_parameters
 from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.objective import Objective
@@ -432,3 +433,13 @@ def test_a_loss_that_changes_its_weights_is_refused_and_they_come_back() -> None
     with pytest.raises(MeasurementError, match=r"changes the trainable weights.*Give loss="):
         measure_hessian(module, [batch], loss=shrinking)
     assert module.temperature.item() == 2.0
+
+
+def test_names_of_buffers_that_are_not_saved_are_a_set() -> None:
+    """As in the embeddings of every BERT."""
+    module = nn.Linear(3, 2)
+    module.register_buffer("places", torch.arange(4), persistent=False)
+    objective = Objective(module, [torch.ones(2, 3)], lambda m, x: m(x).square().mean())
+    assert objective() == objective()
+    with evaluating(objective) as evaluate:
+        assert float(evaluate()[0]) == float(evaluate()[0]) == objective()

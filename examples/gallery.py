@@ -76,7 +76,7 @@ def beside(*figures: Figure) -> np.ndarray:
     """Return figures as one image, from left to right."""
     images = []
     for figure in figures:
-        figure.set_dpi(92)
+        figure.set_dpi(130)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         images.append(np.asarray(canvas.buffer_rgba())[..., :3])

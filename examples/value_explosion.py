@@ -14,12 +14,18 @@ from pathlib import Path
 
 import torch
 from image_data import load_images
-from matplotlib.colors import LogNorm
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lla_callbacks import LossPlane, loss_plane
+from lla_callbacks.report.sheet import KEY, Sheet, bar, caption, plain
+from lla_callbacks.report.shown import png_of
+from lla_callbacks.report.style import INK, mark_coordinates
+from lla_callbacks.slices.fields import field_of
+from lla_callbacks.slices.plane_figures import fill_plane
 
 CAP = 100.0
 
@@ -50,28 +56,29 @@ def four_planes(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, LossP
 
 
 def figure_of(planes: dict[str, LossPlane], title: str) -> Figure:
-    """Return all planes side by side in one scale, with everything above the cap in grey."""
-    figure = Figure(figsize=(12, 3.6), dpi=110, layout="constrained")
-    low = min(float(plane.loss.min()) for plane in planes.values())
-    norm, colors = LogNorm(low, CAP), "viridis"
-    levels = torch.logspace(*torch.tensor([low, CAP]).log10().tolist(), 33).tolist()
-    grid = figure.subplots(1, len(planes))
-    for axes, (name, plane) in zip(grid, planes.items(), strict=True):
-        shown = plane.loss.clamp(max=10 * CAP).T  # all that is over the cap has one colour
-        image = axes.contourf(plane.alphas, plane.betas, shown, levels, norm=norm, cmap=colors,
-                              extend="max")  # fmt: skip
-        image.set_cmap(image.get_cmap().with_extremes(over="#cbd5e0"))
-        axes.plot(0, 0, "P", mfc="white", mec="#2d3748", ms=9)
-        axes.set(box_aspect=1, xlabel=plane.directions[0].label, ylabel=plane.directions[1].label)
-        axes.set_title(f"{name}\nhighest loss {written(plane.loss.max())}", fontsize=10)
-    bar = figure.colorbar(image, ax=grid, pad=0.01, aspect=24, label=f"loss, capped at {CAP:g}")
-    marks = [10.0**k for k in range(-8, 3) if 10.0**k >= low]
-    bar.set_ticks(marks, labels=[f"{mark:g}" for mark in marks])
-    bar.ax.minorticks_off()
+    """Return all planes in one scale, with everything above the cap in grey."""
+    figure = Sheet(4.75)
+    colors = colormaps["viridis"].with_extremes(over="#cbd5e0")
+    scale = min(float(plane.loss.min()) for plane in planes.values()), CAP
+    for number, (name, plane) in enumerate(planes.items()):
+        row, column = divmod(number, 2)
+        axes = figure.panel(0.5 + 1.92 * column, 0.42 + 2.35 * row, 1.45, 1.45)
+        plain(axes, 0.5, 0.46, 1.45, 1.45)
+        field = field_of(plane, scale=scale)
+        image = fill_plane(axes, field, colors)
+        axes.plot(0, 0, "P", mfc="white", mec=INK, ms=8)
+        mark_coordinates(axes, field.x, field.y)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel(plane.directions[0].label.replace("  ", " "), fontsize=KEY)
+        caption(axes, f"{name}\nhighest loss {written(plane.loss.max())}", fontsize=KEY)
+        if column:
+            bar(figure, axes, image, *field.ticks(), "", extend="max")
     facts = plane.facts
-    note = f"Grey: above {CAP:g}. {facts.num_params:,} parameters, {facts.num_samples} samples."
-    figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#718096")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    notes = [f"One scale for all. Grey: loss above {CAP:g}. Cross: the trained weights."]
+    figure.finish(
+        title, [f"{facts.num_params:,} parameters", f"{facts.num_samples} samples"], notes
+    )
     return figure
 
 
@@ -109,7 +116,7 @@ def main() -> None:
         found = plane.centre_loss, plane.loss.median(), plane.loss[rim].median(), plane.loss.max()
         print(f"{name:30}" + "".join(f"{written(value):>10}" for value in found))
     title = "One network, four planes: which of them explode?"
-    figure_of(planes, title).savefig(arguments.out)
+    arguments.out.write_bytes(png_of(figure_of(planes, title)))
     print(f"Edges: median on the rim of the plane. Drawn, capped at {CAP:g}: {arguments.out}")
 
 

@@ -25,6 +25,7 @@ from lla_callbacks.minima.functions import (
 )
 from lla_callbacks.minima.results import BasinComparison, MinimaMap, Relaxation, ShiftReport
 from lla_callbacks.objective.moment import Moment
+from lla_callbacks.page.film import animate
 from lla_callbacks.penalty.reversed import reversed_binary_cross_entropy, reversed_cross_entropy
 from lla_callbacks.report.compare import compare
 from lla_callbacks.report.quantity import Quantity
@@ -68,6 +69,7 @@ __all__ = [
     "Spectrum",
     "__version__",
     "aligned",
+    "animate",
     "barrier",
     "basin_radii",
     "compare",

@@ -44,7 +44,9 @@ ONLY_IN = {
 OF_LIGHTNING = {
     "_batches_that_stepped",
     "_data_source",
+    "_default_hp_metric",
     "_generate_state_key",
+    "_log_hyperparams",
     "_on_before_batch_transfer",
     "_should_accumulate",
     "_skip_backward",

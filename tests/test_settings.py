@@ -130,6 +130,7 @@ ACCEPTED: dict[str, set[str]] = {
     "save_arrays": FLAGS,
     "save_batches": {"None", *FLAGS},
     "custom_scalars": FLAGS,
+    "scalars": set(),
     "name": {"text", "number as text"},
     "quantities": set(),
     "planes": {"list"},

@@ -222,9 +222,12 @@ class Account:
 
     @property
     def overhead(self) -> float:
-        """Seconds booked so far per second of the whole training as it will be; NaN before."""
+        """Seconds booked so far per second of the whole training as it will be.
+
+        NaN before the pace is known: of a training that has hardly begun any share is a large one.
+        """
         expected = self.expected
-        return self.total / expected if self._first is not None and expected > 0 else math.nan
+        return self.total / expected if self.is_known and expected > 0 else math.nan
 
     # -- across checkpoints ---------------------------------------------------------------
 

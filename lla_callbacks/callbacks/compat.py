@@ -331,6 +331,21 @@ def say(trainer: Any, text: str) -> None:
             logging.getLogger(next(inside, _NAMESPACES[0])).info(text)
 
 
+def own_hparams(trainer: Any, module: Any) -> dict[str, Any] | None:
+    """Return the hyperparameters that Lightning is going to log; None if it logs none."""
+    found: dict[str, Any] | None = None
+    for holder in (module, getattr(trainer, "datamodule", None)):
+        if getattr(holder, "_log_hyperparams", False):
+            known = dict(getattr(holder, "hparams_initial", None) or {})
+            found = {**(found or {}), **known}
+    return None if found is None else {k: v for k, v in found.items() if k != "_class_path"}
+
+
+def adds_placeholder(logger: Any) -> bool:
+    """Return whether a logger adds ``hp_metric`` to hyperparameters that have no metric."""
+    return bool(getattr(logger, "_default_hp_metric", False))
+
+
 def fraction_done(trainer: Any, batch_idx: int) -> float:
     """Return the share of a run that is done after a batch, NaN where nobody knows.
 

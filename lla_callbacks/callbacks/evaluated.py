@@ -108,11 +108,12 @@ class EvaluatedToo(Callback):
         if values:
             self.evaluated = [*self.evaluated, self._last()]
         # The loop hands what matters most to the loggers, prints and returns it.
-        first = tuple(f"{name}/" for name in self._names())
-        main = {f"{t}{part}": v for t, v in values.items() if t.startswith(first)}
+        first = tuple(f"{name}/" for name in self.names())
+        shown = self.firing.shown(values)
+        main = {f"{t}{part}": v for t, v in shown.items() if t.startswith(first)}
         shared = self.subject.processes.size > 1
         module.log_dict(main, batch_size=1, sync_dist=shared, add_dataloader_idx=False)
-        rest = {f"{t}{part}": v for t, v in values.items() if f"{t}{part}" not in main}
+        rest = {f"{t}{part}": v for t, v in shown.items() if not t.startswith(first)}
         self.sink.scalars(trainer, rest, step_of(trainer))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from lla_callbacks.objective.moment import Moment, Tools
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.report.cost import cost_scalars
 from lla_callbacks.report.quantity import Quantity, finite
+from lla_callbacks.report.tiers import for_callbacks, logged
 from lla_callbacks.slices.quantity import YOUNG
 
 # A quantity with its record, and what it found.
@@ -48,6 +49,7 @@ class Firing:
         records: What.
         sink: Where to.
         sizer: How large.
+        scalars: Which scalars are logged, as words and names.
 
     Attributes:
         pages: Shows what is no figure: takes the Trainer, a result and the moment.
@@ -61,10 +63,11 @@ class Firing:
         records: Sequence[Record],
         sink: Sink,
         sizer: Sizer,
+        scalars: Sequence[str],
     ) -> None:
         self._owner = owner
         self._timing, self._subject, self._records = timing, subject, records
-        self._sink, self._sizer = sink, sizer
+        self._sink, self._sizer, self._scalars = sink, sizer, scalars
         self.pages: Callable[[Any, Any, Moment], None] | None = None
 
     def fire(self, trainer: Any, module: nn.Module, moment: Moment) -> dict[str, float]:
@@ -101,16 +104,17 @@ class Firing:
             stem = f"{'step' if in_fit else moment.function}_{moment.step:08d}"
             for record, result in found:
                 sink.arrays(trainer, result, stem, record.quantity.name)
+                sink.guarded("logging", self._tell, trainer, record, result, moment)
             took = time.monotonic() - began
             self._draw_what_fits(trainer, found, moment)
         seconds = time.monotonic() - began
         overhead = timing.account.overhead if in_fit else math.nan
         values |= cost_scalars(timing.name, seconds, overhead)
         if in_fit:
-            for tag, value in values.items():
+            for tag, value in for_callbacks(values).items():
                 trainer.callback_metrics[tag] = torch.tensor(value)
             logging = time.monotonic()
-            sink.scalars(trainer, values, moment.step)
+            sink.scalars(trainer, self.shown(values), moment.step)
             if not moment.light:
                 # A logger may let the run wait, which the next measurement has to pay for too.
                 timing.pace.saw(took + time.monotonic() - logging)
@@ -118,6 +122,22 @@ class Firing:
         if announced:
             say(trainer, f"{self._owner}: that took {seconds:.1f} s.")
         return values
+
+    def shown(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the scalars that loggers get: those that the user asked for."""
+        few: dict[str, tuple[str, ...]] = {self._timing.name: ("overhead",)}
+        few |= {record.quantity.name: record.quantity.few for record in self._records}
+        return {
+            tag: value
+            for name, part in few.items()
+            for tag, value in logged(values, self._scalars, name, part).items()
+        }
+
+    def _tell(self, trainer: Any, record: Record, result: Any, moment: Moment) -> None:
+        """Write a result in words."""
+        text = record.quantity.text(result, record.history, moment)
+        if text:
+            self._sink.text(trainer, text, moment.step, record.quantity.name)
 
     def _measured(self, trainer: Any, module: nn.Module, moment: Moment) -> tuple[Moment, Found]:
         """Return what each quantity found, and the moment with all that is known of it."""

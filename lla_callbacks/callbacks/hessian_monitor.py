@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -118,6 +118,10 @@ class HessianMonitor(Watching):
             never; a resumed run then says where it goes on with other ones.
         custom_scalars: Whether TensorBoard gets a layout that draws values with their
             error bands. Turn it off if you store a layout of your own.
+        scalars: Which scalars loggers get: ``"few"`` (what everybody looks at), ``"criteria"`` (and
+            every criterion), ``"layers"`` (and all of each layer), ``"all"``, or a list of these
+            words and of names such as ``"kh1"``; docs/measures.md has all of them. Callbacks such
+            as EarlyStopping may ask for any.
         name: First part of every tag; give each monitor its own.
         batch_size: How many samples a batch has, where it does not tell: a number, or
             ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
@@ -180,6 +184,7 @@ class HessianMonitor(Watching):
         save_arrays: bool = True,
         save_batches: bool | None = None,
         custom_scalars: bool = True,
+        scalars: str | Sequence[str] = "few",
         name: str = "hessian",
         batch_size: BatchSize = None,
         num_eigenvectors: int = HessianSettings.num_eigenvectors,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.report.loggers import folder_of, write_mesh, write_text
 from lla_callbacks.slices.directions import Normalization, Vectors
 from lla_callbacks.slices.landscape import LandscapeSettings
-from lla_callbacks.slices.landscape_figures import mesh_of
+from lla_callbacks.slices.landscape_figures import mesh_from_the_side
 from lla_callbacks.slices.quantity import Slices
 from lla_callbacks.slices.report import LandscapeReport
 
@@ -35,8 +35,9 @@ class LossLandscapeMonitor(Watching):
     Training is left bitwise unchanged. A measurement happens when training starts, on
     schedule, and when it ends; stand-alone ``trainer.validate`` and ``trainer.test`` measure on
     their own batches. If one fails, there is one warning with the remedy and a gap. Directions
-    come from one seed, the same for all firings, and colours keep one scale, so that
-    pictures of a run compare. Under DDP the processes share the points.
+    come from one seed, the same for all firings; contours are at the same values in all pictures,
+    and a bar shows which part of the run's range each one has, so that they compare. Under DDP
+    the processes share the points.
 
     **Logged**: figures ``landscape/plane_random``, ``landscape/lines`` and so on, one a plane,
     one for all lines; scalars ``landscape/line_top1/curvature``, ``landscape/basin/...`` and
@@ -104,6 +105,10 @@ class LossLandscapeMonitor(Watching):
         save_batches: Whether checkpoints hold the data of the held batches. ``None``: a
             fingerprint where the training loader gives them again, else the data. ``False``:
             never; a resumed run then says where it goes on with other ones.
+        scalars: Which scalars loggers get: ``"few"`` (what everybody looks at), ``"criteria"`` (and
+            every criterion), ``"layers"`` (and all of each layer), ``"all"``, or a list of these
+            words and of names such as ``"kh1"``; docs/measures.md has all of them. Callbacks such
+            as EarlyStopping may ask for any.
         name: First part of every tag; give each monitor its own.
         batch_size: How many samples a batch has, where it does not tell: a number, or
             ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
@@ -168,6 +173,7 @@ class LossLandscapeMonitor(Watching):
         figures: bool = True,
         save_arrays: bool = True,
         save_batches: bool | None = None,
+        scalars: str | Sequence[str] = "few",
         name: str = "landscape",
         batch_size: BatchSize = None,
         parameters: str | list[str] | Callable[[str, nn.Parameter], bool] | None = None,
@@ -241,7 +247,7 @@ class LossLandscapeMonitor(Watching):
             for name, plane in result.planes.items():
                 tag = f"{self.name}/mesh_{name}"
                 if self.mesh:
-                    mesh = mesh_of(plane, cap=self.cap)
+                    mesh = mesh_from_the_side(plane, cap=self.cap)
                     self.sink.guarded("drawing", write_mesh, logger, tag, *mesh, moment.step)
                 folder = folder_of(logger)
                 if self.html and folder is not None:

@@ -58,6 +58,10 @@ class Monitor(Watching):
         save_batches: Whether checkpoints hold the data of the held batches. ``None``: a
             fingerprint where the training loader gives them again, else the data. ``False``:
             never; a resumed run then says where it goes on with other ones.
+        scalars: Which scalars loggers get: ``"few"`` (what everybody looks at), ``"criteria"`` (and
+            every criterion), ``"layers"`` (and all of each layer), ``"all"``, or a list of these
+            words and of names such as ``"kh1"``; docs/measures.md has all of them. Callbacks such
+            as EarlyStopping may ask for any.
         name: First part of the tags of what it costs; give each monitor its own.
         batch_size: How many samples a batch has, where it does not tell.
         parameters: Which parameters are measured; ``None``: all that are trained.
@@ -95,6 +99,7 @@ class Monitor(Watching):
         figures: bool = True,
         save_arrays: bool = True,
         save_batches: bool | None = None,
+        scalars: str | Sequence[str] = "few",
         name: str = "monitor",
         batch_size: BatchSize = None,
         parameters: str | list[str] | Callable[[str, nn.Parameter], bool] | None = None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lla_callbacks.callbacks.schedule import Schedule
+from lla_callbacks.hessian.scalars import NAMES as OF_HESSIAN
 from lla_callbacks.objective.checks import (
     batches_of,
     check_loss,
@@ -28,6 +29,8 @@ from lla_callbacks.objective.objective import Engine, Mode, check_engine, check_
 from lla_callbacks.objective.parts import Parameters, check_parameters
 from lla_callbacks.objective.precision import Precision, check_precision
 from lla_callbacks.objective.self_check import Jacobian
+from lla_callbacks.report.tiers import check_scalars
+from lla_callbacks.slices.scalars import NAMES as OF_SLICES
 
 # Held where the user gave no number: by 256 the largest eigenvalue of a batch of them is within
 # some 20 % of that of the whole data (docs/benchmarks/sizes.md).
@@ -157,17 +160,20 @@ class Output:
         figures: Whether figures are drawn.
         save_arrays: Whether results are written beside the logs.
         custom_scalars: Whether TensorBoard gets a layout.
+        scalars: Which scalars are logged.
         name: First part of every tag.
     """
 
     figures: bool = True
     save_arrays: bool = True
     custom_scalars: bool = True
+    scalars: Any = "few"
     name: str = "monitor"
 
     def __post_init__(self) -> None:
         for name in ("figures", "save_arrays", "custom_scalars"):
             settle(self, **{name: flag(name, getattr(self, name))})
+        settle(self, scalars=check_scalars(self.scalars, dict.fromkeys((*OF_HESSIAN, *OF_SLICES))))
         tag_of("name", self.name)
 
 

@@ -29,6 +29,7 @@ from lla_callbacks.report.conform import check_type
 from lla_callbacks.report.cost import cost_scalars
 from lla_callbacks.report.plain import from_plain, pack, to_plain, unpack
 from lla_callbacks.report.quantity import finite
+from lla_callbacks.report.tiers import for_callbacks
 
 VERSION = 1
 # Settings that curves depend on, beside those of the quantities.
@@ -229,7 +230,7 @@ class RunState:
         if any(record.history for record in self._records):
             # EarlyStopping and ModelCheckpoint ask for them before the next measurement.
             values |= cost_scalars(timing.name, timing.pace.cost, timing.account.overhead)
-            for tag, value in values.items():
+            for tag, value in for_callbacks(values).items():
                 trainer.callback_metrics[tag] = torch.tensor(value)
 
     def _part(self, state: Mapping[str, Any], record: Record) -> Mapping[str, Any]:

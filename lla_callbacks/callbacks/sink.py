@@ -14,7 +14,13 @@ from lla_callbacks.callbacks.own_loader import SharedLoaderError
 from lla_callbacks.callbacks.telling import Said, above_bars, rank_zero_warn
 from lla_callbacks.linalg.errors import MeasurementError, NotYetError, described, is_out_of_memory
 from lla_callbacks.linalg.sharing import was_told
-from lla_callbacks.report.loggers import folder_of, write_figure, write_layout, write_scalars
+from lla_callbacks.report.loggers import (
+    folder_of,
+    write_figure,
+    write_layout,
+    write_scalars,
+    write_text,
+)
 
 
 class Sink:
@@ -76,6 +82,12 @@ class Sink:
         """Log scalars at a step."""
         for logger in self.loggers(trainer):
             self.guarded("logging", write_scalars, logger, values, step)
+
+    def text(self, trainer: Any, text: str, step: int, name: str = "") -> None:
+        """Write a text for TensorBoard's page of texts; other loggers do without."""
+        tag = f"{name or self.name}{self.part}/summary"
+        for logger in self.loggers(trainer):
+            self.guarded("logging", write_text, logger, tag, text, step)
 
     def arrays(self, trainer: Any, result: Any, stem: str, name: str = "") -> None:
         """Write a result beside the logs of each logger that has a folder."""

@@ -23,6 +23,7 @@ from lla_callbacks.callbacks.evaluated import EvaluatedToo
 from lla_callbacks.callbacks.firing import Firing
 from lla_callbacks.callbacks.foreseen import without_moments
 from lla_callbacks.callbacks.foretold import balance_of
+from lla_callbacks.callbacks.hparams_table import show_row
 from lla_callbacks.callbacks.idle_hooks import without_idle_hooks
 from lla_callbacks.callbacks.moments import is_unsized
 from lla_callbacks.callbacks.monitor_settings import MonitorSettings
@@ -85,7 +86,15 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
         self.run = RunState(
             owner, settings, self.timing, self.subject, self.records, self.sink, alone=alone
         )
-        self.firing = Firing(owner, self.timing, self.subject, self.records, self.sink, sizer)
+        self.firing = Firing(
+            owner,
+            self.timing,
+            self.subject,
+            self.records,
+            self.sink,
+            sizer,
+            settings.output.scalars,
+        )
         # Quantities that look at every step.
         self._watching = [r.quantity for r in self.records if r.quantity.watches]
 
@@ -131,7 +140,8 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
         """Tell several monitors of one Trainer apart."""
         return state_key_of(self, name=self.name)
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Return the first parts of all tags."""
         return list(dict.fromkeys([self.name, *(r.quantity.name for r in self.records)]))
 
     def _others(self, trainer: Any) -> list[Watching]:
@@ -163,7 +173,7 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
         if is_barebones(trainer):
             return
         for other in self._others(trainer):
-            for name in {*self._names()} & {*other._names()}:
+            for name in {*self.names()} & {*other.names()}:
                 raise MisconfigurationException(
                     f"two monitors are named {name!r} and would write the same tags: give "
                     "one of them another name=."
@@ -184,6 +194,7 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
             if gaps and not is_barebones(trainer):
                 self.sink.foreseen.update(gaps)
                 rank_zero_warn(f"{type(self).__name__}: {words}")
+        show_row(self, self._others(trainer), trainer, pl_module, early=True)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         for record in self.records:
@@ -267,6 +278,7 @@ class Watching(EvaluatedToo, ComesHome, SaysItself):
                 self._fire(trainer, pl_module, subject.final(trainer, pl_module))
         if timing.count:
             say(trainer, balance_of(timing))
+        show_row(self, self._others(trainer), trainer, pl_module, early=False)
         self.run.end()
         self._forget()
 

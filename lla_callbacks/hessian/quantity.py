@@ -15,8 +15,9 @@ from lla_callbacks.hessian.figures import history_figure
 from lla_callbacks.hessian.layer_figures import layer_history_figure
 from lla_callbacks.hessian.measures import Anchor, measure
 from lla_callbacks.hessian.report import HessianReport
-from lla_callbacks.hessian.scalars import tracking_scalars
+from lla_callbacks.hessian.scalars import FEW, tracking_scalars
 from lla_callbacks.hessian.settings import HessianSettings, TrackingSettings
+from lla_callbacks.hessian.step_words import numbers_of
 from lla_callbacks.hessian.tracking import HessianTracking, TrackerState, anchored, track
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.sharing import all_or_none
@@ -28,6 +29,7 @@ from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.parts import Parameters, variables_of
 from lla_callbacks.report.conform import check_entries, check_fields, check_flat
 from lla_callbacks.report.quantity import Drawn, Quantity
+from lla_callbacks.report.step_words import step_text
 from lla_callbacks.report.thinning import drawn as drawn_part
 
 # Of what type the entries of a stored state are.
@@ -54,6 +56,7 @@ class Spectrum(Quantity):
     proves_itself = True
     result = HessianReport
     reads_shards = True
+    few = FEW
 
     def __init__(
         self,
@@ -196,6 +199,15 @@ class Spectrum(Quantity):
     def remedy(self, result: HessianReport | HessianTracking) -> str:
         """Return what a user can do about gaps."""
         return gap_remedy(result.engine_reason)
+
+    def text(
+        self, result: HessianReport, history: Sequence[tuple[int, Any]], moment: Moment
+    ) -> str:
+        """Return what changed since the last measurement, and everything in sentences."""
+        before = [(step, numbers_of(found)) for step, found in history[-2:-1]]
+        return step_text(
+            moment.step, numbers_of(result), before[0] if before else None, result.summary()
+        )
 
     def figures(
         self, result: HessianReport, history: Sequence[tuple[int, Any]], moment: Moment

@@ -67,7 +67,8 @@ def stability_limit(
       ``2 - lr d``. Before the first step ``v`` does not exist and there is no limit.
     * RMSprop (without momentum): ``D = lr / (2 (sqrt(v) + eps))``, ``v`` centred if asked.
 
-    Parameters that the optimizer does not hold stay where they are: ``D = 0``.
+    Parameters that the optimizer does not hold stay where they are: ``D = 0``. Where all do, at a
+    learning rate of zero, there is no limit either.
 
     Args:
         optimizer: The optimizer, with its present state.
@@ -91,7 +92,8 @@ def stability_limit(
             value, decay = entry
             diagonal[index] = whole(value).reshape(-1) if isinstance(value, Tensor) else value
             shift[index] = decay
-    return StabilityLimit(diagonal, shift)
+    # At a rate of zero (warm-up, the end of a decay) nothing moves, and no step can overshoot.
+    return StabilityLimit(diagonal, shift) if bool((diagonal > 0).any()) else None
 
 
 def _entry(

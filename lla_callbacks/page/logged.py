@@ -10,6 +10,7 @@ from typing import Any
 
 from lla_callbacks.page.numbers import short
 from lla_callbacks.report.thinning import evenly
+from lla_callbacks.report.tiers import LAST, last_group
 
 # Curves of the user's own, and points of each.
 MOST_CURVES, MOST_POINTS = 24, 400
@@ -41,7 +42,9 @@ def curves_of(folder: Path) -> tuple[Curves, list[str]]:
 
 def own_curves(curves: Curves, monitors: Iterable[str]) -> list[dict[str, Any]]:
     """Return the curves that are of no monitor, a dict each."""
+    monitors = [*monitors]
     ours = tuple(f"{name}{sign}" for name in monitors for sign in ("/", "_"))
+    ours += tuple(f"{LAST}{start}" for start in ours)
     own = {
         tag: points
         for tag, points in sorted(curves.items())
@@ -57,13 +60,14 @@ def own_curves(curves: Curves, monitors: Iterable[str]) -> list[dict[str, Any]]:
 def monitored(curves: Curves, known: Iterable[str]) -> list[dict[str, Any]]:
     """Return curves of monitors that left no files, their bands from the tags of their ends."""
     names = {t.split("/")[0] for t in curves if t.endswith("/lambda_max") and t.count("/") == 1}
-    names -= {f"{name}{kind}" for name in names for kind in ("_errors", "_bands", "_layers")}
+    names = {name for name in names if not name.startswith(LAST) and f"{name}/loss" in curves}
     found = []
     for name in sorted(names - set(known)):
+        bands = last_group(name, "bands")
         for tag in sorted(t for t in curves if t.startswith(f"{name}/")):
             what = tag.removeprefix(f"{name}/")
-            lower = dict(curves.get(f"{name}_bands/{what}_lower", ()))
-            upper = dict(curves.get(f"{name}_bands/{what}_upper", ()))
+            lower = dict(curves.get(f"{bands}/{what}_lower", ()))
+            upper = dict(curves.get(f"{bands}/{what}_upper", ()))
             points = [
                 [step, short(v, 6), short(lower.get(step, v), 6), short(upper.get(step, v), 6)]
                 for step, v in _thin(curves[tag])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lla_callbacks.report.tiers import last_group
+
 
 def steps_of(number: float) -> str:
     """Return a number of training steps with two digits, ``about 12 steps of yours``."""
@@ -25,5 +27,5 @@ def in_steps(number: float) -> str:
 
 def cost_scalars(name: str, seconds: float, overhead: float) -> dict[str, float]:
     """Return what a firing cost in all, and the share of training time so far."""
-    values = {f"{name}/seconds": seconds, f"{name}/overhead": overhead}
+    values = {f"{last_group(name, 'cost')}/seconds": seconds, f"{name}/overhead": overhead}
     return {tag: value for tag, value in values.items() if math.isfinite(value)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from lla_callbacks.report.sheet import pixels, png_of
+from lla_callbacks.report.shown import pixels, png_of
 
 
 def write_scalars(logger: Any, values: Mapping[str, float], step: int) -> None:
@@ -72,6 +72,32 @@ def write_mesh(logger: Any, tag: str, vertices: Any, colors: Any, faces: Any, st
     if callable(getattr(experiment, "add_mesh", None)):
         batch = [torch.from_numpy(array[None]) for array in (vertices, colors, faces)]
         experiment.add_mesh(tag, batch[0], colors=batch[1], faces=batch[2], global_step=step)
+
+
+def write_hparams(
+    logger: Any, params: Mapping[str, Any], metrics: Sequence[str], step: int
+) -> None:
+    """Give a run a row in TensorBoard's table of hyperparameters.
+
+    Columns are the last values of scalars by their tags. TensorBoard goes by what a run's files say
+    first: where something was written before, this changes nothing.
+
+    Args:
+        logger: The logger.
+        params: Hyperparameters, numbers and texts.
+        metrics: Tags of scalars.
+        step: The step.
+    """
+    writer: Any = getattr(getattr(logger, "experiment", None), "file_writer", None)
+    if writer is None:
+        return
+    try:
+        from torch.utils.tensorboard.summary import hparams
+    except ImportError:
+        return
+    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in params.items()}
+    for summary in hparams(plain, {tag: 0.0 for tag in metrics}):
+        writer.add_summary(summary, step)
 
 
 def write_text(logger: Any, tag: str, text: str, step: int) -> None:

@@ -34,6 +34,7 @@ class Quantity(ABC):
         watches: Whether :meth:`before_step` and :meth:`after_step` are called.
         proves_itself: Whether :meth:`measure` has the loss prove itself; else that is done before.
         reads_shards: Whether it can be measured where parameters are spread over processes.
+        few: Last parts of the tags that are logged unless more are asked for; none: all are.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Quantity(ABC):
     watches: bool = False
     proves_itself: ClassVar[bool] = False
     reads_shards: ClassVar[bool] = False
+    few: ClassVar[tuple[str, ...]] = ()
 
     @property
     def settings(self) -> Any:
@@ -75,6 +77,10 @@ class Quantity(ABC):
         """Return a result's numbers by tag; not finite ones are left out of the logs."""
         found: dict[str, float] = result.scalars(self.name)
         return found
+
+    def text(self, result: Any, history: Sequence[tuple[int, Any]], moment: Moment) -> str:
+        """Return a result in Markdown, for TensorBoard's text page; empty for none."""
+        return "\n".join(f"    {line}" for line in str(result.summary()).splitlines())
 
     def figures(self, result: Any, history: Sequence[tuple[int, Any]], moment: Moment) -> Drawn:
         """Return functions that draw; ``history`` ends with this result."""

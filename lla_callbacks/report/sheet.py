@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from io import BytesIO
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colorbar import Colorbar
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
@@ -296,25 +293,6 @@ def width_of(text: str, size: float) -> float:
 def letters(width: float, size: float, letter: float = LETTER) -> int:
     """Return how many letters fit into a width in inches."""
     return max(1, int(72 * width / (letter * size)))
-
-
-def pixels(figure: Figure) -> np.ndarray:
-    """Return a figure as an image, shape ``(height, width, 3)``, uint8."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
-
-
-def png_of(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
-    from PIL import Image
-
-    buffer = BytesIO()
-    # Beyond level 3 files hardly get smaller, and take half as long again.
-    Image.fromarray(pixels(figure)).save(
-        buffer, "PNG", compress_level=3, dpi=(figure.get_dpi(),) * 2
-    )
-    return buffer.getvalue()
 
 
 def _wrapped(lines: Sequence[str], width: float, size: float, letter: float = LETTER) -> list[str]:

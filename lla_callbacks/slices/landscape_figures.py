@@ -40,6 +40,8 @@ from lla_callbacks.slices.slices import Plane
 SIGNED_MAP = LinearSegmentedColormap.from_list(
     "signed", ["#9c4221", DOWN, "#fbd7b5", "#f7fafc", "#bcd7ee", UP, "#2a4d7c"]
 )
+# How much further than a mesh the camera of TensorBoard is kept, so that it is within the frame.
+FRAME = 1.25
 BASIN_COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#c53030")
 
 
@@ -139,6 +141,37 @@ def mesh_of(
     )
     faces = faces[np.isfinite(field.values.ravel())[faces].all(axis=1)]
     return vertices.astype(np.float32), colors.astype(np.uint8), faces.astype(np.int32)
+
+
+def mesh_from_the_side(
+    plane: Plane, cap: float | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.int32]]:
+    """Return a mesh as TensorBoard should get it.
+
+    It looks along the third axis, from above, and comes as near as the corners of what it thinks is
+    a flat thing. So the mesh is turned for it to be seen from the side, 30 degrees above the level
+    and past one corner; two vertices that no triangle uses keep the camera away.
+
+    Args:
+        plane: The plane.
+        cap: Larger losses are drawn as this one.
+
+    Returns:
+        As :func:`mesh_of`.
+    """
+    vertices, colors, faces = mesh_of(plane, cap=cap)
+    x, y, height = vertices.T
+    side, above = math.radians(35), math.radians(30)
+    across = x * math.cos(side) - y * math.sin(side)
+    away = x * math.sin(side) + y * math.cos(side)
+    up = height * math.cos(above) + away * math.sin(above)
+    near = height * math.sin(above) - away * math.cos(above)
+    found = np.stack([across, up, near], axis=-1)
+    room = FRAME * np.abs(found).max(initial=1e-3)
+    corners = np.array([[-room, -room, 0.0], [room, room, 0.0]])
+    unused = np.zeros((2, 3), dtype=np.uint8)
+    vertices = np.concatenate([found, corners]).astype(np.float32)
+    return vertices, np.concatenate([colors, unused]), faces
 
 
 def convexity_figure(convexity: Convexity, *, title: str = "") -> Figure:

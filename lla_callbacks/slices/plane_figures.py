@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal as Plain
 from matplotlib.patheffects import Stroke
@@ -83,7 +83,7 @@ def plane_figure(
         notes.append(f"The directions meet at {angle:.0f}°, not at a right angle as drawn.")
     height, right = _size(field)
     figure, (axes,) = sheet((height,), left=LEFT, right=right, above=0.07)
-    image = _fill(axes, fine, METRIC_MAP if metric else LOSS_MAP)
+    image = fill_plane(axes, fine, colormaps[METRIC_MAP if metric else LOSS_MAP])
     bar(figure, axes, image, *field.ticks(), field.label, extend=field.extend)
     if interpolate or not plane.complete:
         x, y = np.meshgrid(field.x, field.y, indexing="ij")
@@ -125,16 +125,22 @@ def headline_of(field: Field) -> list[tuple[str, str]]:
     return parts
 
 
-def _fill(axes: Axes, field: Field, colors: str) -> ScalarMappable:
-    """Draw colours, with thin contours on them, over hatching."""
+def fill_plane(axes: Axes, field: Field, colors: Colormap) -> ScalarMappable:
+    """Draw a field in colours, with thin contours on them, over hatching, and return the colours.
+
+    Args:
+        axes: Where.
+        field: What.
+        colors: From low to high.
+    """
     norm = Normalize(field.low, field.high)
-    image = ScalarMappable(norm, colormaps[colors])
+    image = ScalarMappable(norm, colors)
     if not field.finite:
         hatched(axes, (field.x[0], field.x[-1]), (field.y[0], field.y[-1]))
     if min(field.values.shape) < 2:
         axes.pcolormesh(
             edges(field.x), edges(field.y), np.ma.masked_invalid(field.values.T), norm=norm,
-            cmap=image.cmap,
+            cmap=colors,
         )  # fmt: skip
         return image
     values = field.raster()

@@ -17,6 +17,7 @@ from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.parts import Parameters, variables_of
 from lla_callbacks.report.conform import check_entries, check_flat
 from lla_callbacks.report.quantity import Drawn, Quantity
+from lla_callbacks.report.step_words import step_text
 from lla_callbacks.slices.choice import DirectionSource
 from lla_callbacks.slices.eigenvectors import known_directions
 from lla_callbacks.slices.landscape import (
@@ -26,6 +27,8 @@ from lla_callbacks.slices.landscape import (
     measure_landscape,
 )
 from lla_callbacks.slices.report import LandscapeReport
+from lla_callbacks.slices.scalars import FEW
+from lla_callbacks.slices.step_words import numbers_of
 from lla_callbacks.slices.trajectory import Trajectory
 
 # Weights of the path of training that are kept on the CPU, all together.
@@ -49,9 +52,9 @@ _PATH = {"steps": list[int], "weights": list[Tensor], "interval": int}
 class Slices(Quantity):
     """The loss on lines and planes through the weights, convexity maps and the basin's radii.
 
-    Directions come from one seed, the same for all moments, and colours keep one scale, so that
-    pictures of a run compare. Tags, figures and files are those of
-    :class:`~lla_callbacks.LossLandscapeMonitor`.
+    Directions come from one seed, the same for all moments; contours are at the same values in all
+    pictures, and a bar shows which part of the run's range each one has, so that they compare.
+    Tags, figures and files are those of :class:`~lla_callbacks.LossLandscapeMonitor`.
 
     Args:
         settings: Which slices, and how.
@@ -66,6 +69,7 @@ class Slices(Quantity):
 
     proves_itself = True
     result = LandscapeReport
+    few = FEW
 
     def __init__(
         self,
@@ -151,6 +155,15 @@ class Slices(Quantity):
 
     # -- shown --------------------------------------------------------------------------
 
+    def text(
+        self, result: LandscapeReport, history: Sequence[tuple[int, Any]], moment: Moment
+    ) -> str:
+        """Return what changed since the last measurement, and everything in sentences."""
+        before = [(step, numbers_of(found)) for step, found in history[-2:-1]]
+        return step_text(
+            moment.step, numbers_of(result), before[0] if before else None, result.summary()
+        )
+
     def figures(
         self, result: LandscapeReport, history: Sequence[tuple[int, Any]], moment: Moment
     ) -> Drawn:
@@ -160,7 +173,7 @@ class Slices(Quantity):
             interpolate=self.interpolate,
             cap=self.cap,
             surface=self.surface,
-            scale=self._scale,
+            run=self._scale,
             # A plane that had to be coarse is drawn through the spline, and says so.
             fine=FINE if moment.lent.size else 0,
         )

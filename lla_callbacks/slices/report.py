@@ -109,7 +109,7 @@ class LandscapeReport(Result):
         interpolate: bool = False,
         cap: float | None = None,
         surface: bool = False,
-        scale: tuple[float, float] | None = None,
+        run: tuple[float, float] | None = None,
         fine: int = 0,
     ) -> Drawn:
         """Return functions that draw what was found at a step, what matters first.
@@ -119,13 +119,13 @@ class LandscapeReport(Result):
             interpolate: Whether planes are drawn through a spline of the log loss.
             cap: Losses above this are drawn as this.
             surface: Whether planes are drawn as surfaces too.
-            scale: Losses at the ends of the colours.
+            run: Lowest and highest loss of the whole run, where this picture is marked in.
             fine: Planes of fewer points along a side are drawn through a spline anyway.
         """
         drawn: dict[str, Callable[[], Figure]] = {}
         for name, plane in self.planes.items():
             spline = interpolate or len(plane.alphas) < fine
-            look: dict[str, Any] = {"interpolate": spline, "cap": cap, "scale": scale}
+            look: dict[str, Any] = {"interpolate": spline, "cap": cap, "run": run}
             title = f"Loss on the {name} plane at step {step}"
             drawn[f"plane_{name}"] = partial(plane.figure, title=title, **look)
             for metric in plane.metrics:
@@ -136,7 +136,7 @@ class LandscapeReport(Result):
                     interpolate=interpolate,
                 )
             if surface:
-                drawn[f"surface_{name}"] = partial(plane.surface, title=title, cap=cap, scale=scale)
+                drawn[f"surface_{name}"] = partial(plane.surface, title=title, cap=cap)
         if self.lines:
             drawn["lines"] = partial(self.line_figure, title=f"Loss on lines at step {step}")
         if self.convexity is not None:

@@ -120,8 +120,9 @@ class LossPlane(Plane, _Saved):
         interpolate: bool = False,
         cap: float | None = None,
         scale: tuple[float, float] | None = None,
+        run: tuple[float, float] | None = None,
     ) -> Figure:
-        """Return filled contours of the log loss, or of a metric.
+        """Return the log loss, or a metric, in colours with contours.
 
         Args:
             title: Above the figure.
@@ -130,9 +131,11 @@ class LossPlane(Plane, _Saved):
                 marked.
             cap: Draw larger losses as this one, and say so.
             scale: Lowest and highest loss of the colours, to compare figures.
+            run: Lowest and highest loss of a whole run: a second bar shows which part of it is
+                in this picture.
         """
         return plane_figure(
-            self, title=title, metric=metric, interpolate=interpolate, cap=cap, scale=scale
+            self, title=title, metric=metric, interpolate=interpolate, cap=cap, scale=scale, run=run
         )
 
     def surface(

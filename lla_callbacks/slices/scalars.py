@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from lla_callbacks.report.tiers import last_group
 from lla_callbacks.slices.basin import Basin
 from lla_callbacks.slices.convexity import Convexity
 from lla_callbacks.slices.slices import Line, Plane
+
+# What everybody looks at, by the last parts of tags, and every scalar that may be asked for.
+FEW = ("loss", "overhead", "curvature", "explained", "effective_radius", "centre")
+NAMES = (
+    *FEW, "loss_min", "loss_median", "loss_max", "evaluated", "largest_residual", "curvature_error",
+    "eigenvalue", "residual", "median", "num_matvecs", "effective_radius_sem", "open", "cutoff",
+    "log10_volume", "log10_volume_error", "seconds",
+)  # fmt: skip
 
 
 def landscape_scalars(
@@ -19,14 +28,14 @@ def landscape_scalars(
 ) -> dict[str, float]:
     """Return tag to value; what is not finite is left out, so that curves show a gap.
 
-    Tags: ``<name>/loss``, ``<name>/seconds``; for each plane ``<name>/plane_<plane>/loss_min``,
+    Tags: ``<name>/loss``; for each plane ``<name>/plane_<plane>/loss_min``,
     ``loss_median``, ``loss_max``, ``evaluated``, and of a path ``explained``,
     ``largest_residual``; for each line ``<name>/line_<line>/curvature`` with its error, beside the
     ``eigenvalue`` with its residual; ``<name>/convexity/centre``, ``median``;
     ``<name>/basin/effective_radius`` with its standard error, quantiles, ``log10_volume`` and
     what bisection leaves open in it.
     """
-    values = {f"{name}/loss": loss, f"{name}/seconds": seconds}
+    values = {f"{name}/loss": loss, f"{last_group(name, 'cost')}/seconds": seconds}
     for part, result in slices.items():
         for tag, value in _scalars(result).items():
             values[f"{name}/{part}/{tag}"] = float(value)

@@ -238,7 +238,7 @@ def outcome(trainer):
 
 
 def _not_ours(values):
-    ours = ("hessian", "landscape")
+    ours = ("hessian", "landscape", "zz_hessian", "zz_landscape")
     return {tag: value for tag, value in values.items() if not tag.startswith(ours)}
 
 

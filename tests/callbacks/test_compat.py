@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from lla_callbacks import HessianMonitor
-from lla_callbacks.callbacks.compat import prepared, step_of
+from lla_callbacks.callbacks.compat import adds_placeholder, own_hparams, prepared, step_of
 
 from .modules import Data, Plain, loader, quiet_trainer
 
@@ -79,3 +79,17 @@ def test_steps_are_those_that_loggers_count(known, present, expected):
     loop = SimpleNamespace(batch_progress=progress, **known)
     trainer = SimpleNamespace(global_step=7, fit_loop=SimpleNamespace(epoch_loop=loop))
     assert step_of(trainer) == expected
+
+
+def test_hyperparameters_are_those_that_lightning_will_log():
+    module = SimpleNamespace(
+        _log_hyperparams=True, hparams_initial={"width": 3, "_class_path": "x"}
+    )
+    data = SimpleNamespace(_log_hyperparams=True, hparams_initial={"size": 2})
+    assert own_hparams(SimpleNamespace(datamodule=data), module) == {"width": 3, "size": 2}
+    module._log_hyperparams = False
+    assert own_hparams(SimpleNamespace(), module) is None
+    # Without the members nothing is taken for granted.
+    assert own_hparams(SimpleNamespace(datamodule=None), SimpleNamespace()) is None
+    assert not adds_placeholder(SimpleNamespace())
+    assert adds_placeholder(SimpleNamespace(_default_hp_metric=True))

@@ -32,6 +32,7 @@ def run(tmp_path_factory):
         num_layer_steps=4,
         num_layer_probes=5,
         figures=True,
+        scalars=["layers"],
     )
     folder = tmp_path_factory.mktemp("layers")
     trainer = fit(folder, watcher, train=lambda: loader(32), logger=TensorBoardLogger(folder))

@@ -19,17 +19,19 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 from tqdm.auto import tqdm
 
 from .modules import Evaluated, Plain, events, fit, loader, monitor, plain_loss, scalars, steps
 
 PNG = b"\x89PNG\r\n\x1a\n"
-EVERY = [
-    "lambda_max", "lambda_min", "trace", "trace_sem", "loss", "gradient_norm", "filter_curvature",
-]  # fmt: skip
+FEW = ["lambda_max", "lambda_min", "trace", "loss", "gradient_norm"]
 SCALES = ["trace_times_norm2", "weight_norm"]
-COUNTS = ["num_matvecs", "num_steps", "seconds", "overhead"]
-ENDS = ["lambda_max", "lambda_min", "lambda_max_beyond", "lambda_min_beyond", "filter_curvature"]
+COUNTS = ["num_matvecs", "num_steps", "seconds"]
+ENDS = [
+    "lambda_max", "lambda_min", "lambda_max_beyond", "lambda_min_beyond", "trace",
+    "filter_curvature",
+]  # fmt: skip
 BANDS = ["lambda_max", "lambda_min", "trace", "kh05"]
 CRITERIA = [
     "kh05",
@@ -52,7 +54,9 @@ MEASURED = [0, 5, 10, 12]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Train once with TensorBoard and return the monitor, the Trainer and the event file."""
-    watcher = monitor(every_n_train_steps=5, num_steps=8, num_samples=8, figures=True)
+    watcher = monitor(
+        every_n_train_steps=5, num_steps=8, num_samples=8, figures=True, scalars="all"
+    )
     folder = tmp_path_factory.mktemp("run")
     trainer = fit(
         folder,
@@ -69,13 +73,22 @@ def run(tmp_path_factory):
 
 def expected_tags(report):
     """Return every tag with a value for one report, spelled out."""
-    finite = [tag for tag in CRITERIA if math.isfinite(report.criteria[tag])]
+    values = report.criteria | {"filter_curvature": report.filter_curvature}
+    errors = report.criteria_errors | {"filter_curvature": report.filter_curvature_sem}
+    finite = [
+        tag for tag in [*CRITERIA, "filter_curvature"]
+        if math.isfinite(values[tag]) and (tag == "kh05" or not abs(values[tag]) <= errors[tag])
+    ]  # fmt: skip
+    edge = ["lambda_max_limit"] if report.criteria["stability"] > 0 < report.lambda_max else []
+    few = {*FEW, *({"kh05", "stability"} & {*finite}), *edge}
     known = [tag for tag in CRITERIA if math.isfinite(report.criteria_errors[tag])]
     banded = [tag for tag in BANDS if tag != "kh05" or {"kh05"} <= {*finite} & {*known}]
     return {
-        *(f"hessian/{tag}" for tag in EVERY + SCALES + COUNTS + finite),
-        *(f"hessian_errors/{tag}" for tag in ENDS + known),
-        *(f"hessian_bands/{tag}_{end}" for tag in banded for end in ("lower", "upper")),
+        *(f"hessian/{tag}" for tag in few),
+        *(f"hessian_criteria/{tag}" for tag in {*SCALES, *finite} - few),
+        *(f"zz_hessian_cost/{tag}" for tag in COUNTS),
+        *(f"zz_hessian_errors/{tag}" for tag in ENDS + known),
+        *(f"zz_hessian_bands/{tag}_{end}" for tag in banded for end in ("lower", "upper")),
         *(
             f"hessian_layers/net.{i}/{tag}"
             for i in (0, 2)
@@ -95,9 +108,10 @@ def test_event_file_holds_exactly_the_tags_of_each_step(run, index):
     found = {
         tag
         for tag, values in scalars(accumulator).items()
-        if tag.startswith("hessian") and step in dict(values)
+        if tag.removeprefix("zz_").startswith("hessian") and step in dict(values)
     }
-    assert found == expected_tags(report)
+    # Before the pace of the run is known there is no share of it.
+    assert found == expected_tags(report) | ({"hessian/overhead"} if step else set())
 
 
 def test_event_file_holds_no_other_steps_and_none_twice(run):
@@ -106,7 +120,8 @@ def test_event_file_holds_no_other_steps_and_none_twice(run):
     assert {
         tag for tag, values in found.items() if len({s for s, _ in values}) != len(values)
     } == set()
-    assert {s for t, v in found.items() if t.startswith("hessian") for s, _ in v} == {*MEASURED}
+    ours = {t: v for t, v in found.items() if t.removeprefix("zz_").startswith("hessian")}
+    assert {s for v in ours.values() for s, _ in v} == {*MEASURED}
 
 
 def test_event_file_holds_the_numbers_of_the_reports(run):
@@ -116,7 +131,7 @@ def test_event_file_holds_the_numbers_of_the_reports(run):
         reported = [np.float32(getattr(report, name)) for _, report in watcher.history]
         assert [np.float32(v) for _, v in found[f"hessian/{tag}"]] == reported
     upper = [np.float32(r.trace + 2 * r.trace_sem) for _, r in watcher.history]
-    assert [np.float32(v) for _, v in found["hessian_bands/trace_upper"]] == upper
+    assert [np.float32(v) for _, v in found["zz_hessian_bands/trace_upper"]] == upper
     layer = [np.float32(r.layer_traces["net.2"].value) for _, r in watcher.history]
     assert [np.float32(v) for _, v in found["hessian_layers/net.2/trace"]] == layer
 
@@ -190,11 +205,16 @@ def test_arrays_agree_with_the_scalars(run, index):
     folder = trainer.logger.log_dir
     with np.load(f"{folder}/hessian/step_{step:08d}.npz", allow_pickle=False) as arrays:
         logged = {tag: dict(values).get(step) for tag, values in scalars(accumulator).items()}
-        for name in ("trace", "trace_sem", "lambda_max", "lambda_min", "loss", "gradient_norm"):
+        for name in FEW:
             assert np.float32(arrays[name]) == np.float32(logged[f"hessian/{name}"])
+        assert np.float32(arrays["trace_sem"]) == np.float32(logged["zz_hessian_errors/trace"])
+        found = 0
         for name, (value, _) in zip(arrays["criteria_names"], arrays["criteria"], strict=True):
-            if math.isfinite(value):
-                assert np.float32(value) == np.float32(logged[f"hessian/{name}"])
+            tag = f"hessian/{name}" if name in ("kh05", "stability") else f"hessian_criteria/{name}"
+            if logged.get(tag) is not None:
+                found += 1
+                assert np.float32(value) == np.float32(logged[tag])
+        assert found > 5
         for name, (value, sem) in zip(arrays["layer_names"], arrays["layer_traces"], strict=True):
             assert np.float32(value) == np.float32(logged[f"hessian_layers/{name}/trace"])
             assert np.float32(sem) == np.float32(logged[f"hessian_layers/{name}/trace_sem"])
@@ -217,14 +237,16 @@ def test_arrays_are_left_out_on_request(tmp_path):
 def test_last_values_are_in_the_callback_metrics(run):
     watcher, trainer, accumulator = run
     last = watcher.history[-1][1]
-    found = {t: float(v) for t, v in trainer.callback_metrics.items() if t.startswith("hessian")}
+    found = {t: float(v) for t, v in trainer.callback_metrics.items() if "hessian" in t}
     written = scalars(accumulator)
     assert found["hessian/trace"] == np.float32(last.trace)
     assert found["hessian/lambda_max"] == np.float32(last.lambda_max)
-    assert {*found} >= expected_tags(last)
+    # What comes last in the logs is nothing to stop by.
+    assert {*found} == {t for t in expected_tags(last) if not t.startswith("zz_")} | {
+        "hessian/overhead"
+    }
     assert found["hessian/overhead"] == written["hessian/overhead"][-1][1]
-    assert found["hessian/seconds"] == written["hessian/seconds"][-1][1]
-    assert found["hessian/seconds"] > 0
+    assert written["zz_hessian_cost/seconds"][-1][1] > 0
     assert found["hessian/overhead"] > 0
 
 
@@ -251,13 +273,13 @@ def test_name_is_the_first_part_of_every_tag(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     fit(tmp_path, monitor(name="curvature", figures=True), logger=logger, max_steps=1)
     tags = events(logger.log_dir).Tags()
-    ours = [tag for tag in tags["scalars"] + tags["images"] if tag.startswith("curvature")]
-    assert not [tag for tag in tags["scalars"] + tags["images"] if tag.startswith("hessian")]
+    ours = [tag for tag in tags["scalars"] + tags["images"] if "curvature" in tag]
+    assert not [tag for tag in tags["scalars"] + tags["images"] if "hessian" in tag]
     assert {tag.split("/")[0] for tag in ours} == {
         "curvature",
-        "curvature_errors",
-        "curvature_bands",
         "curvature_layers",
+        "zz_curvature_errors",
+        "zz_curvature_bands",
     }
     assert len(list(tmp_path.glob("**/curvature/step_*.npz"))) == 2
 
@@ -504,3 +526,84 @@ def test_tqdm_bar_shows_the_measurement_and_leaves_nothing(tmp_path, capsys):
     assert "Hessian" not in shown.rpartition("\n")[2].rpartition("\r")[2]
     assert len(tqdm._instances) == 0
     assert sys.stdout.writable()
+
+
+def test_few_scalars_are_logged_and_all_can_be_stopped_by(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    trainer = fit(tmp_path, monitor(every_n_train_steps=2), logger=logger)
+    logger.finalize("success")
+    ours = [tag for tag in scalars(events(logger.log_dir)) if "hessian" in tag]
+    first = [tag for tag in ours if tag.startswith("hessian/")]
+    assert {"hessian/lambda_max", "hessian/trace", "hessian/loss", "hessian/stability"} <= {*first}
+    assert len(first) <= 9
+    assert {tag.split("/")[0] for tag in ours if not tag.startswith("hessian/")} == {
+        "hessian_layers", "zz_hessian_errors", "zz_hessian_bands",
+    }  # fmt: skip
+    assert sorted(ours)[: len(first)] == sorted(first)
+    assert "hessian_criteria/stable_rank" in trainer.callback_metrics
+
+
+def test_texts_say_each_measurement_and_what_changed(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    watcher = monitor(every_n_train_steps=2)
+    fit(tmp_path, watcher, logger=logger)
+    logger.finalize("success")
+    found = events(logger.log_dir).Tensors("hessian/summary/text_summary")
+    assert [event.step for event in found] == steps(watcher) == [0, 2, 4]
+    texts = [event.tensor_proto.string_val[0].decode() for event in found]
+    assert "| | now | step 2 | |" in texts[2]
+    assert "| λmax |" in texts[0]
+    assert all(
+        watcher.history[k][1].summary().splitlines()[0] in text for k, text in enumerate(texts)
+    )
+
+
+class WithHparams(Plain):
+    def __init__(self, width=3, **settings):
+        super().__init__(**settings)
+        self.save_hyperparameters("width")
+
+
+def hparams_of(folder):
+    """What TensorBoard's table reads of a run: the first record of each kind."""
+    found = events(folder)
+    tags = {"experiment": None, "session_start_info": None}
+    for kind in tags:
+        content = found.SummaryMetadata(f"_hparams_/{kind}").plugin_data.content
+        tags[kind] = plugin_data_pb2.HParamsPluginData.FromString(content)
+    metrics = [m.name.tag for m in tags["experiment"].experiment.metric_infos]
+    return dict(tags["session_start_info"].session_start_info.hparams), metrics
+
+
+@pytest.mark.parametrize(
+    ("module", "placeholder", "known", "first"),
+    [
+        (WithHparams, True, {"width"}, "hp_metric"),
+        (WithHparams, False, {"width"}, "hessian/lambda_max"),
+        (Plain, True, {"curvature"}, "hessian/lambda_max"),
+    ],
+)
+def test_the_table_has_final_values_beside_the_users_hyperparameters(
+    tmp_path, module, placeholder, known, first
+):
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=placeholder)
+    fit(tmp_path, monitor(), module, logger=logger)
+    logger.finalize("success")
+    params, metrics = hparams_of(logger.log_dir)
+    assert {*params} == known
+    assert metrics[0] == first
+    assert {"hessian/lambda_max", "hessian/trace", "hessian/loss"} <= {*metrics}
+    found = scalars(events(logger.log_dir))
+    assert ("hp_metric" in found) == (module is WithHparams and placeholder)
+
+
+class OwnMetrics(WithHparams):
+    def on_train_start(self):
+        self.logger.log_hyperparams(self.hparams, {"accuracy": 0.0})
+
+
+def test_a_table_of_the_users_own_stays_as_it_is(tmp_path):
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    fit(tmp_path, monitor(), OwnMetrics, logger=logger)
+    logger.finalize("success")
+    assert hparams_of(logger.log_dir)[1] == ["accuracy"]

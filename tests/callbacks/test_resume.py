@@ -112,7 +112,7 @@ def logged(trainer, least=-1):
     return {
         tag: [(step, value) for step, value in pairs if step > least]
         for tag, pairs in found.items()
-        if tag.startswith(("hessian", "landscape"))
+        if tag.removeprefix("zz_").startswith(("hessian", "landscape"))
         and not tag.endswith(("seconds", "overhead"))
         and any(step > least for step, _ in pairs)
     }

@@ -51,18 +51,18 @@ def test_both_schedules_are_kept(tmp_path, settings, full, light, accumulate):
 
 
 def test_light_measurements_write_to_the_same_tags_and_nothing_else(tmp_path):
-    watcher = monitor(track_every_n_train_steps=1, every_n_epochs=1, figures=True)
+    watcher = monitor(track_every_n_train_steps=1, every_n_epochs=1, figures=True, scalars="all")
     trainer = fit(tmp_path, watcher, logger=TensorBoardLogger(tmp_path))
     trainer.logger.finalize("success")
     found = events(trainer.logger.log_dir)
     values = scalars(found)
     every = [0, 1, 2, 3, 4]
-    for tag in ("hessian/lambda_max", "hessian/trace", "hessian/trace_sem", "hessian/loss",
-                "hessian_errors/lambda_max", "hessian_errors/lambda_max_beyond",
+    for tag in ("hessian/lambda_max", "hessian/trace", "zz_hessian_errors/trace", "hessian/loss",
+                "zz_hessian_errors/lambda_max", "zz_hessian_errors/lambda_max_beyond",
                 "hessian_layers/net.0/trace",
-                "hessian_layers/net.0/trace_sem", "hessian_bands/trace_lower"):  # fmt: skip
+                "hessian_layers/net.0/trace_sem", "zz_hessian_bands/trace_lower"):  # fmt: skip
         assert [step for step, _ in sorted(values[tag])] == every, tag
-    for tag in ("hessian/kh05", "hessian/lambda_min", "hessian/num_steps"):
+    for tag in ("hessian/kh05", "hessian/lambda_min", "zz_hessian_cost/num_steps"):
         assert [step for step, _ in sorted(values[tag])] == [0, 4], tag
     logged = dict(values["hessian/trace"])
     for step, tracking in watcher.tracked:

@@ -14,10 +14,11 @@ from torch import nn
 
 from lla_callbacks import HessianReport, measure_hessian
 from lla_callbacks.hessian.figures import history_figure
-from lla_callbacks.hessian.scalars import custom_scalars_layout, hessian_scalars
+from lla_callbacks.hessian.scalars import FEW, NAMES, custom_scalars_layout, hessian_scalars
 from lla_callbacks.hessian.words import describe_change, with_error
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.report.style import UP
+from lla_callbacks.report.tiers import check_scalars, shown
 from tests.cases import CASES
 
 
@@ -30,20 +31,98 @@ def report() -> HessianReport:
 def test_scalars_carry_values_errors_and_layers(report: HessianReport) -> None:
     values = hessian_scalars(report)
     assert values["hessian/lambda_max"] == report.lambda_max
-    assert values["hessian/trace_sem"] == report.trace_sem
-    assert values["hessian_errors/lambda_min"] == report.lambda_min.residual
+    assert values["zz_hessian_errors/trace"] == report.trace_sem
+    assert values["zz_hessian_errors/lambda_min"] == report.lambda_min.residual
     assert values["hessian/kh05"] == report.criteria["kh05"]
     assert values["hessian_layers/2/trace"] == report.layer_traces["2"].value
     assert values["hessian_layers/2/weight_norm"] == report.layers["2"].norm
-    assert values["hessian/trace_times_norm2"] == report.trace * report.weight_norm**2
-    half = values["hessian_bands/trace_upper"] - values["hessian/trace"]
+    norm2 = report.trace * report.weight_norm**2
+    assert values["hessian_criteria/trace_times_norm2"] == norm2
+    half = values["zz_hessian_bands/trace_upper"] - values["hessian/trace"]
     assert half == pytest.approx(2 * report.trace_sem)
     assert all(math.isfinite(value) for value in values.values())
     # No optimizer was given: a gap, not a NaN.
     assert "hessian/stability" not in values
     assert all(
-        tag.startswith("train_curvature") for tag in hessian_scalars(report, "train_curvature")
+        tag.removeprefix("zz_").startswith("train_curvature")
+        for tag in hessian_scalars(report, "train_curvature")
     )
+
+
+def test_what_is_known_to_less_than_its_own_size_is_a_gap(report: HessianReport) -> None:
+    tags = ("hessian_criteria/negative_mass", "hessian_criteria/filter_curvature")
+    known = dataclasses.replace(
+        report,
+        criteria={**report.criteria, "negative_mass": 0.5},
+        criteria_errors={**report.criteria_errors, "negative_mass": 0.1},
+        filter_curvature=2.0, filter_curvature_sem=1.0,
+    )  # fmt: skip
+    assert {*tags} <= {*hessian_scalars(known)}
+    unknown = dataclasses.replace(
+        known,
+        criteria={**report.criteria, "negative_mass": 0.01},
+        criteria_errors={**report.criteria_errors, "negative_mass": 0.98, "kh05": 1e9},
+        filter_curvature_sem=2.0, trace_sem=1e9,
+    )  # fmt: skip
+    values = hessian_scalars(unknown)
+    assert not {*tags} & {*values}
+    # What has a band says it by that.
+    assert {"hessian/trace", "hessian/kh05"} <= {*values}
+
+
+def test_the_optimizers_limit_is_what_lambda_max_would_be_at_the_edge(
+    report: HessianReport,
+) -> None:
+    known = dataclasses.replace(report, criteria={**report.criteria, "stability": 0.25})
+    assert hessian_scalars(known)["hessian/lambda_max_limit"] == 4 * float(report.lambda_max)
+    assert "hessian/lambda_max_limit" not in hessian_scalars(report)
+
+
+def test_few_scalars_are_shown_unless_more_are_asked_for(report: HessianReport) -> None:
+    values = hessian_scalars(report)
+    every = {*values}
+
+    def chosen(*choice: str) -> set[str]:
+        return {*shown(values, choice, "hessian", FEW)}
+
+    few = chosen("few")
+    assert {tag for tag in few if tag.startswith("hessian/")} == {
+        f"hessian/{what}"
+        for what in ("lambda_max", "lambda_min", "trace", "kh05", "loss", "gradient_norm")
+    }
+    assert {tag for tag in few if tag.startswith("hessian_layers/")} == {
+        "hessian_layers/0/trace", "hessian_layers/2/trace",
+    }  # fmt: skip
+    # The others come last in any alphabet.
+    rest = {tag for tag in few if not tag.startswith(("hessian/", "hessian_layers/"))}
+    assert {tag.split("/")[0] for tag in rest} == {"zz_hessian_errors", "zz_hessian_bands"}
+    assert chosen("all") == every
+    criteria = chosen("criteria") - few
+    assert {tag.split("/")[0] for tag in criteria} == {"hessian_criteria", "zz_hessian_errors"}
+    assert "hessian_criteria/stable_rank" in criteria
+    assert chosen("layers") - few == {
+        tag for tag in every if tag.startswith("hessian_layers/") and not tag.endswith("/trace")
+    }
+    assert chosen("kh1", "trace") == {
+        "hessian_criteria/kh1", "zz_hessian_errors/kh1", "hessian/trace", "zz_hessian_errors/trace",
+        "zz_hessian_bands/trace_lower", "zz_hessian_bands/trace_upper",
+    }  # fmt: skip
+
+
+def test_many_layers_have_curves_on_request() -> None:
+    values = {f"hessian_layers/block.{k}/trace": 1.0 for k in range(21)}
+    assert not shown(values, ("few",), "hessian", FEW)
+    assert len(shown(values, ("few", "layers"), "hessian", FEW)) == 21
+    del values["hessian_layers/block.20/trace"]
+    assert len(shown(values, ("criteria",), "hessian", FEW)) == 20
+
+
+@pytest.mark.parametrize("wrong", ["most", (), ["few", "lambda"], 3, None, [1], {"all": 3, "x": 1}])
+def test_a_choice_of_scalars_says_what_is_allowed(wrong: object) -> None:
+    with pytest.raises(ValueError, match=r'scalars is .*; give "few".*lambda_max, lambda_min'):
+        check_scalars(wrong, NAMES)
+    assert check_scalars("few", NAMES) == ("few",)
+    assert check_scalars(["criteria", "trace"], NAMES) == ("criteria", "trace")
 
 
 def test_the_layout_names_tags_that_exist(report: HessianReport) -> None:

@@ -181,3 +181,12 @@ def test_a_parameter_outside_of_the_optimizer_does_not_move() -> None:
     limit = stability_limit(torch.optim.SGD(module[1].parameters(), lr=0.2), space)
     assert limit is not None
     assert limit.diagonal.tolist() == [0.0, 0.1]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_at_a_rate_of_zero_there_is_no_limit(kind) -> None:
+    module = nn.Linear(3, 1)
+    optimizer = kind(module.parameters(), lr=0.0)
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert stability_limit(optimizer, ParameterSpace(dict(module.named_parameters()))) is None

@@ -10,7 +10,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from PIL import Image
 
-from lla_callbacks.report.sheet import WIDTH, Sheet, bar, key, pixels, png_of, sheet, spread
+from lla_callbacks.report.sheet import WIDTH, Sheet, bar, key, sheet, spread
+from lla_callbacks.report.shown import pixels, png_of
 from lla_callbacks.report.style import DPI, INK, UP, spans
 from lla_callbacks.report.words import in_short, power
 

@@ -29,6 +29,7 @@ from lla_callbacks.slices.interpolation import refined, supported
 from lla_callbacks.slices.landscape_figures import (
     basin_figure,
     convexity_figure,
+    mesh_from_the_side,
     mesh_of,
     surface_figure,
 )
@@ -539,6 +540,25 @@ def test_a_mesh_has_the_plane_as_it_is() -> None:
     areas = np.linalg.det(sides.astype(np.float64)) / 2
     assert (areas > 0).all()
     assert areas.sum() == pytest.approx(4)
+
+
+def test_a_mesh_is_seen_from_the_side_and_within_the_frame() -> None:
+    plane = plane_of(lambda a, b: 10 ** (a + 0 * b))
+    flat, _, faces = mesh_of(plane)
+    vertices, painted, same = mesh_from_the_side(plane)
+    np.testing.assert_array_equal(same, faces)
+    assert len(vertices) == len(painted) == len(flat) + 2
+    # Turned, not bent: distances stay.
+    here = vertices[:-2].astype(np.float64)
+    np.testing.assert_allclose(
+        np.linalg.norm(here - here[0], axis=1), np.linalg.norm(flat - flat[0], axis=1), atol=1e-6
+    )
+    # What is higher is higher in the picture too, and triangles look at who looks from above.
+    centre = mesh_from_the_side(plane_of(lambda a, b: 10 ** (1 - a**2 - b**2)))[0]
+    assert centre[2 * 9 + 4][1] > centre[:-2, 1].mean()
+    # Corners that nothing uses keep the camera away.
+    assert np.ptp(vertices[-2:, :2], axis=0).min() >= 2.4 * np.abs(here).max()
+    assert faces.max() < len(flat)
 
 
 def test_a_mesh_leaves_out_what_is_not_finite_and_is_capped() -> None:

@@ -1,0 +1,55 @@
+"""One measurement as a text for TensorBoard: what changed since the last one, then all of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from lla_callbacks.report.words import in_short
+
+# A quantity's name to its value and error.
+Numbers = Mapping[str, tuple[float, float]]
+
+
+def step_text(step: int, now: Numbers, before: tuple[int, Numbers] | None, summary: str) -> str:
+    """Return a measurement in Markdown.
+
+    Args:
+        step: Of the measurement.
+        now: What it found.
+        before: Step and numbers of the last one, if there was one.
+        summary: Everything in sentences.
+    """
+    head = f"**Step {step}**"
+    lines = [head, "", "| | now |", "|---|---|"]
+    if before is not None:
+        lines = [head, "", f"| | now | step {before[0]} | |", "|---|---|---|---|"]
+    for name, (value, error) in now.items():
+        if not math.isfinite(value):
+            continue
+        row = [name, in_short(value, error)]
+        if before is not None:
+            earlier, its_error = before[1].get(name, (math.nan, math.nan))
+            known = math.isfinite(earlier)
+            row += (
+                [in_short(earlier, its_error), change(value, error, earlier, its_error)]
+                if (known)
+                else ["", ""]
+            )
+        lines.append(f"| {' | '.join(row)} |")
+    # Four spaces: as it is, in letters of one width.
+    return "\n".join([*lines, "", *(f"    {line}" for line in summary.splitlines())])
+
+
+def change(now: float, error: float, before: float, its_error: float) -> str:
+    """Return how a number moved, if by more than both errors."""
+    spread = math.hypot(*(e if math.isfinite(e) else 0.0 for e in (error, its_error)))
+    if now == before or abs(now - before) <= 2 * spread:
+        return "within its error" if spread else "the same"
+    if now * before <= 0:
+        return "changed its sign" if now * before < 0 else ("rose" if now > before else "fell")
+    share = abs(now / before)
+    direction = "rose" if now > before else "fell"
+    if share >= 2 or share <= 0.5:
+        return f"{direction}: {share:.2g} times as large"
+    return f"{direction} by {abs(share - 1):.0%}"

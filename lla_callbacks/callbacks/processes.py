@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.callbacks.compat import data_parallel_group
+from lla_callbacks.linalg.distributed import in_a_row
 from lla_callbacks.linalg.sharing import all_or_none, meet
 
 
@@ -49,18 +50,13 @@ class Processes:
         if self.size == 1:
             return pieces
         meet(self, f"pieces of {dim} {pieces.dtype}")
-        size, rest = -(-dim // self.size), pieces.shape[1:]
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            whole = pieces.new_zeros(dim, *rest)
+            size = -(-dim // self.size)
+            whole = pieces.new_zeros(dim, *pieces.shape[1:])
             whole[self.rank * size : self.rank * size + len(pieces)] = pieces
             return self.exchange(whole, used_up=True)
         device = self._strategy.root_device
-        whole = torch.empty(size * self.size, *rest, dtype=pieces.dtype, device=device)
-        mine = pieces.to(device).contiguous()
-        if len(mine) < size:
-            mine = torch.cat([mine, mine.new_zeros(size - len(mine), *rest)])
-        torch.distributed.all_gather(list(whole.split(size)), mine, group=self._group)
-        return whole[:dim].to(pieces.device)
+        return in_a_row(pieces, dim, self.rank, self.size, self._group, device)
 
     def same(self, tensor: Tensor) -> Tensor:
         """Return the first process's tensor."""

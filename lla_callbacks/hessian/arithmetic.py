@@ -19,7 +19,7 @@ from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
 from lla_callbacks.linalg.lanczos import ROUNDING, LanczosRun
 from lla_callbacks.linalg.loss_operator import LossOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.objective import Objective
 
@@ -111,8 +111,8 @@ def _changes(
     vectors = [end.vector(hessian) for end in ends]
     rounding = [ROUNDING * hessian.eps * float(end.run.values.abs().max()) for end in ends]
     weights = hessian.space.flatten(hessian.space.tensors)
-    signs = rademacher(
-        hessian.space.dim, generator(seed, STREAM), dtype=hessian.dtype, device=hessian.device
+    signs = hessian.space.vectors(hessian.share).rademacher(
+        generator(seed, STREAM), dtype=hessian.dtype, device=hessian.device
     )
     hessian.release()
     family = Offsets(hessian.space, [weights * signs])

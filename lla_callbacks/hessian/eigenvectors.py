@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.accumulation import inner, norm
 from lla_callbacks.linalg.lanczos import ROUNDING, LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.operators import SymmetricOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 
 # Residual that is aimed at, as a share of the eigenvalue itself: a vector is then off by about this
 # over the relative gap to the next one. Choice.
@@ -107,7 +106,9 @@ def leading_eigenvectors(
         for i in range(min(count, known.num_steps))
     ]
     while len(found) < dim:
-        basis = _orthonormal(torch.stack([vector.to(home) for _, vector in found], dim=1))
+        basis = hessian.vectors.orthonormal(
+            torch.stack([vector.to(home) for _, vector in found], dim=1)
+        )
         # The smallest that counts so far.
         enough = len(found) >= count
         least = sorted(value for value, _ in found)[-count] if enough else -torch.inf
@@ -142,7 +143,7 @@ def _largest_of_the_rest(
     """Return the largest Ritz pair orthogonal to a basis, or None if it is below ``least``."""
     dim = hessian.shape[0]
     deflated = _Deflated(hessian, basis.to(hessian.device, hessian.dtype))
-    start = rademacher(dim, source, dtype=hessian.dtype, device=hessian.device)
+    start = hessian.rademacher(source)
     start = deflated.projected(start[:, None])[:, 0]
     depth = min(dim - basis.shape[1], most)
     for rtol in (LOOK, RTOL):
@@ -153,30 +154,27 @@ def _largest_of_the_rest(
             return None
         if run.broke_down:
             break
-        start = deflated.projected(vector.to(start)[:, None])[:, 0] + 0.1 * start / norm(start)
+        size = hessian.vectors.norm(start)
+        start = deflated.projected(vector.to(start)[:, None])[:, 0] + 0.1 * start / size
     return value, vector
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(columns.double())[0]
-    return basis.to(columns)
 
 
 def _rotated(
     hessian: LossOperator, vectors: list[Tensor], count: int, scale: float
 ) -> Eigenvectors:
     """Return the leading Ritz pairs of what a few vectors span, with measured residuals."""
-    basis = _orthonormal(torch.stack(vectors, dim=1))
+    held = hessian.vectors
+    basis = held.orthonormal(torch.stack(vectors, dim=1))
     home = basis.device
     images = torch.stack(
         [(hessian @ column.to(hessian.device, hessian.dtype)).to(home) for column in basis.T], dim=1
     )
-    small = basis.T.double() @ images.double()
+    small = held.products(basis.T, images)
     _, rotation = torch.linalg.eigh((small + small.T) / 2)
     rotation = rotation.flip(1)[:, :count].to(basis)
-    chosen = _orthonormal(basis @ rotation)
+    chosen = held.orthonormal(basis @ rotation)
     # QR turns some round.
-    chosen = chosen * (chosen * (basis @ rotation)).sum(dim=0).sign()
+    chosen = chosen * held.products(chosen.T, basis @ rotation).diagonal().sign().to(chosen)
     products = images @ rotation
     values, residuals = [], []
     rounding = ROUNDING * hessian.eps * scale
@@ -185,11 +183,12 @@ def _rotated(
         if hessian.engine != "exact":
             here = vector.to(hessian.device, hessian.dtype)
             product = hessian @ here
-            off = norm(hessian.engine_error(here, product))
+            off = held.norm(hessian.engine_error(here, product))
             product = product.to(home)
-        values.append(inner(vector, product))
-        residuals.append(max(norm(product - values[-1] * vector) + off, rounding))
-        if float(vector[vector.abs().argmax()]) < 0:
+        values.append(held.inner(vector, product))
+        residuals.append(max(held.norm(product - values[-1] * vector) + off, rounding))
+        low, high = held.extent(vector)
+        if -low > high:
             chosen[:, i] *= -1
     order = sorted(range(len(values)), key=lambda i: -values[i])
     space = hessian.space
@@ -197,7 +196,7 @@ def _rotated(
         values=torch.tensor([values[i] for i in order], dtype=torch.float64),
         residuals=torch.tensor([residuals[i] for i in order], dtype=torch.float64),
         settled=tuple(residuals[i] <= max(2 * RTOL * abs(values[i]), rounding) for i in order),
-        vectors=chosen[:, order].cpu().contiguous(),
+        vectors=hessian.whole(chosen[:, order]).cpu().contiguous(),
         names=space.names,
         shapes=tuple(tuple(tensor.shape) for tensor in space.tensors),
     )
@@ -207,14 +206,17 @@ class _Deflated(SymmetricOperator):
     """``P A P`` with ``P = I - V V'``."""
 
     def __init__(self, operator: SymmetricOperator, vectors: Tensor) -> None:
-        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        super().__init__(
+            operator.shape[0], operator.dtype, operator.device, vectors=operator.vectors
+        )
         self.eps = operator.eps
         self._operator = operator
         self._vectors = vectors
 
     def projected(self, columns: Tensor) -> Tensor:
         """Return ``P columns``."""
-        return columns - self._vectors @ (self._vectors.T @ columns)
+        inside = self.vectors.products(self._vectors.T, columns)
+        return columns - self._vectors @ inside.to(columns)
 
     def _matmat(self, columns: Tensor) -> Tensor:
         return self.projected(self._operator @ self.projected(columns))

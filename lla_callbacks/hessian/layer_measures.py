@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.distance import Quadrature, published_distance, shape_distance
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, extremes
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
@@ -159,10 +158,14 @@ def measure_layers(
         plan: What to spend.
         shallow: Whether a run of the whole ended early.
     """
-    weights = hessian.space.flatten(hessian.space.tensors)
+    space = hessian.space
+    norms = space.vectors(hessian.share).norms(
+        space.flatten(space.tensors),
+        [space.index(names).to(space.device) for names in groups.values()],
+    )
     found = {}
-    for layer, names in groups.items():
-        positions = hessian.space.index(names)
+    for (layer, names), length in zip(groups.items(), norms, strict=True):
+        first = min(space.starts[name] for name in names)
         value, sem = traces.blocks[layer]
         num_block_probes = num_matvecs = 0
         spectrum = None
@@ -170,7 +173,7 @@ def measure_layers(
             block = hessian.block(names)
             block.listener = hessian.listener
             # Streams by the layer's place: they do not depend on which others are chosen.
-            source = generator(plan.seed, 2, int(positions[0]))
+            source = generator(plan.seed, 2, first)
             runs, starts = _runs(block, source, plan)
             if runs:
                 early = shallow or any(_ended_early(run, plan) for run in runs)
@@ -183,8 +186,8 @@ def measure_layers(
             trace=value,
             trace_sem=sem,
             num_block_probes=num_block_probes,
-            num_params=len(positions),
-            norm=norm(weights[positions.to(weights.device)]),
+            num_params=space.restricted(names).dim,
+            norm=length,
             num_matvecs=num_matvecs,
             spectrum=spectrum,
         )

@@ -18,7 +18,6 @@ from lla_callbacks.hessian.layer_measures import LayerMeasurement, LayerTrace, m
 from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.hessian.stability import StabilityLimit, measured_stability
 from lla_callbacks.hessian.trace_share import quadratic_forms, trace_share
-from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.distance import Quadrature
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, extremes
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
@@ -262,6 +261,7 @@ def gap_measurement(
     """
     space = ParameterSpace(objective.variables)
     loss, gradient = objective.gradient(share)
+    vectors = space.vectors(share)
     none = torch.empty(0, dtype=torch.float64)
     unknown = Eigenvalue(math.nan, math.nan)
     return HessianMeasurement(
@@ -269,7 +269,7 @@ def gap_measurement(
         lambda_min=unknown,
         trace=math.nan,
         trace_sem=math.nan,
-        weight_norm=norm(space.flatten(space.tensors)),
+        weight_norm=vectors.norm(space.flatten(space.tensors)),
         layers={},
         unlayered=(),
         nodes=none,
@@ -280,7 +280,7 @@ def gap_measurement(
         criteria=dict.fromkeys(CRITERIA, math.nan),
         criteria_errors=dict.fromkeys(CRITERIA, math.nan),
         loss=loss,
-        gradient_norm=norm(gradient),
+        gradient_norm=vectors.norm(gradient),
         num_matvecs=0,
         num_params=space.dim,
         num_samples=objective.num_samples,
@@ -347,14 +347,14 @@ def _measured(
         eigenvectors = leading_eigenvectors(
             hessian, runs[0], settings.num_eigenvectors, settings.seed
         )
-    weight_norm = norm(space.flatten(space.tensors))
+    weight_norm = hessian.weight_norm()
     # The last of all, since it takes the operator's memory.
     lowest = min(runs, key=lambda run: float(run.values[0]))
     highest = max(runs, key=lambda run: float(run.values[-1]))
     both = [End(ends[0], lowest, 0), End(ends[1], highest, -1)]
     lambda_min, lambda_max = with_arithmetic(objective, hessian, both, settings.seed)
     if limit is not None and limit.is_uniform:
-        errors["stability"] = float(limit.diagonal[0]) * lambda_max.residual
+        errors["stability"] = limit.rate * lambda_max.residual
     found = HessianMeasurement(
         lambda_max=lambda_max,
         lambda_min=lambda_min,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lla_callbacks.linalg.distributed import whole as whole_of
 from lla_callbacks.linalg.errors import (
     MeasurementError,
     NoSecondDerivativeError,
@@ -103,7 +104,7 @@ class CurvatureOperator(SymmetricOperator):
     @property
     def gradient(self) -> Tensor:
         """The gradient of the loss, shape ``(n,)``."""
-        return self._present.gradient
+        return self._space.gathered(self._present.gradient)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one vector ``(n,)`` of tensors by parameter name; names left out are zeros.
@@ -123,8 +124,14 @@ class CurvatureOperator(SymmetricOperator):
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}; give {tuple(likes[name].shape)}."
                 )
-        vector: Tensor = self._space.flatten([tensors.get(name) for name in self.names])
-        return vector
+        space = self._space
+        parts = [
+            torch.zeros(likes[name].numel(), dtype=space.dtype, device=space.device)
+            if name not in tensors
+            else whole_of(tensors[name].detach()).reshape(-1).to(space.device, space.dtype)
+            for name in self.names
+        ]
+        return torch.cat(parts)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Return a vector ``(n,)`` as tensors by parameter name, shaped as the parameters are."""
@@ -133,8 +140,13 @@ class CurvatureOperator(SymmetricOperator):
                 f"vector has shape {tuple(vector.shape)}; give ({self.shape[0]},), one column."
             )
         return {
-            name: vector[self._space.slices[name]].reshape(like.shape)
-            for name, like in zip(self.names, self._space.tensors, strict=True)
+            name: part.reshape(like.shape)
+            for name, like, part in zip(
+                self.names,
+                self._space.tensors,
+                torch.split(vector, [like.numel() for like in self._space.tensors]),
+                strict=True,
+            )
         }
 
     def to_scipy(self) -> LinearOperator:
@@ -176,7 +188,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _matmat(self, columns: Tensor) -> Tensor:
         own = ParameterSpace(self._objective.variables)
-        if own.dim != self._weights.numel() or not torch.equal(
+        if own.length != self._weights.numel() or not torch.equal(
             own.flatten(own.tensors), self._weights
         ):
             raise RuntimeError(
@@ -184,7 +196,7 @@ class CurvatureOperator(SymmetricOperator):
                 "those of then: make a new one by hessian_operator."
             )
         with self._at_precision():
-            product: Tensor = self._attempt(lambda inner: inner @ columns)
+            product: Tensor = self._attempt(lambda inner: _multiplied(inner, columns))
         return product
 
     @property
@@ -223,6 +235,14 @@ class CurvatureOperator(SymmetricOperator):
             prove_engine(objective, inner)
             self._inner = inner
         return self._inner
+
+
+def _multiplied(inner: LossOperator, columns: Tensor) -> Tensor:
+    """Return the product with whole vectors ``(n, k)``, also where parameters are spread."""
+    if not inner.space.is_spread:
+        return inner @ columns
+    parts = torch.stack([inner.space.scattered(column) for column in columns.T], dim=1)
+    return inner.whole(inner @ parts)
 
 
 def hessian_operator(

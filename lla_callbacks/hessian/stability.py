@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lla_callbacks.hessian.engine_error import BOUND
 from lla_callbacks.hessian.settings import HessianSettings
+from lla_callbacks.linalg.distributed import part_like
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, end_of
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.operators import ScaledOperator
 from lla_callbacks.linalg.probes import generator
-from lla_callbacks.linalg.space import ParameterSpace, whole
+from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.precision import original_of
 
 # Relative residual at which the preconditioned Lanczos run of Adam's stability stops, its value in
@@ -34,22 +35,31 @@ class StabilityLimit:
     ratio is that eigenvalue.
 
     Attributes:
-        diagonal: ``D``, shape ``(dim,)``.
-        shift: Weight decay that acts through the gradient, shape ``(dim,)``.
+        diagonal: ``D``, held as the parameters are.
+        shift: Weight decay that acts through the gradient, likewise.
+        uniform: The one value of each where they are constant: then the ratio follows from
+            lambda_max.
     """
 
     diagonal: Tensor
     shift: Tensor
+    uniform: tuple[float, float] | None
 
     @property
     def is_uniform(self) -> bool:
-        """Whether ``D`` and the shift are constant: then the ratio follows from lambda_max."""
-        d, s = self.diagonal, self.shift
-        return bool((d == d[0]).all()) and bool((s == s[0]).all())
+        """Whether ``D`` and the shift are constant."""
+        return self.uniform is not None
+
+    @property
+    def rate(self) -> float:
+        """The one value of ``D`` where it is constant."""
+        assert self.uniform is not None
+        return self.uniform[0]
 
     def ratio(self, lambda_max: float) -> float:
         """Return the ratio for a uniform limit."""
-        return float(self.diagonal[0]) * (lambda_max + float(self.shift[0]))
+        assert self.uniform is not None
+        return self.uniform[0] * (lambda_max + self.uniform[1])
 
 
 def stability_limit(
@@ -74,11 +84,10 @@ def stability_limit(
         optimizer: The optimizer, with its present state.
         space: Layout of the flat vectors.
     """
-    diagonal = torch.zeros(space.dim, dtype=torch.float64, device=space.device)
+    diagonal = torch.zeros(space.length, dtype=torch.float64, device=space.device)
     shift = torch.zeros_like(diagonal)
-    where = {
-        id(original_of(t)): space.slices[n] for n, t in zip(space.names, space.tensors, strict=True)
-    }
+    names = {id(original_of(t)): n for n, t in zip(space.names, space.tensors, strict=True)}
+    where = {key: space.slices[name] for key, name in names.items()}
     for group in optimizer.param_groups:
         sign = -1.0 if group.get("maximize") else 1.0
         for parameter in group["params"]:
@@ -90,10 +99,18 @@ def stability_limit(
             if entry is None or sign < 0:
                 return None
             value, decay = entry
-            diagonal[index] = whole(value).reshape(-1) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                like = space.tensors[space.names.index(names[id(parameter)])]
+                value = part_like(value, like).reshape(-1)
+            diagonal[index] = value
             shift[index] = decay
-    # At a rate of zero (warm-up, the end of a decay) nothing moves, and no step can overshoot.
-    return StabilityLimit(diagonal, shift) if bool((diagonal > 0).any()) else None
+    vectors = space.vectors()
+    ends = vectors.extent(diagonal), vectors.extent(shift)
+    if not ends[0][1] > 0:
+        # At a rate of zero (warm-up, the end of a decay) nothing moves, and no step can overshoot.
+        return None
+    uniform = all(low == high for low, high in ends)
+    return StabilityLimit(diagonal, shift, (ends[0][0], ends[1][0]) if uniform else None)
 
 
 def _entry(
@@ -161,7 +178,7 @@ def measured_stability(
     if limit is None:
         return Eigenvalue(math.nan, math.nan)
     if limit.is_uniform:
-        scale = float(limit.diagonal[0])
+        scale = limit.rate
         return Eigenvalue(limit.ratio(lambda_max), scale * lambda_max.residual)
     diagonal, shift = hessian.vectors.cut(limit.diagonal), hessian.vectors.cut(limit.shift)
     operator = ScaledOperator(hessian, diagonal, shift)

@@ -15,7 +15,6 @@ from lla_callbacks.hessian.arithmetic import LIGHT_WORTH_ASKING, End, with_arith
 from lla_callbacks.hessian.engine_error import END_GAP, random_error, verified_end
 from lla_callbacks.hessian.layer_measures import LayerTrace
 from lla_callbacks.hessian.settings import TrackingSettings
-from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, end_of
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
@@ -217,7 +216,7 @@ def _tracked(
             gaps["trace"] = off.gap
         # Of a layer's share in the engine's error nothing is known but that.
         sems = [math.hypot(sem, off.trace) for sem in sems]
-    weight_norm = norm(space.flatten(space.tensors))
+    weight_norm = hessian.weight_norm()
     if run is not None:
         # The last of all, since it takes the operator's memory.
         ends = [End(top, run, -1)]
@@ -338,6 +337,8 @@ def _fitting(past: TraceState | None, rows: int) -> TraceState | None:
 def _positions(hessian: LossOperator, names: Sequence[str]) -> Index:
     """Return a layer's positions: a slice where they are in a row, which sums much faster."""
     index = hessian.space.index(names)
+    if not len(index):
+        return slice(0, 0)
     first, last = int(index[0]), int(index[-1])
     if last - first + 1 == len(index):
         return hessian.vectors.local(slice(first, last + 1))

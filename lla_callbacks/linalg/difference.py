@@ -6,17 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.accumulation import norm
+from lla_callbacks.linalg.distributed import is_spread, local_part
 from lla_callbacks.linalg.errors import MeasurementError, NonFiniteError, is_out_of_memory
 from lla_callbacks.linalg.lanczos import ROUNDING
 from lla_callbacks.linalg.loss_operator import Differentiated, LossOperator, LossTerm, loss_value
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Share
-from lla_callbacks.linalg.space import local_part
 
 # Where the search for the step begins, as a share of the weights' norm, in float32. On tanh,
 # GELU and SiLU networks the best steps lay between 1e-4 and 1e-2 (docs/benchmarks/engines.md).
@@ -61,6 +61,9 @@ class DifferenceOperator(LossOperator):
             (padding vectors): they are not moved. Shape ``(n,)``.
         differentiate: Gives the gradients of a loss. Parameters that are spread over processes
             need another one than autograd's.
+        averages: Over how many processes gradients come averaged, as those of sharded parameters
+            do. Each process's term is scaled beforehand, so that the mean is the sum of all terms.
+            0: gradients are of this process's terms alone.
         settle: Called once weights have been put back, for modules that keep copies of them.
 
     Attributes:
@@ -85,6 +88,7 @@ class DifferenceOperator(LossOperator):
         share: Share | None = None,
         constant: Tensor | None = None,
         differentiate: Differentiate = first_derivative,
+        averages: int = 0,
         settle: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(terms, parameters, context=context, share=share)
@@ -95,8 +99,12 @@ class DifferenceOperator(LossOperator):
                 "Leave out precision='training', so that float32 copies are measured.",
             )
         self._constant = constant
+        # Of vectors as the weights lie.
+        self._lengths = self.space.vectors(self.share)
         self._settle = settle
         self._differentiate = differentiate
+        self._averages = averages
+        self.is_summed = averages > 0
         self._originals: list[Tensor] = []
         self._begin(self._first_gradient)
         self.step = 0.0
@@ -137,7 +145,7 @@ class DifferenceOperator(LossOperator):
     def _local_difference(self, vector: Tensor, step: float) -> Tensor:
         if self._constant is not None:
             vector = vector.index_fill(0, self._constant, 0.0)
-        size = norm(vector)
+        size = self._lengths.norm(vector)
         if size == 0:
             return torch.zeros_like(vector)
         with self._moving() as move:
@@ -188,10 +196,11 @@ class DifferenceOperator(LossOperator):
             trouble: Exception | None = None
             try:
                 with self._differentiating():
+                    differentiated = partial(self._differentiated, term.weight)
                     if term.guarded is not None:
-                        value, gradients = term.guarded(self._differentiated)
+                        value, gradients = term.guarded(differentiated)
                     else:
-                        value, gradients = self._differentiated(term.evaluate())
+                        value, gradients = differentiated(term.evaluate())
                 flat = self.space.flatten(gradients)
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -200,17 +209,26 @@ class DifferenceOperator(LossOperator):
             if trouble is not None:
                 self._halve(i, trouble)
                 continue
-            gradient += term.weight * flat
+            gradient += flat if self._averages else term.weight * flat
             loss += term.weight * value
             i += 1
+        if self._averages > 1:
+            for name, tensor in zip(self.space.names, self.space.tensors, strict=True):
+                if not is_spread(tensor):
+                    # Left out of the shards, and so of the mean.
+                    part = gradient[self.space.slices[name]]
+                    part.copy_(self.share.total(part) / self._averages)
         return loss, gradient
 
-    def _differentiated(self, loss: Tensor) -> Differentiated:
-        return loss_value(loss), self._differentiate(loss, self.space.tensors)
+    def _differentiated(self, weight: float, loss: Tensor) -> Differentiated:
+        value = loss_value(loss)
+        if self._averages:
+            loss = loss * (weight * self._averages)
+        return value, self._differentiate(loss, self.space.tensors)
 
     def _calibrate(self) -> None:
         """Choose the step by what it costs in either direction, and note what is left."""
-        scale = norm(self.space.flatten(self.space.tensors))
+        scale = self.weight_norm()
         coarse = torch.finfo(self.space.precision).eps / torch.finfo(torch.float32).eps
         step = FIRST_STEP * coarse ** (1 / 3) * (scale or 1.0)
         flat = self.rademacher(generator(0, 4))

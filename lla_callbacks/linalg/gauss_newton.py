@@ -99,7 +99,7 @@ class GaussNewtonOperator(HessianOperator):
         self._linear = []
 
     def _differentiate_all(self) -> tuple[float, Tensor]:
-        loss, gradient = 0.0, torch.zeros_like(self.gradient)
+        loss, gradient = 0.0, self.space.zeros()
 
         def visit(term: LossTerm) -> None:
             nonlocal loss, gradient

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.distributed import local_part, of_part, part_like
 from lla_callbacks.linalg.errors import NoSecondDerivativeError, is_out_of_memory, remedy_for
 from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm, loss_value
 from lla_callbacks.linalg.lost_graphs import refusing_lost_graphs
 from lla_callbacks.linalg.sharing import Share
-from lla_callbacks.linalg.space import spread_like, whole
 
 Gradients = list[Tensor | None]
 
@@ -171,7 +171,7 @@ class HessianOperator(LossOperator):
     def _backward(self, gradients: Gradients, columns: Tensor, chosen: Sequence[int]) -> Tensor:
         """Return the product of one gradient graph, ``(size, k)``, by one backward pass."""
         likes = [self.space.tensors[i] for i in chosen]
-        sizes = [like.numel() for like in likes]
+        sizes = [local_part(like).numel() for like in likes]
         num_columns = columns.shape[1]
         outputs: list[Tensor] = []
         cotangents: list[Tensor] = []
@@ -179,10 +179,11 @@ class HessianOperator(LossOperator):
             gradient = gradients[i]
             if gradient is not None and gradient.requires_grad:
                 outputs.append(gradient)
-                cotangent = part.T.reshape(num_columns, *like.shape).to(gradient.dtype)
-                cotangents.append(
-                    cotangent if num_columns > 1 else spread_like(cotangent[0], gradient)
-                )
+                part = part.T.to(gradient.dtype)
+                if num_columns > 1:
+                    cotangents.append(part.reshape(num_columns, *like.shape))
+                else:
+                    cotangents.append(of_part(part, like))
         if not outputs:
             return torch.zeros_like(columns)
         batched = num_columns > 1
@@ -198,10 +199,16 @@ class HessianOperator(LossOperator):
         rows = [
             columns.new_zeros(size, num_columns)
             if product is None
-            else whole(product.detach()).reshape(num_columns, size).T.to(columns.dtype)
-            for product, size in zip(products, sizes, strict=True)
+            else _rows(product.detach(), like, num_columns).to(columns.dtype)
+            for product, like, size in zip(products, likes, sizes, strict=True)
         ]
         return torch.cat(rows)
+
+
+def _rows(product: Tensor, like: Tensor, num_columns: int) -> Tensor:
+    """Return products with several vectors as columns ``(size, k)``, as far as they are here."""
+    part = product if num_columns > 1 else part_like(product, like)
+    return part.reshape(num_columns, -1).T
 
 
 def refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:

@@ -53,7 +53,8 @@ class LossOperator(SymmetricOperator):
     them fails at, all fail at together. For that the operator is a context manager: on leaving, the
     processes tell each other whether all went well. Long vectors are in pieces then, one range of
     entries a process (:class:`~lla_callbacks.linalg.vectors.CutVectors`): what is multiplied is
-    put together whole, and of the product each keeps its piece.
+    put together whole, and of the product each keeps its piece. Where parameters are spread over
+    processes (FSDP2, tensor parallelism), vectors lie in their shards, and nothing is put together.
 
     Args:
         terms: The batches of this process.
@@ -76,6 +77,8 @@ class LossOperator(SymmetricOperator):
     engine = "exact"
     matrix = "hessian"
     room = math.inf
+    # Whether what a process computes is the sum over all processes already.
+    is_summed = False
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class LossOperator(SymmetricOperator):
             self.space.dim,
             self.space.dtype,
             self.space.device,
-            vectors=vectors_of(self.space.dim, self.share),
+            vectors=self._held(self.space),
         )
         self.eps = torch.finfo(self.space.precision).eps
         self._terms = list(terms)
@@ -112,6 +115,24 @@ class LossOperator(SymmetricOperator):
     def positions(self, names: Sequence[str]) -> Index:
         """Return where the entries of some parameters are in vectors, as these are held."""
         return self.vectors.local(self.space.index(names).to(self.device))
+
+    def weight_norm(self) -> float:
+        """Return the Euclidean norm of the parameters."""
+        weights = self.space.flatten(self.space.tensors)
+        return self.space.vectors(self.share).norm(weights)
+
+    def whole(self, columns: Tensor) -> Tensor:
+        """Return vectors ``(length, k)`` with all their entries, ``(dim, k)``; some exchanges."""
+        columns = self.vectors.joined(columns)
+        if not self.space.is_spread:
+            return columns
+        return torch.stack([self.space.gathered(column) for column in columns.T], dim=1)
+
+    def _held(self, space: ParameterSpace) -> Vectors:
+        """Return how vectors are held: in the parameters' shards, cut, or whole."""
+        if space.is_spread:
+            return space.vectors(self.share)
+        return vectors_of(space.dim, self.share)
 
     def basis_device(self, num_vectors: int) -> torch.device:
         """Return where so many vectors should live."""
@@ -211,7 +232,7 @@ class LossOperator(SymmetricOperator):
         except Exception as error:  # noqa: BLE001 - raised again, in all processes
             trouble = error
         meet(self._everyone, what, trouble)
-        return (vectors or self.vectors).summed(part, self.share)
+        return part if self.is_summed else (vectors or self.vectors).summed(part, self.share)
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
@@ -274,14 +295,14 @@ class HessianBlockOperator(SymmetricOperator):
     """
 
     def __init__(self, hessian: LossOperator, names: Sequence[str]) -> None:
-        rows = hessian.space.index(names)
-        if rows.numel() == 0:
+        if not names:
             raise ValueError("a block needs at least one parameter.")
+        own = hessian.space.restricted(names)
         super().__init__(
-            rows.numel(),
+            own.dim,
             hessian.dtype,
             hessian.device,
-            vectors=vectors_of(rows.numel(), hessian.share),
+            vectors=hessian._held(own),
         )
         self.eps = hessian.eps
         self._hessian = hessian

@@ -45,6 +45,18 @@ def drawn_signs(dim: int, source: torch.Generator) -> Iterator[tuple[int, Tensor
         yield start, 2 * torch.randint(0, 2, (size,), generator=source, dtype=torch.int8) - 1
 
 
+def normal_pieces(dim: int, source: torch.Generator) -> Iterator[Tensor]:
+    """Yield ``torch.randn(dim)`` in float64, piece by piece.
+
+    Torch makes 16 entries from 16 words, and the last 16 of a draw anew where their number does not
+    divide by that: so pieces do, and the last one has as many at least.
+    """
+    while dim > 0:
+        size = dim if dim < PIECE + 16 else PIECE
+        yield torch.randn(size, generator=source, dtype=torch.float64)
+        dim -= size
+
+
 def signs(dim: int, source: torch.Generator, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return independent signs, shape ``(dim,)``: :func:`rademacher` from another stream.
 

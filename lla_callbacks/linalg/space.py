@@ -1,4 +1,4 @@
-"""Between parameters by name and one flat vector."""
+"""Between parameters by name and one flat vector, as far as this process holds it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,28 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.distributed import (
+    is_spread,
+    local_part,
+    of_part,
+    part_like,
+    spread_like,
+    whole,
+)
+from lla_callbacks.linalg.shards import Shards, everyone
+from lla_callbacks.linalg.sharing import Share
+from lla_callbacks.linalg.vectors import Vectors
+
+__all__ = ["ParameterSpace", "is_spread", "local_part", "spread_like", "whole"]
+
 
 class ParameterSpace:
     """The order in which named parameters are laid out in one flat vector.
 
-    Parameters that are spread over processes (distributed tensors) are laid out whole, the same
-    vector in every process. A tensor that carries several names (tied weights) is laid out once,
-    under its first name. Vectors are float64 if a parameter is, else float32: a bfloat16 model gets
-    float32 vectors, since Lanczos in bfloat16 has no digits left.
+    Of parameters that are spread over processes (distributed tensors) each process lays out what it
+    has of them, in the same order. A tensor that carries several names (tied weights) is laid out
+    once, under its first name. Vectors are float64 if a parameter is, else float32: a bfloat16
+    model gets float32 vectors, since Lanczos in bfloat16 has no digits left.
 
     Args:
         parameters: Name to tensor; the order of the mapping is the order of the vector.
@@ -22,10 +36,13 @@ class ParameterSpace:
     Attributes:
         names: Names in order.
         tensors: Tensors in order.
-        dim: Length of the flat vector.
+        dim: Entries of all parameters, in all processes.
+        length: Entries of them here: of flat vectors. The same, unless parameters are spread.
+        is_spread: Whether any parameter is spread over processes.
         dtype: Of flat vectors.
         precision: The coarsest dtype among the parameters: that of the arithmetic.
         slices: Name to the slice of the flat vector.
+        starts: Name to the place where the parameter begins among all entries.
 
     Raises:
         ValueError: If there is no parameter, or they live on several devices.
@@ -62,39 +79,82 @@ class ParameterSpace:
         wide = any(tensor.dtype == torch.float64 for tensor in self.tensors)
         self.dtype = torch.float64 if wide else torch.float32
         self.slices: dict[str, slice] = {}
-        stop = 0
+        self.starts: dict[str, int] = {}
+        self.is_spread = any(map(is_spread, self.tensors))
+        stop = place = 0
         for name, tensor in zip(self.names, self.tensors, strict=True):
-            self.slices[name] = slice(stop, stop + tensor.numel())
-            stop += tensor.numel()
-        self.dim = stop
+            self.starts[name] = place
+            place += tensor.numel()
+            self.slices[name] = slice(stop, stop + local_part(tensor).numel())
+            stop = self.slices[name].stop
+        self.dim, self.length = place, stop
+        self._held: tuple[Share | None, Vectors] | None = None
 
     def zeros(self) -> Tensor:
         """Return a flat vector of zeros."""
-        return torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+        return torch.zeros(self.length, dtype=self.dtype, device=self.device)
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return one vector ``(dim,)``; ``None`` (an unused parameter) becomes zeros."""
+        """Return one vector ``(length,)``; ``None`` (an unused parameter) becomes zeros."""
         parts = [
-            torch.zeros(like.numel(), dtype=self.dtype, device=self.device)
+            torch.zeros(local_part(like).numel(), dtype=self.dtype, device=self.device)
             if tensor is None
-            else whole(tensor.detach()).reshape(-1).to(self.dtype)
+            else part_like(tensor.detach(), like).reshape(-1).to(self.dtype)
             for tensor, like in zip(tensors, self.tensors, strict=True)
         ]
         return torch.cat(parts)
 
     def unflatten(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Return tensors shaped and typed like the parameters, from a vector ``(dim,)``."""
+        """Return tensors shaped, typed and spread like the parameters, from ``(length,)``."""
         return tuple(
-            spread_like(vector[self.slices[name]].reshape(like.shape).to(like.dtype), like)
+            of_part(vector[self.slices[name]].to(like.dtype), like)
             for name, like in zip(self.names, self.tensors, strict=True)
         )
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Return the flat pieces of a vector ``(dim,)``, one a parameter, in order."""
-        return torch.split(vector, [t.numel() for t in self.tensors])
+        """Return the flat pieces of a vector ``(length,)``, one a parameter, in order."""
+        return torch.split(vector, [local_part(t).numel() for t in self.tensors])
+
+    def restricted(self, names: Iterable[str]) -> ParameterSpace:
+        """Return the layout of some parameters alone, in the same order."""
+        chosen = set(names)
+        return ParameterSpace(
+            {n: t for n, t in zip(self.names, self.tensors, strict=True) if n in chosen}
+        )
+
+    def vectors(self, share: Share | None = None) -> Vectors:
+        """Return how flat vectors are held, as the parameters lie: whole, or in their shards.
+
+        Args:
+            share: The processes, which are those of the shards if they are all there are.
+        """
+        if not self.is_spread:
+            return Vectors(self.dim)
+        if self._held is None or self._held[0] is not share:
+            self._held = share, Shards(self.tensors, everyone(share, self.device))
+        return self._held[1]
+
+    def scattered(self, vector: Tensor) -> Tensor:
+        """Return what this process has, ``(length,)``, of a whole vector ``(dim,)``."""
+        if not self.is_spread:
+            return vector
+        whole_parts = torch.split(vector, [t.numel() for t in self.tensors])
+        return torch.cat(
+            [
+                local_part(spread_like(part.reshape(like.shape).to(like.device), like)).reshape(-1)
+                for part, like in zip(whole_parts, self.tensors, strict=True)
+            ]
+        )
+
+    def gathered(self, vector: Tensor) -> Tensor:
+        """Return a whole vector ``(dim,)`` from what each process has; one exchange a parameter."""
+        if not self.is_spread:
+            return vector
+        parts = zip(self.split(vector), self.tensors, strict=True)
+        return torch.cat([whole(of_part(part, like)).reshape(-1) for part, like in parts])
 
     def index(self, names: Iterable[str]) -> Tensor:
-        """Return the positions of some parameters in the flat vector, ascending."""
+        """Return the positions of some parameters in the flat vector here, ascending."""
         chosen = set(names)
         unknown = chosen - set(self.names)
         if unknown:
@@ -105,36 +165,3 @@ class ParameterSpace:
             if name in chosen
         ]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
-
-
-def is_spread(tensor: Tensor) -> bool:
-    """Return whether a tensor is one of torch's distributed ones, spread over processes."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all its entries, gathered from the processes it is spread over."""
-    if not is_spread(tensor):
-        return tensor
-    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return gathered
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process has of a tensor, sharing its memory."""
-    if not is_spread(tensor):
-        return tensor
-    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return part
-
-
-def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor, the same in every process, spread over them as another one is."""
-    if not is_spread(like):
-        return tensor
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    mesh = like.device_mesh  # type: ignore[attr-defined]
-    # Every process has all of it, so nothing needs to be sent.
-    everywhere = distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
-    return everywhere.redistribute(mesh, like.placements)  # type: ignore[attr-defined]

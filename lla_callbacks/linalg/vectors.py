@@ -60,6 +60,16 @@ class Vectors:
         """See :func:`~lla_callbacks.linalg.accumulation.orthogonalised`."""
         return accumulation.orthogonalised(rows, vector)
 
+    def products(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return ``rows @ columns``, ``(j, length)`` by ``(length, k)``: float64, on the CPU."""
+        found: Tensor = rows.double() @ columns.double()
+        return found.cpu()
+
+    def orthonormal(self, columns: Tensor) -> Tensor:
+        """Return orthonormal columns that span the same, each up to its sign."""
+        basis: Tensor = torch.linalg.qr(columns.double())[0]
+        return basis.to(columns)
+
     def sums(self, vector: Tensor, parts: Sequence[Index], scale: Tensor | None = None) -> Tensor:
         """Return sums of a vector's entries: of all, of each part and, last, of all times a scale.
 
@@ -172,6 +182,22 @@ class Pieces(Vectors):
             rows, vector, counted=self._counted, added=self._added
         )
         return left, coefficients, self.norm(left)
+
+    def products(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return ``rows @ columns``, ``(j, length)`` by ``(length, k)``: float64, on the CPU."""
+        mine = torch.zeros(len(rows), columns.shape[1], dtype=torch.float64)
+        for part, x in zip(self._own(rows), self._own(columns.T), strict=True):
+            mine += super().products(part, x.T)
+        return self._added(mine)
+
+    def orthonormal(self, columns: Tensor) -> Tensor:
+        """Return orthonormal columns that span the same, each up to its sign."""
+        rows = columns.T.double()
+        made = rows.clone()
+        for i, row in enumerate(rows):
+            left, _, size = self.orthogonalised(made[:i], row) if i else (row, None, self.norm(row))
+            made[i] = left / size
+        return made.T.to(columns)
 
     def sums(self, vector: Tensor, parts: Sequence[Index], scale: Tensor | None = None) -> Tensor:
         """Return sums of entries: of all, of each part and, last, of all times a scale."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lla_callbacks.linalg.space import ParameterSpace, whole
+from lla_callbacks.linalg.distributed import part_like, whole
+from lla_callbacks.linalg.space import ParameterSpace
 
 
 def transposed_groups(module: nn.Module) -> dict[int, int]:
@@ -15,7 +16,7 @@ def transposed_groups(module: nn.Module) -> dict[int, int]:
 
 
 def filter_scales(module: nn.Module, space: ParameterSpace) -> Tensor:
-    """Return ``||w_f||^2 / n_f`` of the filter that each entry belongs to, shape ``(dim,)``.
+    """Return ``||w_f||^2 / n_f`` of the filter that each entry belongs to, ``(length,)``.
 
     The second moment of a filter-normalized Gaussian direction: ``E phi phi' = diag(scales)``
     within a filter, and between two the directions are independent. Biases and gains (parameters
@@ -26,7 +27,7 @@ def filter_scales(module: nn.Module, space: ParameterSpace) -> Tensor:
         space: Their layout.
     """
     groups = transposed_groups(module)
-    scales = torch.zeros(space.dim, dtype=torch.float64)
+    scales = torch.zeros(space.length, dtype=torch.float64)
     for name, tensor in zip(space.names, space.tensors, strict=True):
         if tensor.ndim < 2:
             continue
@@ -34,7 +35,7 @@ def filter_scales(module: nn.Module, space: ParameterSpace) -> Tensor:
         rows = filters_as_rows(weights, groups.get(id(tensor)))
         squares = rows.square().mean(dim=1, keepdim=True).expand_as(rows)
         back = filters_as_tensor(squares, weights.shape, groups.get(id(tensor)))
-        scales[space.slices[name]] = back.reshape(-1)
+        scales[space.slices[name]] = part_like(back.to(tensor.device), tensor).cpu().reshape(-1)
     return scales
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lla_callbacks.linalg.difference import DifferenceOperator, first_derivative
+from lla_callbacks.linalg.distributed import part_like
 from lla_callbacks.linalg.hessian import HessianOperator
 from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm, loss_value
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
@@ -182,6 +183,7 @@ class Objective(HeldLoss):
                     share=share,
                     constant=padding_vectors(self),
                     differentiate=sharded_gradients if sharded else first_derivative,
+                    averages=share.size if sharded else 0,
                     settle=partial(reshard, self.module) if sharded else None,
                 )
             )
@@ -220,7 +222,7 @@ class Objective(HeldLoss):
 
         def mine() -> tuple[float, Tensor]:
             value = 0.0
-            total = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
+            total = space.zeros()
             for i in range(share.rank, len(self.batches), share.size):
                 weight = self.counts[i] / self.num_samples
                 part, gradient = self.batch_gradient(i, statistics, look=look)
@@ -287,7 +289,7 @@ class Objective(HeldLoss):
 
 
 def padding_vectors(objective: HeldLoss) -> Tensor | None:
-    """Return the positions of embeddings' padding vectors in the flat vector, if there are any.
+    """Return the positions of embeddings' padding vectors in flat vectors here, if any.
 
     They have no gradient by definition, so they are constants.
     """
@@ -298,8 +300,10 @@ def padding_vectors(objective: HeldLoss) -> Tensor | None:
         padding = getattr(m, "padding_idx", None)
         weight = dict(m.named_parameters(recurse=False)).get("weight")
         if isinstance(padding, int) and weight is not None and id(weight) in names:
-            start = space.slices[names[id(weight)]].start + padding * weight.shape[1]
-            found.append(torch.arange(start, start + weight.shape[1], device=space.device))
+            rows = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+            rows[padding] = True
+            here = part_like(rows, weight).reshape(-1).nonzero()[:, 0]
+            found.append(space.slices[names[id(weight)]].start + here)
     return torch.cat(found) if found else None
 
 

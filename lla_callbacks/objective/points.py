@@ -146,6 +146,16 @@ def evaluate_points(
     return Values(table, done, names, method, int((done & ~before).sum()))
 
 
+def is_late(space: ParameterSpace, late: bool) -> bool:
+    """Return whether the time is over, in the same way in all processes that hold parts of weights.
+
+    Args:
+        space: Layout of the weights.
+        late: Whether it is by this process's clock.
+    """
+    return not space.vectors().agreed(not late)
+
+
 def space_of(objective: Objective) -> ParameterSpace:
     """Return the layout of an objective's variables."""
     return ParameterSpace(objective.variables)
@@ -202,6 +212,13 @@ class _Visit:
         wanted = self.settings.evaluation
         if wanted == "loop" or not waiting:
             return None
+        if self.family.space.is_spread:
+            if wanted == "vmap":
+                raise ValueError(
+                    "evaluation is 'vmap', which cannot stack parameters that are spread over "
+                    "processes: give evaluation='loop' or 'auto'."
+                )
+            return None
         if wanted == "vmap":
             batched = BatchedEvaluator(self.evaluate, self.family)
             batched.fit(len(waiting))
@@ -256,4 +273,6 @@ class _Visit:
 
     def _late(self) -> bool:
         budget = self.settings.time_budget
-        return budget is not None and time.monotonic() - self.began > budget
+        if budget is None:
+            return False
+        return is_late(self.family.space, time.monotonic() - self.began > budget)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.errors import NonFiniteError, is_out_of_memory
 from lla_callbacks.linalg.lanczos import lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
@@ -149,7 +148,7 @@ def _gradient(hessian: LossOperator, plain: Tensor, pairs: list[tuple[Tensor, Te
     size = size_of(plain)
     # Near a minimum the gradient is what is left of larger summands, about as large as the
     # product with the weights.
-    weights = weight_norm(hessian)
+    weights = hessian.weight_norm()
     summands = max(size_of(hu) for _, hu in pairs) * weights
     off = size_of(plain - hessian.gradient)
     eps = hessian.eps
@@ -166,7 +165,7 @@ def _difference(
 ) -> tuple[Check, float]:
     """Return whether a product agrees with a difference of gradients, and what that cost."""
     size_of = hessian.vectors.norm
-    weights = weight_norm(hessian) or 1.0
+    weights = hessian.weight_norm() or 1.0
     ratio = torch.finfo(hessian.space.precision).eps / torch.finfo(torch.float32).eps
     step = FIRST_STEP * ratio ** (1 / 3) * weights
     spent, check = 0.0, Check("product", "not tried")
@@ -249,11 +248,6 @@ def _moved_gradients(
     total = torch.tensor([float(sum(kinks))], dtype=torch.float64)
     share = hessian.share
     return behind, ahead, int(share.total(total)[0] if share.size > 1 else total[0])
-
-
-def weight_norm(hessian: LossOperator) -> float:
-    """Return the Euclidean norm of the parameters that an operator is of."""
-    return norm(hessian.space.flatten(hessian.space.tensors))
 
 
 def count_kinks(loss: Tensor) -> int:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.distributed import whole
 from lla_callbacks.linalg.errors import forgetful, is_out_of_memory
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
-from lla_callbacks.linalg.space import whole
+from lla_callbacks.linalg.vectors import Vectors
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.counting import about
 from lla_callbacks.objective.evaluation import Evaluator, Statistics, evaluating
@@ -229,10 +230,15 @@ def _repeats(objective: Objective, share: Share) -> tuple[Check, float]:
 
 def _part(objective: Objective, share: Share, evaluate: Evaluator, statistics: Statistics) -> float:
     """Return this process's part of the loss."""
-    total = 0.0
-    for i in range(share.rank, len(objective.counts), share.size):
+    total, count = 0.0, len(objective.counts)
+    mine = list(range(share.rank, count, share.size))
+    # Whatever one process computes, all must, so that they can gather parameters.
+    spare = -(-count // share.size) - len(mine) if is_sharded(objective.module) else 0
+    for i in mine:
         weight = objective.counts[i] / objective.num_samples
         total += weight * float(evaluate.run(i, statistics)[0].detach())
+    for _ in range(spare):
+        evaluate.run(0, statistics)
     return total
 
 
@@ -250,6 +256,7 @@ class _Prober:
         self._share = share
         self._value = value
         self._space = space_of(objective)
+        self._vectors = self._space.vectors(share)
         self._norm = math.sqrt(
             math.fsum(
                 float(whole(p.detach().square().sum(dtype=torch.float64)))
@@ -262,10 +269,9 @@ class _Prober:
 
     def verdict(self, gradient: Tensor) -> Check:
         """Return whether a gradient is the slope, along itself and a random direction."""
-        if not bool(torch.isfinite(gradient).all()) or not math.isfinite(self._value):
+        if not self._vectors.finite(gradient) or not math.isfinite(self._value):
             return Check("slope", "not tried", words="the loss or its gradient is not finite")
-        random = rademacher(
-            self._space.dim,
+        random = self._vectors.rademacher(
             generator(self._objective.seed, 6),
             dtype=self._space.dtype,
             device=self._space.device,
@@ -277,7 +283,7 @@ class _Prober:
             gradient = gradient.index_fill(0, padding.to(gradient.device), 0.0)
         found = []
         for name, direction in (("the gradient", gradient), ("a random direction", random)):
-            norm = float(torch.linalg.vector_norm(direction, dtype=torch.float64))
+            norm = self._vectors.norm(direction)
             if norm == 0:
                 continue
             found.append((name, *self._along(direction / norm, gradient)))
@@ -307,7 +313,7 @@ class _Prober:
 
     def _along(self, unit: Tensor, gradient: Tensor) -> tuple[str, _Slope]:
         """Return the outcome along a direction, from as many steps as it takes."""
-        slope = float(unit.double() @ gradient.double())
+        slope = self._vectors.inner(unit.double(), gradient.double())
         reach = REACH * (self._norm or 1.0)
         # So far that the change of the loss has half of its digits.
         wanted = math.sqrt(self._objective.eps) * (abs(self._value) or 1.0)
@@ -359,7 +365,8 @@ class _Prober:
         """
 
         def compute() -> list[tuple[float, float]]:
-            with _moving(self._objective, unit, gradient) as (evaluate, statistics, place):
+            moving = _moving(self._objective, unit, gradient, self._vectors)
+            with moving as (evaluate, statistics, place):
                 return [
                     (place(step), _part(self._objective, self._share, evaluate, statistics))
                     for step in steps
@@ -386,7 +393,7 @@ def _jumps(seen: Sequence[_Slope]) -> bool:
 
 @contextmanager
 def _moving(
-    objective: Objective, unit: Tensor, gradient: Tensor
+    objective: Objective, unit: Tensor, gradient: Tensor, vectors: Vectors
 ) -> Iterator[tuple[Evaluator, Statistics, Callable[[float], float]]]:
     """Allow the weights to be moved along a direction; they come back to the bit.
 
@@ -403,7 +410,7 @@ def _moving(
             def place(step: float) -> float:
                 family.place([step])
                 moved = space.flatten(space.tensors) - start
-                return float(gradient.double() @ moved.double())
+                return vectors.inner(gradient.double(), moved.double())
 
             yield evaluate, held, place
     finally:

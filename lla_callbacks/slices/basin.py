@@ -11,16 +11,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none, fail_together
 from lla_callbacks.objective.evaluation import Evaluator
 from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.grid import gathered
 from lla_callbacks.objective.objective import Objective
-from lla_callbacks.objective.points import PointSettings, moving, space_of
+from lla_callbacks.objective.points import PointSettings, is_late, moving, space_of
 from lla_callbacks.slices.directions import Normalization, Vectors
 from lla_callbacks.slices.filters import Filters
 from lla_callbacks.slices.slices import SliceFacts, facts_of
+from lla_callbacks.slices.spread_filters import filters_of
 
 # Where the walk begins, as a share of the filters' norms; it doubles from there.
 FIRST_RADIUS = 1 / 64
@@ -148,7 +148,7 @@ def measure_basin(
     began = time.perf_counter()
     share = share or Alone()
     space = space_of(objective)
-    filters = Filters(objective.module, space, normalization, vectors)
+    filters = filters_of(objective.module, space, normalization, vectors)
     centre = all_or_none(share, objective)
     rim = cutoff if cutoff is not None else centre + (rise or 0.0)
     if not rim > centre:
@@ -165,7 +165,7 @@ def measure_basin(
         with moving(objective, walk.family, PointSettings()) as evaluate:
             for k in range(share.rank, num_rays, share.size):
                 late = time_budget is not None and time.perf_counter() - began > time_budget
-                if late and k >= share.size:
+                if time_budget is not None and k >= share.size and is_late(space, late):
                     break
                 table[k], done[k] = walk.along(k, evaluate), True
                 if listener is not None:
@@ -204,14 +204,16 @@ class _Walk:
     def along(self, k: int, evaluate: Evaluator) -> Tensor:
         """Return radius, openness and cost of ray ``k``."""
         space, passes = self.filters.space, 0
-        noise = torch.randn(space.dim, generator=generator(self.seed, 5, k), dtype=torch.float64)
+        held = space.vectors()
+        noise = self.filters.drawn(self.seed, 5, k)
         self.family.turn([self.filters.scaled(noise).to(space.device, space.dtype)])
 
         def loss(radius: float) -> float:
             nonlocal passes
             passes += 1
             self.family.place([radius])
-            return float(evaluate()[0])
+            # Rounding must not tell processes apart that go on together.
+            return float(held.share.same(evaluate()[:1])[0])
 
         radius, is_open = _radius(loss, self.rim, self.max_radius, self.rtol)
         return torch.tensor([radius, float(is_open), passes], dtype=torch.float64)

@@ -239,7 +239,7 @@ class DirectionSource:
                 raise NotYetError("the direction 'update' needs the weights before the last step.")
             present = space.flatten(space.tensors)
             step = present - self.previous.to(present)
-            if not bool(step.any()):
+            if space.vectors().largest(step) == 0:
                 raise ValueError("the last update was zero, so it has no direction.")
             # Five updates either way: where the last steps came from and where they lead.
             return {"update": Direction(step, "last update", "updates", reach=5.0)}
@@ -254,7 +254,8 @@ class DirectionSource:
 
     def _same(self, direction: Direction) -> Direction:
         """Return the first process's direction: rounding may tell processes apart."""
-        if self.share is None or self.share.size == 1:
+        if self.share is None or self.share.size == 1 or self._space().is_spread:
+            # Parts of one direction, which came by sums that all share.
             return direction
         return replace(direction, vector=self.share.same(direction.vector))
 

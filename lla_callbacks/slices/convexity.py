@@ -17,7 +17,7 @@ from lla_callbacks.objective.engines import with_hessian
 from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.grid import coarse_to_fine, gathered
 from lla_callbacks.objective.objective import Objective
-from lla_callbacks.objective.points import space_of
+from lla_callbacks.objective.points import is_late, space_of
 from lla_callbacks.slices.directions import Direction
 from lla_callbacks.slices.slices import SliceFacts, facts_of
 
@@ -126,7 +126,7 @@ def measure_convexity(
     try:
         for i in order[share.rank :: share.size]:
             late = time_budget is not None and time.perf_counter() - began > time_budget
-            if late and done.any():
+            if time_budget is not None and done.any() and is_late(space, late):
                 break
             family.place(points[i].tolist())
             try:

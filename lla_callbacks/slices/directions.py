@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lla_callbacks.linalg.accumulation import norm as length_of
+from lla_callbacks.linalg.distributed import whole
 from lla_callbacks.linalg.errors import NotYetError
-from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.linalg.vectors import Vectors as Held
 from lla_callbacks.objective.checks import one_of
 from lla_callbacks.objective.precision import original_of
-from lla_callbacks.slices.filters import Filters
+from lla_callbacks.slices.spread_filters import filters_of
 
 Normalization = Literal["filter", "layer", "weight", "none"]
 # What becomes of parameters with one dimension (biases, gains of norms) under filter or layer
@@ -28,7 +29,8 @@ class Direction:
     """A direction in the space of the trainable parameters.
 
     Attributes:
-        vector: Flat, shape ``(num_params,)``, in the order of the module's parameters.
+        vector: Flat, shape ``(num_params,)``, in the order of the module's parameters. Where they
+            are spread over processes, what this one has of each.
         name: What it is, in a word or two, as axes are labelled.
         unit: What a coordinate of 1 means.
         reach: Half of the range that shows something, in units of the direction.
@@ -95,9 +97,8 @@ def random_directions(
     check_normalization(normalization, vectors)
     if count not in (1, 2):
         raise ValueError(f"count is {count}; give 1 or 2.")
-    filters = Filters(module, space, normalization, vectors)
-    raw = [torch.randn(space.dim, generator=generator(seed, 2, k), dtype=torch.float64)
-           for k in range(count)]  # fmt: skip
+    filters = filters_of(module, space, normalization, vectors)
+    raw = [filters.drawn(seed, 2, k) for k in range(count)]
     found = [filters.scaled(raw[0])]
     if filters.num_moved() == 0:
         raise ValueError(
@@ -122,7 +123,8 @@ def normalized(
 ) -> Direction:
     """Return a direction scaled like a random one; see :func:`random_directions`."""
     check_normalization(normalization, vectors)
-    vector = Filters(module, space, normalization, vectors).scaled(direction.vector.cpu().double())
+    filters = filters_of(module, space, normalization, vectors)
+    vector = filters.scaled(direction.vector.cpu().double())
     vector = vector.to(space.device, space.dtype)
     return Direction(vector, direction.name, UNITS[normalization])
 
@@ -147,19 +149,25 @@ def direction_of(thing: Any, space: ParameterSpace, name: str = "own") -> Direct
     elif isinstance(thing, Mapping):
         vector = flat_weights(thing, space, missing=0.0)
     elif isinstance(thing, Sequence) and all(isinstance(t, Tensor) for t in thing):
-        vector = torch.cat([t.detach().reshape(-1).cpu() for t in thing])
+        vector = torch.cat([whole(t.detach()).reshape(-1).cpu() for t in thing])
     else:
         raise ValueError(
             f"a direction of type {type(thing).__name__} is not known: give a name, a flat tensor, "
             "a dict of parameter names to tensors, or tensors in the order of the parameters."
         )
-    if vector.shape != (space.dim,):
+    given = len(vector)
+    if isinstance(thing, (Direction, Mapping)) and given == space.length:
+        # As this process has it already.
+        given = space.dim
+    elif given == space.dim:
+        vector = space.scattered(vector)
+    if given != space.dim:
         raise ValueError(
-            f"directions: the direction {name!r} has {vector.numel()} entries and the module "
+            f"directions: the direction {name!r} has {given} entries and the module "
             f"{space.dim} trainable parameters: give one entry for each."
         )
     vector = vector.to(space.device, space.dtype)
-    if not torch.isfinite(vector).all():
+    if not space.vectors().finite(vector):
         raise ValueError(f"directions: {name!r} is not finite: give finite entries.")
     if isinstance(thing, Direction):
         return replace(thing, vector=vector)
@@ -179,15 +187,18 @@ def difference(start: Any, end: Any, space: ParameterSpace, name: str = "differe
     return Direction(vector, name, "difference of the checkpoints", reach=1.0)
 
 
-def gradient_direction(gradient: Tensor, loss: float, norm: float) -> Direction:
+def gradient_direction(
+    gradient: Tensor, loss: float, norm: float, length: float | None = None
+) -> Direction:
     """Return the unit vector along the gradient, uphill.
 
     Args:
-        gradient: Shape ``(num_params,)``.
+        gradient: Flat.
         loss: The loss there; the range is where the slope alone would remove all of it.
         norm: Norm of the weights, which bounds the range.
+        length: Norm of the gradient, where it is in pieces.
     """
-    length = length_of(gradient)
+    length = length_of(gradient) if length is None else length
     if length == 0:
         raise ValueError("the gradient is zero here, so it has no direction: choose another.")
     reach = min((abs(loss) or 1.0) / length, norm or 1.0)
@@ -249,12 +260,19 @@ def flat_weights(source: Any, space: ParameterSpace, missing: float | None = Non
     return space.flatten(parts)
 
 
-def cosine(a: Direction, b: Direction) -> float:
-    """Return the cosine of the angle between two directions; 0 where one has no length."""
+def cosine(a: Direction, b: Direction, space: ParameterSpace | None = None) -> float:
+    """Return the cosine of the angle between two directions; 0 where one has no length.
+
+    Args:
+        a: One.
+        b: The other.
+        space: Layout of their vectors; ``None``: they are whole.
+    """
     # On the CPU first: some devices know no float64.
+    held = Held(len(a.vector)) if space is None else space.vectors()
     first, second = a.vector.cpu().double(), b.vector.cpu().double()
-    lengths = float(first.norm()) * float(second.norm())
-    return float(first @ second) / lengths if lengths else 0.0
+    lengths = held.norm(first) * held.norm(second)
+    return held.inner(first, second) / lengths if lengths else 0.0
 
 
 def check_normalization(normalization: str, vectors: str) -> None:

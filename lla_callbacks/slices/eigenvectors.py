@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator
@@ -66,10 +65,8 @@ def _directions(
     hessian: LossOperator, wanted: set[str], seed: int, num_steps: int
 ) -> dict[str, Direction]:
     found: dict[str, Direction] = {}
-    length = norm(hessian.space.flatten(hessian.space.tensors))
     if "gradient" in wanted:
-        gradient = hessian.vectors.joined(hessian.gradient)
-        found["gradient"] = gradient_direction(gradient, hessian.loss, length)
+        found["gradient"] = _gradient(hessian)
     names = [name for name in NAMES if name in wanted]
     if not names:
         return found
@@ -107,12 +104,16 @@ def known_directions(
     """
     found: dict[str, Direction] = {}
     if "gradient" in wanted:
-        length = norm(hessian.space.flatten(hessian.space.tensors))
-        gradient = hessian.vectors.joined(hessian.gradient)
-        found["gradient"] = gradient_direction(gradient, hessian.loss, length)
+        found["gradient"] = _gradient(hessian)
     names = [name for name in NAMES if name in wanted and run.num_steps >= 2]
     made = _of_run(hessian, run, names).items()
     return found | {name: direction for name, (direction, settled) in made if settled}
+
+
+def _gradient(hessian: LossOperator) -> Direction:
+    gradient = hessian.vectors.joined(hessian.gradient)
+    slope = hessian.vectors.norm(hessian.gradient)
+    return gradient_direction(gradient, hessian.loss, hessian.weight_norm(), slope)
 
 
 def _of_run(
@@ -120,7 +121,7 @@ def _of_run(
 ) -> dict[str, tuple[Direction, bool]]:
     """Return the directions of these names, and whether each has settled."""
     found: dict[str, tuple[Direction, bool]] = {}
-    length = norm(hessian.space.flatten(hessian.space.tensors))
+    length = hessian.weight_norm()
     for name in names:
         place = _PLACES[name]
         index = place % run.num_steps

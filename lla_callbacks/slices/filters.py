@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lla_callbacks.linalg.distributed import local_part
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.filters import (
     filters_as_rows,
@@ -34,6 +37,9 @@ class Filters:
             parameter is.
     """
 
+    # Whether parameters are taken one by one, and nothing is held of all.
+    streams = False
+
     def __init__(
         self, module: nn.Module, space: ParameterSpace, normalization: str, vectors: str
     ) -> None:
@@ -41,21 +47,27 @@ class Filters:
         self.normalization = normalization
         self.vectors = vectors
         # Copies: rays are scaled while the live weights are somewhere else.
-        self._weights = [tensor.detach().cpu().clone() for tensor in space.tensors]
+        self._weights = [local_part(tensor).detach().cpu().clone() for tensor in space.tensors]
         self._groups = transposed_groups(module)
 
     def num_moved(self) -> int:
         """Return how many parameters a direction moves: the dimension that it is drawn from."""
-        return sum(w.numel() for _, w, _ in self._parts(torch.ones(self.space.dim)) if w.numel())
+        still = self.vectors == "zero" and self.normalization in ("filter", "layer")
+        return sum(t.numel() for t in self.space.tensors if t.ndim > 1 or not still)
 
-    def scaled(self, direction: Tensor) -> Tensor:
-        """Return a direction, shape ``(dim,)``, scaled to the weights."""
-        result = torch.zeros(self.space.dim, dtype=torch.float64)
+    def drawn(self, seed: int, *keys: int) -> Any:
+        """Return entries of N(0, 1), drawn on the CPU by seed and keys: what scaling takes."""
+        source = generator(seed, *keys)
+        return torch.randn(self.space.dim, generator=source, dtype=torch.float64)
+
+    def scaled(self, direction: Any) -> Tensor:
+        """Return a direction, flat or :meth:`drawn`, scaled to the weights, flat."""
+        result = torch.zeros(self.space.length, dtype=torch.float64)
         for where, weights, rows in self._parts(direction):
             self._put(result, where, self._scale(rows, weights))
         return result
 
-    def orthogonal_to(self, first: Tensor, second: Tensor) -> Tensor:
+    def orthogonal_to(self, first: Any, second: Any) -> Tensor:
         """Return ``second`` scaled, and orthogonal to ``scaled(first)``.
 
         With ``u`` and ``v`` the filters of the two, ``v - <v, u> / <u, u> u`` is orthogonal to
@@ -66,42 +78,61 @@ class Filters:
         """
         if self.normalization == "none":
             first, second = self.scaled(first), self.scaled(second)
-            square = first @ first
-            return second - (second @ first) / square * first if square > 0 else second
-        result = torch.zeros(self.space.dim, dtype=torch.float64)
-        turned = []
-        single: list[tuple[str, Tensor, Tensor]] = []
+            square, product = self._inner(first, first), self._inner(second, first)
+            left: Tensor = second - product / square * first if square > 0 else second
+            return left
+        result = torch.zeros(self.space.length, dtype=torch.float64)
+        # What does not fit into one process as a whole is computed twice.
+        held = None if self.streams else list(self._turned(first, second))
+        rest = total = 0.0
+        for where, _, u, v, alone in held or self._turned(first, second):
+            if alone:
+                v, rest = _balanced(u, v, rest)
+                self._put(result, where, v)
+            else:
+                total += float((u * u).sum())
+        angle = max(-1.0, min(1.0, -rest / total)) if total else 0.0
+        for where, weights, u, v, alone in held or self._turned(first, second):
+            if not alone:
+                if angle:
+                    v = self._scale(v + _slope(angle) * u, weights)
+                self._put(result, where, v)
+        return result
+
+    def _turned(
+        self, first: Any, second: Any
+    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, bool]]:
+        """Yield name, weights and both vectors, the second one turned, and if it could not be.
+
+        As rows of filters, which cannot be turned where they have one entry.
+        """
         for (where, weights, u), (_, _, v) in zip(
             self._parts(first), self._parts(second), strict=True
         ):
             u, v = self._scale(u, weights), self._scale(v, weights)
             if u.shape[1] == 1 and self.normalization != "weight":
-                single.append((where, u, v))
+                yield where, weights, u, v, True
                 continue
             squares = (u * u).sum(1, keepdim=True)
             v = v - (v * u).sum(1, keepdim=True) / squares.clamp(min=1e-300) * u
             if self.normalization != "weight":
                 v = self._scale(v, weights)
-            turned.append((where, weights, u, v))
-        rest = 0.0
-        for where, u, v in single:
-            v, rest = _balanced(u, v, rest)
-            self._put(result, where, v)
-        total = sum(float((u * u).sum()) for _, _, u, _ in turned)
-        angle = max(-1.0, min(1.0, -rest / total)) if total else 0.0
-        for where, weights, u, v in turned:
-            if angle:
-                v = self._scale(v + _slope(angle) * u, weights)
-            self._put(result, where, v)
-        return result
+            yield where, weights, u, v, False
 
-    def _parts(self, vector: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _inner(self, a: Tensor, b: Tensor) -> float:
+        return float(a @ b)
+
+    def _whole(self, vector: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield weights and vector of each parameter, float64, shaped as it is."""
+        for name, weights in zip(self.space.names, self._weights, strict=True):
+            values = vector[self.space.slices[name]].double().cpu()
+            yield weights.double(), values.reshape(weights.shape)
+
+    def _parts(self, vector: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield name, weights and vector of each parameter that moves, as rows of filters."""
-        for name, tensor, saved in zip(
-            self.space.names, self.space.tensors, self._weights, strict=True
+        for name, tensor, (weights, values) in zip(
+            self.space.names, self.space.tensors, self._whole(vector), strict=True
         ):
-            weights = saved.double()
-            values = vector[self.space.slices[name]].double().cpu().reshape(weights.shape)
             if weights.ndim <= 1 and self.normalization in ("filter", "layer"):
                 if self.vectors == "zero":
                     continue
@@ -127,10 +158,13 @@ class Filters:
         where = self.space.slices[name]
         tensor = self.space.tensors[self.space.names.index(name)]
         groups = self._groups.get(id(tensor))
-        if groups is None or self.normalization != "filter":
-            result[where] = rows.reshape(-1)
-        else:
-            result[where] = filters_as_tensor(rows, tensor.shape, groups).reshape(-1)
+        if groups is not None and self.normalization == "filter":
+            rows = filters_as_tensor(rows, tensor.shape, groups)
+        result[where] = self._here(rows, tensor)
+
+    def _here(self, values: Tensor, parameter: Tensor) -> Tensor:
+        """Return what this process has of a parameter's values, flat."""
+        return values.reshape(-1)
 
 
 def _balanced(u: Tensor, v: Tensor, rest: float) -> tuple[Tensor, float]:

@@ -25,7 +25,7 @@ from lla_callbacks.objective.evaluation import Predict, check_metrics
 from lla_callbacks.objective.grid import centred
 from lla_callbacks.objective.moment import Progress
 from lla_callbacks.objective.objective import Objective
-from lla_callbacks.objective.points import Evaluation, PointSettings
+from lla_callbacks.objective.points import Evaluation, PointSettings, space_of
 from lla_callbacks.objective.self_check import SelfCheck
 from lla_callbacks.slices.basin import Basin, measure_basin
 from lla_callbacks.slices.choice import (
@@ -190,6 +190,9 @@ def measure_landscape(
         progress: Opens a progress bar.
     """
     source.expected = settings.wanted
+    if space_of(objective).is_spread:
+        # Each process holds a part of the weights: a point is computed by all of them together.
+        share = source.share = None
     work = _Work(objective, settings, source, share, progress, time.perf_counter())
     loss = all_or_none(share or Alone(), objective)
     prove(objective, share)

@@ -70,6 +70,7 @@ class Slices(Quantity):
     proves_itself = True
     result = LandscapeReport
     few = FEW
+    reads_shards = True
 
     def __init__(
         self,
@@ -90,6 +91,8 @@ class Slices(Quantity):
         self._wants_path = not {"pc1", "pc2"}.isdisjoint(self.settings.wanted)
         self.watches = self._wants_update or self._wants_path
         self.path = Trajectory(PATH_MEMORY)
+        # Of the weights along it, whole; of spread ones each process records what it has.
+        self._dim = 0
         self._previous: tuple[int, Tensor] | None = None
         self._scale: tuple[float, float] | None = None
 
@@ -201,26 +204,33 @@ class Slices(Quantity):
 
     def weights_changed(self, dim: int) -> None:
         """Drop a path of other parameters: it is one of the same ones throughout."""
-        if any(weights.numel() != dim for weights in self.path.weights[-1:]):
-            self.path = Trajectory(PATH_MEMORY)
-        if self._previous is not None and self._previous[1].numel() != dim:
-            self._previous = None
+        if self._dim not in (0, dim):
+            self.path, self._previous, self._dim = Trajectory(PATH_MEMORY), None, 0
 
     def before_step(self, step: int, module: nn.Module) -> None:
         """Keep the weights before a step, for the direction of the last update."""
         if self._wants_update and (self._previous is None or self._previous[0] != step):
-            self._previous = step, _weights(module, self.parameters)
+            self._previous = step, self._weights(module)
 
     def after_step(self, step: int, module: nn.Module) -> None:
         """Keep the present weights as a point of the path, if one is wanted and due."""
         if self._wants_path and self.path.wants(step):
-            weights = _weights(module, self.parameters)
-            self.weights_changed(weights.numel())
-            self.path.record(step, weights)
+            self.path.record(step, self._weights(module))
+
+    def _weights(self, module: nn.Module) -> Tensor:
+        space = ParameterSpace(variables_of(module, self.parameters))
+        self.weights_changed(space.dim)
+        self._dim = space.dim
+        return space.flatten(space.tensors).cpu()
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run goes on from."""
-        return {"path": self.path.state(), "previous": self._previous, "scale": self._scale}
+        path, previous = self.path.state(), self._previous
+        recorded = [*self.path.weights, *([previous[1]] if previous else [])]
+        if any(len(weights) != self._dim for weights in recorded):
+            # One process saves for all, and has a part of each.
+            path, previous = Trajectory(PATH_MEMORY).state(), None
+        return {"path": path, "previous": previous, "scale": self._scale}
 
     def read(self, state: Mapping[str, Any], module: nn.Module) -> Any:
         """Return a state, read and checked."""
@@ -242,13 +252,10 @@ class Slices(Quantity):
         """Go on from a state."""
         path, self._previous, self._scale = read
         self.path.load(path)
+        recorded = [*path["weights"], *([self._previous[1]] if self._previous else [])]
+        self._dim = len(recorded[0]) if recorded else 0
 
 
 def needs_products(settings: LandscapeSettings) -> bool:
     """Return whether some direction is an eigenvector."""
     return any(str(name).startswith(("top", "bottom")) for name in settings.wanted)
-
-
-def _weights(module: nn.Module, parameters: Parameters) -> Tensor:
-    space = ParameterSpace(variables_of(module, parameters))
-    return space.flatten(space.tensors).cpu()

@@ -275,7 +275,7 @@ def measure_plane(
         values.evaluated.reshape(shape),
         directions,
         _centre(objective, values, points),
-        cosine(*directions),
+        cosine(*directions, space_of(objective)),
         path,
         facts_of(
             objective, normalization, seed, began, num_points=values.num_new, method=values.method

@@ -107,9 +107,12 @@ def principal_components(
     Raises:
         NotYetError: If the path has fewer than three different points: no plane is defined.
     """
-    rows = [(w.to(end.device, torch.float64) - end.double()) for w in weights]
-    rows.append(torch.zeros_like(rows[0]) if rows else torch.zeros(space.dim))
-    gram = torch.stack([torch.stack([a @ b for b in rows]) for a in rows]).cpu()
+    held = space.vectors()
+    stacked = torch.zeros(len(weights) + 1, len(end), dtype=torch.float64, device=end.device)
+    for row, w in zip(stacked, weights, strict=False):
+        row.copy_(w).sub_(end)
+    rows = stacked.unbind()
+    gram = held.products(stacked, stacked.T)
     k = len(rows)
     centring = torch.eye(k, dtype=torch.float64) - 1.0 / k
     values, vectors = torch.linalg.eigh(centring @ gram @ centring)
@@ -124,15 +127,15 @@ def principal_components(
     for j in range(2):
         mixed = centring @ vectors[:, -1 - j]
         axis = sum((float(c) * row for c, row in zip(mixed, rows, strict=True)), 0 * rows[0])
-        axes.append(axis / axis.norm())
+        axes.append(axis / held.norm(axis))
     # Orthogonal up to rounding already; once more, so that projections add up.
-    axes[1] = axes[1] - (axes[1] @ axes[0]) * axes[0]
-    axes[1] = axes[1] / axes[1].norm()
-    points = torch.stack([torch.stack([row @ axis for axis in axes]) for row in rows]).cpu()
+    axes[1] = axes[1] - held.inner(axes[1], axes[0]) * axes[0]
+    axes[1] = axes[1] / held.norm(axes[1])
+    points = held.products(stacked, torch.stack(axes, dim=1))
     # The start of the path lies to the left and below, whatever sign the solver chose.
     signs = torch.where(points[0] > 0, -1.0, 1.0).double()
     points = points * signs + 0.0  # no negative zeros
-    lengths = torch.stack([row.norm() for row in rows]).cpu()
+    lengths = gram.diagonal().clamp(min=0).sqrt()
     inside = points.square().sum(1)
     residuals = (lengths.square() - inside).clamp(min=0).sqrt() / lengths.clamp(min=1e-300)
     # What is below the rounding of the inner products is zero.

@@ -17,10 +17,32 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lla_callbacks import HessianMonitor, HessianTraceRegularizer
+from lla_callbacks import HessianMonitor, HessianTraceRegularizer, LossLandscapeMonitor
 from lla_callbacks.linalg import vectors
 
 SETTINGS = {"every_n_train_steps": 4, "num_samples": 16, "num_steps": 6, "num_probes": 5}
+SLICES = {
+    "every_n_train_steps": 1000,
+    "num_samples": 12,
+    "planes": ["random", "trajectory"],
+    "lines": ["top1", "gradient", "update"],
+    "plane_points": 3,
+    "line_points": 3,
+    "num_rays": 1,
+    "normalization": "filter",
+    "vectors": "entry",
+}
+# What long vectors each process held, by the case: entries of the longest basis.
+HELD: list[int] = []
+_orthogonalised = vectors.Pieces.orthogonalised
+
+
+def _noted(self, rows, vector):
+    HELD.append(rows.shape[1])
+    return _orthogonalised(self, rows, vector)
+
+
+vectors.Pieces.orthogonalised = _noted
 
 
 class Net(pl.LightningModule):
@@ -181,7 +203,12 @@ def watcher_of(case):
     if "noise" in case:
         # Strong enough for a wrong sign to be seen.
         return HessianTraceRegularizer(0.02, estimator="noise", relative="relative" in case)
+    if case.endswith("slices"):
+        return LossLandscapeMonitor(**SLICES, convexity_points=3 if case[0] == "t" else 0)
     settings = dict(SETTINGS)
+    if case == "fsdp":
+        # Batches of unequal sizes, and one process has none in the last round.
+        settings |= {"num_samples": 36, "num_layer_steps": 3, "num_layer_probes": 3}
     if case.startswith("fails_at") and case != "fails_in_product":
         settings["loss"] = FailsOnSecond(int(case.removeprefix("fails_at")))
     if case == "fails_outside":
@@ -209,6 +236,7 @@ def watcher_of(case):
 def train(folder, case):
     # Vectors of so small a network stay whole unless told otherwise; in "static" they do.
     vectors.LEAST_CUT = 2**18 if case == "static" else 0
+    HELD.clear()
     pl.seed_everything(3, verbose=False)
     watcher = watcher_of(case)
     with warnings.catch_warnings(record=True) as seen:
@@ -238,7 +266,17 @@ def train(folder, case):
         "logged": {t: float(v) for t, v in trainer.callback_metrics.items() if "regularizer" in t},
         "warnings": [str(w.message) for w in seen if "leaves a gap" in str(w.message)],
         "reports": {},
+        "held": max(HELD, default=0),
+        "all warnings": [str(w.message) for w in seen if "Monitor" in str(w.message)],
     }
+    if case.endswith("slices"):
+        found["slices"] = {
+            f"{step}/{name}": part
+            for step, report in watcher.history
+            for name, part in read(report).items()
+        }
+        torch.save(found, folder / f"{case}_{trainer.global_rank}.pt")
+        return
     if case == "tracking":
         found["tracked"] = {
             step: (float(t.lambda_max), t.trace, t.trace_sem, t.loss) for step, t in watcher.tracked
@@ -261,6 +299,19 @@ def train(folder, case):
             "gaps": dict(r.gaps),
         }
     torch.save(found, folder / f"{case}_{trainer.global_rank}.pt")
+
+
+def read(report):
+    """Return the numbers of all slices of a report."""
+    found = {"loss": torch.tensor(report.loss, dtype=torch.float64)}
+    for name, part in report.slices.items():
+        if name == "convexity":
+            found[name] = torch.stack([part.lambda_min, part.lambda_max])
+        else:
+            found[name] = part.radii if name == "basin" else part.loss
+            for k, direction in enumerate(getattr(part, "directions", ())):
+                found[f"{name}/reach{k}"] = torch.tensor(direction.reach, dtype=torch.float64)
+    return found
 
 
 def main():

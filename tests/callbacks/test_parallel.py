@@ -14,8 +14,13 @@ from lla_callbacks import (
     HessianMonitor,
     HessianTraceRegularizer,
     LossLandscapeMonitor,
+    basin_radii,
+    convexity_map,
+    loss_line,
+    loss_plane,
     measure_hessian,
 )
+from lla_callbacks.objective.grid import centred
 
 from .by_hand import noise, train_by_hand
 from .modules import differences
@@ -34,7 +39,10 @@ FAILURES = {
 DDP = ["ddp", "static", "views", "unused"]
 WHOLE = ["without", *DDP, "layers", "difference", "tracking", "budget", *FAILURES]
 NOISE = [f"{kind}_noise{more}" for kind in ("tensor", "fsdp") for more in ("", "_relative")]
-SHARDED = ["tensor_without", "tensor", "fsdp_without", "fsdp_exact", "fsdp", "fsdp_fails", *NOISE]
+SHARDED = [
+    "tensor_without", "tensor", "tensor_slices",
+    "fsdp_without", "fsdp_exact", "fsdp", "fsdp_fails", "fsdp_slices", *NOISE,
+]  # fmt: skip
 WORKER = "tests.callbacks.parallel_worker"
 
 
@@ -56,18 +64,36 @@ def test_both_processes_end_well(request, pair):
     assert pair.codes == [0, 0], pair.output
 
 
-def alone(module, weights, *, engine="exact", **settings):
-    """Return the report of one process over the union of both processes' held batches."""
+def held(num_batches=2):
+    """Return the union of both processes' held batches, so many of each."""
     source = torch.Generator().manual_seed(7)
     x = torch.randn(36, 3, generator=source, dtype=torch.float64)
     y = (x.sum(1) > 0).long()
     # Process r trains on samples r, r + 2, r + 4, ... in batches of four.
-    rows = [list(range(r + 8 * k, r + 8 * k + 8, 2)) for r in (0, 1) for k in range(2)]
+    ranges = [range(r + 8 * k, min(36, r + 8 * k + 8), 2) for r in (0, 1) for k in range(5)]
+    rows = [list(r) for k, r in enumerate(ranges) if k % 5 < num_batches]
+    return [(x[r], y[r]) for r in rows]
+
+
+def whole_batches(count):
+    """Return the first batches of training where all processes train on the same ones."""
+    source = torch.Generator().manual_seed(7)
+    x = torch.randn(36, 3, generator=source, dtype=torch.float64)
+    y = (x.sum(1) > 0).long()
+    return [(x[i : i + 4], y[i : i + 4]) for i in range(0, 4 * count, 4)]
+
+
+def loss_of(module, batch):
+    return cross_entropy(module.net(batch[0]), batch[1])
+
+
+def alone(module, weights, *, engine="exact", num_batches=2, **settings):
+    """Return the report of one process over the union of both processes' held batches."""
     module.load_state_dict(weights)
     return measure_hessian(
         module,
-        [(x[r], y[r]) for r in rows],
-        loss=lambda module, batch: cross_entropy(module.net(batch[0]), batch[1]),
+        held(num_batches),
+        loss=loss_of,
         num_steps=SETTINGS["num_steps"],
         num_probes=SETTINGS["num_probes"],
         engine=engine,
@@ -76,7 +102,7 @@ def alone(module, weights, *, engine="exact", **settings):
 
 
 def assert_same(found, report, rtol):
-    assert found["num_samples"] == report.num_samples == 16
+    assert found["num_samples"] == report.num_samples
     for name in ("loss", "trace", "trace_sem", "gradient_norm"):
         assert found[name] == pytest.approx(getattr(report, name), rel=rtol), name
     assert found["lambda_max"] == pytest.approx(float(report.lambda_max), rel=rtol)
@@ -94,6 +120,12 @@ def test_ddp_measures_as_one_process_over_the_union_and_leaves_training_alone(fo
         assert {**one, "stability": 0} == {**other, "stability": 0}
     assert list(both[0]["reports"]) == [0, 4, 8, 10]
     assert both[0]["warnings"] == both[1]["warnings"] == []
+    # Each holds its half of every basis vector, but for vectors that are told to stay whole.
+    num_params = sum(
+        t.numel() for n, t in both[0]["weights"].items() if n.endswith(("weight", "bias"))
+    )
+    halves = [0, 0] if case == "static" else [-(-num_params // 2), num_params // 2]
+    assert [each["held"] for each in both] == halves
     report = alone(Net(unused=case == "unused"), both[0]["weights"])
     assert_same(both[0]["reports"][10], report, rtol=1e-9)
     for one, other in zip(both, found("without"), strict=True):
@@ -151,15 +183,18 @@ def test_a_killed_process_ends_the_run_as_it_would_have(tmp_path):
 
 def test_fsdp2_measures_by_differences_as_one_process(sharded):
     both = sharded("fsdp")
-    assert list(both[0]["reports"]) == [0, 4, 8, 10]
-    assert (
-        both[0]["reports"] == both[1]["reports"] or both[0]["reports"][4] == both[1]["reports"][4]
-    )
+    # At step 4 not all batches are there yet.
+    assert list(both[0]["reports"]) == [0, 8, 10]
+    assert both[0]["reports"][8] == both[1]["reports"][8]
     last = both[0]["reports"][10]
     assert last["engine"] == "difference"
     assert "sharded" in last["reason"]
     assert last["gaps"] == {}
-    assert_same(last, alone(Sharded(), both[0]["weights"]), rtol=1e-5)
+    # Batches of unequal sizes, ten in all.
+    settings = {"num_layer_steps": 3, "num_layer_probes": 3, "num_batches": 5}
+    assert_same(last, alone(Sharded(), both[0]["weights"], **settings), rtol=1e-5)
+    # Vectors live in the shards: together they are one.
+    assert sum(each["held"] for each in both) == sum(t.numel() for t in both[0]["weights"].values())
     bare = sharded("fsdp_without")
     for one, other in zip(both, bare, strict=True):
         assert differences(one["weights"], other["weights"]) == []
@@ -189,13 +224,10 @@ def test_tensor_parallelism_measures_exactly(sharded):
         assert differences(one["weights"], other["weights"]) == []
     module = Sharded()
     module.load_state_dict(both[0]["weights"])
-    source = torch.Generator().manual_seed(7)
-    x = torch.randn(36, 3, generator=source, dtype=torch.float64)
-    y = (x.sum(1) > 0).long()
     report = measure_hessian(
         module,
-        [(x[i : i + 4], y[i : i + 4]) for i in range(0, 16, 4)],
-        loss=lambda module, batch: cross_entropy(module.net(batch[0]), batch[1]),
+        whole_batches(4),
+        loss=loss_of,
         num_steps=SETTINGS["num_steps"],
         num_probes=SETTINGS["num_probes"],
     )
@@ -233,6 +265,39 @@ def test_each_process_moves_its_part_by_the_noise_of_one_process(sharded, case):
     assert {"regularizer/penalty", "regularizer/loss"} <= set(timeless[0])
 
 
+@pytest.mark.parametrize("kind", ["fsdp", "tensor"])
+def test_slices_in_shards_are_those_of_one_process(sharded, kind):
+    both = sharded(f"{kind}_slices")
+    assert both[0]["all warnings"] == both[1]["all warnings"] == []
+    first, second = (each["slices"] for each in both)
+    assert differences(first, second) == []
+    step = max(int(name.partition("/")[0]) for name in first)
+    found = {n.partition("/")[2]: v for n, v in first.items() if n.startswith(f"{step}/")}
+    assert bool(torch.isfinite(found["plane_trajectory"]).all())
+    module = Sharded()
+    module.load_state_dict(both[0]["weights"])
+    batches = held() if kind == "fsdp" else whole_batches(3)
+    assert float(found["loss"]) == pytest.approx(
+        float(sum(loss_of(module, b).detach() for b in batches) / len(batches)), rel=1e-12
+    )
+    three, common = centred(1.0, 3), {"loss": loss_of, "vectors": "entry"}
+    plane = loss_plane(module, batches, alphas=three, betas=three, evaluation="loop", **common)
+    torch.testing.assert_close(found["plane_random"], plane.loss, rtol=1e-12, atol=0)
+    for name in ("top1", "gradient"):
+        reach = float(found[f"line_{name}/reach0"])
+        line = loss_line(module, batches, directions=name, alphas=centred(reach, 3), loss=loss_of)
+        torch.testing.assert_close(found[f"line_{name}"], line.loss, rtol=1e-4, atol=0)
+    basin = basin_radii(module, batches, num_rays=1, **common)
+    torch.testing.assert_close(found["basin"], basin.radii, rtol=1e-9, atol=0)
+    if kind == "tensor":
+        convex = convexity_map(module, batches, alphas=three, betas=three, **common)
+        ends = torch.stack([convex.lambda_min, convex.lambda_max])
+        torch.testing.assert_close(found["convexity"], ends, rtol=1e-3, atol=1e-5)
+    for one, other in zip(both, sharded(f"{kind}_without"), strict=True):
+        assert differences(one["weights"], other["weights"]) == []
+        assert torch.equal(one["random"], other["random"])
+
+
 class Stub:
     """A Trainer with a strategy of some name."""
 
@@ -258,6 +323,9 @@ def test_noise_refuses_shards_that_it_cannot_move(strategy):
         callback.setup(Stub(strategy), Net(), "fit")
 
 
-def test_slices_refuse_spread_parameters():
+def test_monitors_that_move_whole_parameters_refuse_spread_ones():
+    class Whole(HessianMonitor):
+        measures_shards = False
+
     with pytest.raises(MisconfigurationException, match=r"moves whole parameters.*Train with DDP"):
-        LossLandscapeMonitor().setup(Stub("ModelParallelStrategy"), Net(), "fit")
+        Whole().setup(Stub("ModelParallelStrategy"), Net(), "fit")

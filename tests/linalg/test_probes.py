@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lla_callbacks.linalg import probes
 from lla_callbacks.linalg.probes import generator, signs
 
 FLOAT = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -31,3 +32,14 @@ def test_signs_are_independent_and_even() -> None:
 def test_signs_depend_on_the_seed() -> None:
     one, other = (signs(640, generator(seed), **FLOAT) for seed in (1, 2))
     assert abs(float((one * other).mean())) < 5 / 640**0.5
+
+
+@pytest.mark.parametrize("dim", [1, 15, 16, 63, 64, 65, 79, 80, 200])
+def test_normal_entries_drawn_in_pieces_are_those_of_one_draw(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "PIECE", 64)
+    whole = torch.randn(dim, generator=generator(5), dtype=torch.float64)
+    pieces = list(probes.normal_pieces(dim, generator(5)))
+    assert torch.equal(torch.cat(pieces), whole)
+    assert max(map(len, pieces)) < 64 + 16

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lla_callbacks.hessian.eigenvectors import leading_eigenvectors
 from lla_callbacks.linalg import probes, vectors
 from lla_callbacks.linalg.difference import DifferenceOperator
 from lla_callbacks.linalg.errors import MeasurementError
@@ -65,6 +66,8 @@ def answers(
         "norms": space.norms(cut(a), parts),
         "sums": space.sums(cut(a), parts, cut(b)),
         "coordinates": space.coordinates(here, cut(b)),
+        "products": space.products(here, cut(random(DIM, 2))),
+        "spans": space.products(here, space.orthonormal(cut(rows.T @ random(4, 4)))).det().abs(),
         "extent": space.extent(cut(a)),
         "largest": space.largest(cut(a)),
         "coefficients": coefficients,
@@ -241,6 +244,27 @@ def test_a_hessian_in_pieces_is_that_of_one_process(kind: Any, size: int) -> Non
     rtol = 1e-9 if kind is HessianOperator else 1e-6
     for found in each(size, mine):
         torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_eigenvectors_in_pieces_are_those_of_one_process(size: int) -> None:
+    def found(operator: LossOperator) -> Any:
+        with operator as hessian:
+            run = lanczos(hessian, hessian.rademacher(generator(0)), 4)
+            return leading_eigenvectors(hessian, run, 3, seed=0)
+
+    module = Bowl()
+    expected = found(HessianOperator(module.terms(0, 1), dict(module.named_parameters())))
+
+    def mine(member: Member) -> Any:
+        own = Bowl()
+        parameters = dict(own.named_parameters())
+        return found(HessianOperator(own.terms(member.rank, size), parameters, share=member))
+
+    for one in each(size, mine):
+        assert one.settled == expected.settled
+        torch.testing.assert_close(one.values, expected.values, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(one.vectors, expected.vectors, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -1,0 +1,117 @@
+"""Peak memory of a process where long vectors are in pieces: 1, 2 and 4 processes, by gloo.
+
+Run: ``python docs/benchmarks/shards.py [--hidden 2886] [--processes 1 2 4] [--depths 2 8]``. Each
+process holds a network of 50 million parameters (DDP) or its shards (FSDP2) and measures its
+Hessian at two Lanczos depths. What the peak grows by from one depth to the other is basis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lla_callbacks.hessian.measures import measure
+from lla_callbacks.hessian.settings import HessianSettings
+from lla_callbacks.linalg.shards import Everyone
+from lla_callbacks.objective.objective import Objective, trainable
+
+LAYERS = 6
+KINDS = {"DDP, exact": "exact", "DDP, differences": "difference", "FSDP2, differences": "auto"}
+
+
+def network(hidden: int, *, sharded: bool) -> nn.Module:
+    """Return a perceptron of six square layers, in shards if so said."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(LAYERS):
+        layers += [nn.Linear(hidden, hidden, bias=False), nn.Tanh()]
+    module = nn.Sequential(*layers)
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in module:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer)
+        fully_shard(module)
+    return module
+
+
+def loss(module: nn.Module, batch: Any) -> torch.Tensor:
+    return mse_loss(module(batch[0]), batch[1])
+
+
+def resident(name: str) -> float:
+    """Return an entry of the kernel's account of this process, in MiB."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def work(rank: int, size: int, port: int, kind: str, hidden: int, depths: list[int]) -> None:
+    """Measure in one process and print its peaks."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    module = network(hidden, sharded=kind.startswith("FSDP2"))
+    dim = sum(p.numel() for p in trainable(module).values())
+    source = torch.Generator().manual_seed(1)
+    batches = [tuple(torch.randn(2, 4, hidden, generator=source)) for _ in range(4)]
+    share = Everyone(torch.device("cpu"))
+    rows = []
+    for depth in [2, *depths]:
+        objective = Objective(module, batches, loss, engine=KINDS[kind], check=False)
+        settings = HessianSettings(num_steps=depth, num_probes=2)
+        Path("/proc/self/clear_refs").write_text("5")
+        before, began = resident("VmRSS"), time.perf_counter()
+        found = measure(objective, settings, share=share)
+        rows.append((depth, before, resident("VmHWM"), time.perf_counter() - began))
+        last = float(found.lambda_max), found.trace
+    mib = dim * 4 / 2**20
+    # The first round warms up what stays.
+    (low, _, low_peak, _), (high, before, high_peak, seconds) = rows[1:]
+    slope = (high_peak - low_peak) / (high - low)
+    rest = high_peak - before - high * slope
+    text = (
+        f"| {kind} | {size} | {rank} | {dim / 1e6:.1f} | {before:,.0f} | {high_peak:,.0f} | "
+        f"{slope:,.0f} | {slope / mib:.3f} | {rest / mib:.2f} | {last[0]:.9g} | {last[1]:.9g} | "
+        f"{seconds:.0f} s |"
+    )
+    for turn in range(size):
+        torch.distributed.barrier()
+        if turn == rank:
+            print(text, flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, default=2886)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--depths", type=int, nargs=2, default=[2, 8])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    chosen = parser.parse_args()
+    print(
+        "| case | processes | rank | million parameters | MiB before | peak MiB | MiB a basis "
+        "vector | in vectors | rest in vectors | lambda_max | trace | time |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for k, kind in enumerate(chosen.kinds):
+        for size in chosen.processes:
+            torch.multiprocessing.spawn(
+                work, (size, 29650 + 10 * k + size, kind, chosen.hidden, chosen.depths), size
+            )
+
+
+if __name__ == "__main__":
+    main()

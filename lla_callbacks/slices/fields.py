@@ -9,7 +9,8 @@ import numpy as np
 from lla_callbacks.objective.grid import complete_axes
 from lla_callbacks.report.style import MODES
 from lla_callbacks.report.words import written
-from lla_callbacks.slices.interpolation import refined, supported
+from lla_callbacks.slices.interpolation import refined, subdivided, supported
+from lla_callbacks.slices.pictures import Picture, picture_through
 from lla_callbacks.slices.scales import Scale, scale_of
 from lla_callbacks.slices.slices import Plane, SliceFacts
 
@@ -71,13 +72,26 @@ class Field:
         marks = self.scale.ticks(self.low, self.high)
         return [self.scale.place(v) for v in marks], [*map(written, marks)]
 
+    @property
+    def picture(self) -> Picture | None:
+        """The surface through positive losses; None of anything else."""
+        loss = self.logarithmic and self.name == "loss" and self.finite
+        return picture_through(self.x, self.y, 10.0**self.values) if loss else None
+
     def smooth(self, factor: int = 4) -> Field:
-        """Return the field on a finer grid, by a spline of what is drawn.
+        """Return the field on a finer grid: positive losses by the form that their points favour.
+
+        Anything else by a spline of what is drawn.
 
         Between four points nothing is lower or higher than they are: no value that none of them
         supports, no closed contour without a point in it.
         """
-        x, y, values = refined(self.x, self.y, self.values, factor)
+        picture = self.picture
+        if picture is None:
+            x, y, values = refined(self.x, self.y, self.values, factor)
+        else:
+            x, y = subdivided(self.x, factor), subdivided(self.y, factor)
+            values = np.log10(picture.at(x, y))
         return replace(self, x=x, y=y, values=supported(self.values, values, factor))
 
     def raster(self) -> np.ndarray:

@@ -60,8 +60,8 @@ def plane_figure(
         plane: The plane.
         title: Above the figure.
         metric: Draw this metric instead of the loss.
-        interpolate: Draw a bicubic spline of the log loss on a grid four times as fine, nowhere
-            beyond the points around.
+        interpolate: Draw the surface through the points (:mod:`~lla_callbacks.slices.pictures`) on
+            a grid four times as fine, nowhere beyond the points around.
         cap: Largest value with a colour of its own.
         scale: Lowest and highest value of the colours, so that pictures of a run share them.
         run: Lowest and highest loss of a whole run: a second bar shows where this picture is in
@@ -72,10 +72,9 @@ def plane_figure(
     fine = field
     if interpolate and field.finite:
         fine = field.smooth()
-        notes.append(
-            "Between the computed points (dots): a bicubic spline of what is drawn, within the "
-            "points around."
-        )
+        picture = field.picture
+        between = "a bicubic spline of what is drawn" if picture is None else picture.words
+        notes.append(f"Between the computed points (dots): {between}, within the points around.")
     elif interpolate:
         notes.append("Not interpolated, since a value is not finite.")
     if abs(plane.cosine) > SKEWED:

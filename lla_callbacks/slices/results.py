@@ -18,6 +18,7 @@ from lla_callbacks.slices.landscape_figures import (
     surface_figure,
 )
 from lla_callbacks.slices.line_figures import line_figure
+from lla_callbacks.slices.pictures import Picture, picture_of
 from lla_callbacks.slices.plane_figures import plane_figure
 from lla_callbacks.slices.plot_figures import (
     compared_basins,
@@ -105,6 +106,15 @@ class LossPlane(Plane, _Saved):
             f"{self.facts.num_samples} samples>"
         )
 
+    @property
+    def picture(self) -> Picture | None:
+        """The surface through the points, with an estimate of its error; None if not all finite.
+
+        Chosen and judged by the points themselves, at no further pass; see
+        :func:`~lla_callbacks.slices.pictures.picture_of`.
+        """
+        return picture_of(self)
+
     def _draw(self, axes: Axes) -> None:
         draw_plane(axes, self)
 
@@ -127,8 +137,7 @@ class LossPlane(Plane, _Saved):
         Args:
             title: Above the figure.
             metric: Draw this metric instead of the loss.
-            interpolate: Draw a spline of the log loss through the computed points, which are
-                marked.
+            interpolate: Draw :attr:`picture` through the computed points, which are marked.
             cap: Draw larger losses as this one, and say so.
             scale: Lowest and highest loss of the colours, to compare figures.
             run: Lowest and highest loss of a whole run: a second bar shows which part of it is

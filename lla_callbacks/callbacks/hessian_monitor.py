@@ -86,10 +86,10 @@ class HessianMonitor(Watching):
         dataloader: Batches to measure on instead of the first training batches.
         seed: Fixes every random vector.
         max_overhead: Share of training time, such as 0.05, that all monitors of the Trainer may
-            take together, first and last measurement included. ``None``: 0.05 (choice: what is
-            less is not felt) if no schedule is given, no limit if one is, so that an explicit
-            schedule is kept. Of several monitors the largest counts for all together, and each
-            keeps to its own.
+            take together, first and last measurement included. ``None``: 0.05 (choice: what is less
+            is not felt) if no schedule is given, no limit if one is, so that an explicit schedule
+            is kept. Of several monitors the largest counts for all together, and each keeps to its
+            own.
         eig_rtol: Stop Lanczos early at this relative residual of both extremes. KH05 then
             has the depth that ``hessian/num_steps`` says.
         trace_rtol: Stop probing early at this relative standard error.
@@ -99,13 +99,14 @@ class HessianMonitor(Watching):
             split where their samples do not see each other, and where that is not enough,
             differences of gradients take over. ``None``: half of what a training step takes, and
             256 MiB at least; a batch that cannot be split then goes through whole.
-        engine: ``"exact"``: double backward. ``"difference"``: central differences of gradients,
-            in the memory of a training step, with their own error in every result; what they
-            cannot say within 5 % is a gap. ``"auto"``: exact, and by difference where a second
-            derivative does not exist or does not fit in memory, or parameters are sharded; one
-            line in the log says so.
+        engine: ``"exact"``: double backward. ``"difference"``: central differences of gradients, in
+            the memory of a training step, with their own error in every result; what they cannot
+            say within 5 % is a gap. ``"auto"``: exact, and by difference where a second derivative
+            does not exist or does not fit in memory, or parameters are sharded; one line in the log
+            says so.
         check: Whether the loss proves itself at the first measurement of a run, for about six
-            gradients; see :func:`~lla_callbacks.measure_hessian` for this and the next.
+            gradients: two evaluations agree, the gradient is the slope of the loss, products are
+            symmetric and agree with differences of gradients.
         jacobian: Where the gradient is no derivative of the loss: ``"gap"``, or ``"measure"`` the
             Jacobian of the training gradient, marked as such.
         precision: ``"float32"``: no autocast, and half-precision weights are widened for the
@@ -113,9 +114,9 @@ class HessianMonitor(Watching):
         figures: Whether figures are drawn.
         save_arrays: Whether every result is written to
             ``<log_dir>/hessian/step_00000100.npz`` (TensorBoard thins images out).
-        save_batches: Whether checkpoints hold the data of the held batches. ``None``: a
-            fingerprint where the training loader gives them again, else the data. ``False``:
-            never; a resumed run then says where it goes on with other ones.
+        save_batches: Whether checkpoints hold the data of the held batches. ``None``: a fingerprint
+            where the training loader gives them again, else the data. ``False``: never; a resumed
+            run then says where it goes on with other ones.
         custom_scalars: Whether TensorBoard gets a layout that draws values with their
             error bands. Turn it off if you store a layout of your own.
         scalars: Which scalars loggers get: ``"few"`` (what everybody looks at), ``"criteria"`` (and

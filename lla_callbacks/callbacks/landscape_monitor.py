@@ -83,28 +83,40 @@ class LossLandscapeMonitor(Watching):
         loss: ``loss(module, batch)``; ``None`` replays ``training_step``.
         dataloader: Batches to measure on instead of the first training batches.
         seed: Fixes every random vector.
-        max_overhead: Share of training time that all monitors of the Trainer may take together;
-            see :class:`~lla_callbacks.HessianMonitor`.
+        max_overhead: Share of training time, such as 0.05, that all monitors of the Trainer may
+            take together, first and last measurement included. ``None``: 0.05 (choice: what is less
+            is not felt) if no schedule is given, no limit if one is, so that an explicit schedule
+            is kept. Of several monitors the largest counts for all together, and each keeps to its
+            own.
         time_budget: Seconds that one measurement's points may take. Points are visited from
             coarse to fine, so what is done by then is a complete coarse picture. Default 60
             (choice: nobody waits longer for a first picture).
         evaluation: ``"loop"``, ``"vmap"`` or ``"auto"``: whichever a short measurement finds
             faster.
         microbatch_size: Evaluate batches in parts of at most this many samples.
-        max_memory: Bytes that Hessian directions may take; see
-            :class:`~lla_callbacks.HessianMonitor` for this and the next two.
-        engine: How Hessian directions are computed.
-        precision: ``"float32"`` or ``"training"``.
-        check: Whether the loss proves itself at the first measurement of a run; see
-            :func:`~lla_callbacks.measure_hessian` for this and the next.
-        jacobian: Where its gradient is no derivative, what directions that rest on derivatives
-            are of.
+        max_memory: Bytes that a measurement may take beside training. Graphs that do not fit are
+            built anew for each product (3 gradients instead of 2), batches that do not fit are
+            split where their samples do not see each other, and where that is not enough,
+            differences of gradients take over. ``None``: half of what a training step takes, and
+            256 MiB at least; a batch that cannot be split then goes through whole.
+        engine: ``"exact"``: double backward. ``"difference"``: central differences of gradients, in
+            the memory of a training step, with their own error in every result; what they cannot
+            say within 5 % is a gap. ``"auto"``: exact, and by difference where a second derivative
+            does not exist or does not fit in memory, or parameters are sharded; one line in the log
+            says so.
+        precision: ``"float32"``: no autocast, and half-precision weights are widened for the
+            measurement. ``"training"``: as the Trainer has it; bfloat16 costs 1 to 4 %.
+        check: Whether the loss proves itself at the first measurement of a run, for about six
+            gradients: two evaluations agree, the gradient is the slope of the loss, products are
+            symmetric and agree with differences of gradients.
+        jacobian: Where the gradient is no derivative of the loss: ``"gap"``, or ``"measure"`` the
+            Jacobian of the training gradient, marked as such.
         figures: Whether figures are drawn.
         save_arrays: Whether every slice is written to
             ``<log_dir>/landscape/<slice>/step_00000100.npz``.
-        save_batches: Whether checkpoints hold the data of the held batches. ``None``: a
-            fingerprint where the training loader gives them again, else the data. ``False``:
-            never; a resumed run then says where it goes on with other ones.
+        save_batches: Whether checkpoints hold the data of the held batches. ``None``: a fingerprint
+            where the training loader gives them again, else the data. ``False``: never; a resumed
+            run then says where it goes on with other ones.
         scalars: Which scalars loggers get: ``"few"`` (what everybody looks at), ``"criteria"`` (and
             every criterion), ``"layers"`` (and all of each layer), ``"all"``, or a list of these
             words and of names such as ``"kh1"``; docs/measures.md has all of them. Callbacks such

@@ -39,32 +39,48 @@ class Monitor(Watching):
         every_n_train_steps: Measure every n optimizer steps.
         num_samples: Hold the first training batches until they have this many samples.
         mode: Normalization mode.
-        dropout: Whether dropout stays on.
+        dropout: Whether dropout stays on; off by default.
         loss: ``loss(module, batch)``; ``None`` replays ``training_step``.
         dataloader: Batches to measure on instead of the first training batches.
-        seed: Fixes whatever is random.
+        seed: Fixes every random vector.
         max_overhead: Share of training time, such as 0.05, that all monitors of the Trainer may
-            take together, first and last measurement included. ``None``: 0.05 (choice: what is
-            less is not felt) if no schedule is given, no limit if one is, so that an explicit
-            schedule is kept.
+            take together, first and last measurement included. ``None``: 0.05 (choice: what is less
+            is not felt) if no schedule is given, no limit if one is, so that an explicit schedule
+            is kept. Of several monitors the largest counts for all together, and each keeps to its
+            own.
         microbatch_size: Evaluate batches in parts of at most this many samples.
-        max_memory: Bytes that a measurement may take.
-        engine: How to multiply with the Hessian.
-        precision: In which arithmetic.
-        check: Whether the loss proves itself at the first measurement of a run.
-        jacobian: What is measured where its gradient is no derivative.
+        max_memory: Bytes that a measurement may take beside training. Graphs that do not fit are
+            built anew for each product (3 gradients instead of 2), batches that do not fit are
+            split where their samples do not see each other, and where that is not enough,
+            differences of gradients take over. ``None``: half of what a training step takes, and
+            256 MiB at least; a batch that cannot be split then goes through whole.
+        engine: ``"exact"``: double backward. ``"difference"``: central differences of gradients, in
+            the memory of a training step, with their own error in every result; what they cannot
+            say within 5 % is a gap. ``"auto"``: exact, and by difference where a second derivative
+            does not exist or does not fit in memory, or parameters are sharded; one line in the log
+            says so.
+        precision: ``"float32"``: no autocast, and half-precision weights are widened for the
+            measurement. ``"training"``: as the Trainer has it; bfloat16 costs 1 to 4 %.
+        check: Whether the loss proves itself at the first measurement of a run, for about six
+            gradients: two evaluations agree, the gradient is the slope of the loss, products are
+            symmetric and agree with differences of gradients.
+        jacobian: Where the gradient is no derivative of the loss: ``"gap"``, or ``"measure"`` the
+            Jacobian of the training gradient, marked as such.
         figures: Whether figures are drawn.
         save_arrays: Whether results are written beside the logs.
-        save_batches: Whether checkpoints hold the data of the held batches. ``None``: a
-            fingerprint where the training loader gives them again, else the data. ``False``:
-            never; a resumed run then says where it goes on with other ones.
+        save_batches: Whether checkpoints hold the data of the held batches. ``None``: a fingerprint
+            where the training loader gives them again, else the data. ``False``: never; a resumed
+            run then says where it goes on with other ones.
         scalars: Which scalars loggers get: ``"few"`` (what everybody looks at), ``"criteria"`` (and
             every criterion), ``"layers"`` (and all of each layer), ``"all"``, or a list of these
             words and of names such as ``"kh1"``; docs/measures.md has all of them. Callbacks such
             as EarlyStopping may ask for any.
         name: First part of the tags of what it costs; give each monitor its own.
-        batch_size: How many samples a batch has, where it does not tell.
-        parameters: Which parameters are measured; ``None``: all that are trained.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
+        parameters: Which parameters are measured: ``None`` takes all that are trained; shell
+            patterns of their names (``"generator.*"``), or of modules; or a predicate ``(name,
+            parameter) -> bool``. Another monitor may measure others.
 
     Raises:
         ValueError: If a setting is not allowed; the message says what is.

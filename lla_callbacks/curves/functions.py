@@ -88,7 +88,8 @@ def loss_curve(
         time_budget: Seconds for each of curve and line after which no further point is begun;
             points are visited from coarse to fine, both ends first.
         seed: Fixes what is random in the module.
-        batch_size: See :func:`~lla_callbacks.measure_hessian`.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or networks are not alike; by name.
@@ -166,7 +167,8 @@ def connect(
             share that a bend has in the curve, so that one rate serves both kinds.
         loss: ``loss(module, batch)``; ``None`` replays the module's ``training_step``.
         seed: Fixes ``t``, the order of batches, and what is random in the module.
-        batch_size: See :func:`~lla_callbacks.measure_hessian`.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or networks are not alike; by name.
@@ -238,15 +240,19 @@ def barrier(
             one's order, which leaves what it computes as it is; see
             :func:`~lla_callbacks.aligned`.
         points: On each line, both ends among them; 25 as in git re-basin.
-        loss: See :func:`loss_curve` for this and the rest.
-        metrics: See :func:`loss_curve`; errors, since what should be low has barriers.
-        predict: See :func:`loss_curve`.
-        mode: See :func:`loss_curve`.
-        num_samples: See :func:`loss_curve`.
-        microbatch_size: See :func:`loss_curve`.
-        evaluation: See :func:`loss_curve`.
-        seed: See :func:`loss_curve`.
-        batch_size: See :func:`~lla_callbacks.measure_hessian`.
+        loss: ``loss(module, batch)`` returns the scalar mean loss of one batch. ``None`` replays
+            the module's ``training_step``.
+        metrics: Name to a torchmetrics metric, or to a function ``(module, batch) -> scalar`` that
+            is averaged over samples. Barriers are of what should be low: give an error.
+        predict: ``predict(module, batch)`` returns predictions and targets for torchmetrics.
+        mode: ``"recalibrate"``, or ``"batch"`` (batch statistics everywhere) or ``"eval"`` (running
+            statistics, interpolated between the ends').
+        num_samples: Take batches until they have this many samples; ``None`` takes all.
+        microbatch_size: Evaluate batches in parts of at most this many samples.
+        evaluation: ``"auto"``, ``"loop"`` or ``"vmap"``.
+        seed: Fixes what is random in the module.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or networks are not alike; by name.

@@ -13,7 +13,7 @@ from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.hessian.stability import stability_limit
 from lla_callbacks.linalg.space import ParameterSpace
-from lla_callbacks.objective.build import objective_of
+from lla_callbacks.objective.build import asked, objective_of
 from lla_callbacks.objective.checks import module_of, optimizer_of
 from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.evaluation import Loss
@@ -132,6 +132,7 @@ def measure_hessian(
         MeasurementError: If the loss or a product is not finite or has no second
             derivative; the message holds the remedy.
     """
+    held = asked(locals())
     settings = HessianSettings(
         num_steps=num_steps,
         num_probes=num_probes,
@@ -149,24 +150,7 @@ def measure_hessian(
     check_precision(precision)
     optimizer_of("optimizer", optimizer)
     with at_precision(module, precision):
-        objective = objective_of(
-            module,
-            batches,
-            loss,
-            mode=mode,
-            dropout=dropout,
-            seed=seed,
-            num_samples=num_samples,
-            microbatch_size=microbatch_size,
-            max_memory=max_memory,
-            engine=engine,
-            precision=precision,
-            check=check,
-            jacobian=jacobian,
-            batch_size=batch_size,
-            matrix=matrix,
-            parameters=parameters,
-        )
+        objective = objective_of(module, batches, **held)
         limit = None
         if optimizer is not None:
             limit = stability_limit(optimizer, ParameterSpace(objective.variables))

@@ -266,9 +266,14 @@ def measure_shift(
         num_probes: Probes of the trace.
         mode: Normalization. Default ``"eval"``: the network as it is used.
         microbatch_size: Evaluate batches in parts of at most this many samples.
-        max_memory: See :func:`~lla_callbacks.measure_hessian`.
+        max_memory: Bytes that a measurement may take beside the module. Graphs that do not fit are
+            built anew for each product (3 gradients instead of 2), batches that do not fit are
+            split where their samples do not see each other, and where that is not enough,
+            differences of gradients take over. ``None``: half of what a training step takes, and
+            256 MiB at least.
         seed: Fixes every random vector and the bootstraps.
-        batch_size: See :func:`~lla_callbacks.measure_hessian`.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or a set has too few samples.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -33,16 +34,21 @@ from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.objective.training_step import check_replayable, replay_training_step
 
 
+def asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what :func:`objective_of` takes by name, among a function's own arguments."""
+    return {name: given[name] for name in _TAKEN if name in given}
+
+
 def objective_of(
     module: nn.Module,
     batches: Iterable[Any],
     loss: Loss | None,
     *,
-    mode: Mode,
-    dropout: bool,
-    seed: int,
-    num_samples: int | None,
-    microbatch_size: int | None,
+    mode: Mode = "batch",
+    dropout: bool = False,
+    seed: int = 0,
+    num_samples: int | None = None,
+    microbatch_size: int | None = None,
     max_memory: int | None = None,
     engine: Engine = "auto",
     precision: Precision = "float32",
@@ -101,3 +107,8 @@ def objective_of(
         batch_size=batch_size,
         parameters=parameters,
     )
+
+
+_TAKEN = [
+    name for name in inspect.signature(objective_of).parameters if name not in ("module", "batches")
+]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lla_callbacks.objective.build import objective_of
+from lla_callbacks.objective.build import asked, objective_of
 from lla_callbacks.objective.checks import (
     MOST_WORK,
     fraction,
@@ -74,44 +74,53 @@ def convexity_map(
     Args:
         module: Any module; a LightningModule needs no ``loss``.
         batches: Any iterable of batches; see :func:`~lla_callbacks.measure_hessian`.
-        directions: See :func:`loss_plane`.
+        directions: ``"random"`` (two), ``"hessian"`` (the top two eigenvectors), ``"hessian_ends"``
+            (top and bottom), ``"adam"``, ``"trajectory"`` (principal components of ``checkpoints``,
+            whose path is drawn), or a pair of what :func:`loss_line` takes. Or networks that the
+            plane goes through: a :class:`~lla_callbacks.Curve`, which is drawn with its ends and
+            bends (Garipov et al. 2018, figure 1), or a list of three (modules, state dicts,
+            checkpoint paths). The first of them is then the origin in the place of the present
+            weights; with batch norm take ``mode="recalibrate"``.
         alphas: Coordinates along the first direction, ascending. ``None``: 9 points.
         betas: Along the second.
-        loss: See :func:`loss_line`.
+        loss: ``loss(module, batch)`` returns the scalar mean loss of one batch. ``None`` replays
+            the module's ``training_step``.
         num_steps: Largest depth of a Lanczos run.
         rtol: A run stops once both residuals are at most this share of the largest eigenvalue.
-        normalization: See :func:`loss_line` for this and the rest.
-        vectors: See :func:`loss_line`.
-        mode: See :func:`loss_line`.
-        dropout: See :func:`loss_line`.
+        normalization: Scaling of random directions; see
+            :func:`~lla_callbacks.slices.directions.random_directions`.
+        vectors: One-dimensional parameters in random directions; likewise.
+        mode: ``"batch"``, ``"eval"`` or ``"recalibrate"`` (batch norm's statistics are estimated at
+            each point; twice the cost).
+        dropout: Whether dropout is on (one fixed mask); off by default in every mode.
         parameters: Which parameters move: ``None`` lets all that are trained, shell patterns of
             their names, or of modules, or a predicate ``(name, parameter) -> bool`` some. The
             others stay where they are.
-        optimizer: See :func:`loss_line`.
-        checkpoints: See :func:`loss_line`.
-        num_samples: See :func:`loss_line`.
-        microbatch_size: See :func:`loss_line`.
+        optimizer: Gives Adam's moments.
+        checkpoints: State dicts or modules along the path of training, oldest first.
+        num_samples: Take batches until they have this many samples; ``None`` takes all.
+        microbatch_size: Evaluate batches in parts of at most this many samples.
         time_budget: Seconds after which no further point is begun.
-        check: See :func:`loss_line`.
+        check: Whether the loss proves itself first, for about five gradients: two evaluations
+            agree, and the gradient is the slope of the loss. What came of it is in
+            ``facts.self_check``; a map of curvature asks its products too.
         seed: Fixes directions and start vectors.
-        batch_size: See :func:`~lla_callbacks.measure_hessian`.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed; the message says what is.
         TypeError: If there is neither a loss nor a replayable ``training_step``.
         MeasurementError: If the Hessian at the centre cannot be had.
     """
+    held = asked(locals())
     names = plane_names(directions)
     check_normalization(normalization, vectors)
     num_steps = whole("num_steps", num_steps, 2, MOST_WORK)
     rtol = fraction("rtol", rtol)
     budget = PointSettings(time_budget=time_budget).time_budget
     given = axes_of(alphas, betas)
-    objective = objective_of(
-        module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        parameters=parameters,
-        microbatch_size=microbatch_size, check=check, batch_size=batch_size,
-    )  # fmt: skip
+    objective = objective_of(module, batches, **held)
     prove(objective)
     source = source_of(objective, normalization, vectors, seed, optimizer, checkpoints)
     first, second = source.get(names)
@@ -168,36 +177,39 @@ def basin_radii(
         cutoff: The cutoff itself, instead of ``rise``; to compare networks of different losses.
         max_radius: How far rays are followed, in filter norms.
         rtol: Relative accuracy of each radius.
-        loss: See :func:`loss_line` for this and the rest.
-        normalization: See :func:`loss_line`.
-        vectors: See :func:`loss_line`.
-        mode: See :func:`loss_line`.
-        dropout: See :func:`loss_line`.
+        loss: ``loss(module, batch)`` returns the scalar mean loss of one batch. ``None`` replays
+            the module's ``training_step``.
+        normalization: Scaling of random directions; see
+            :func:`~lla_callbacks.slices.directions.random_directions`.
+        vectors: One-dimensional parameters in random directions; likewise.
+        mode: ``"batch"``, ``"eval"`` or ``"recalibrate"`` (batch norm's statistics are estimated at
+            each point; twice the cost).
+        dropout: Whether dropout is on (one fixed mask); off by default in every mode.
         parameters: Which parameters move: ``None`` lets all that are trained, shell patterns of
             their names, or of modules, or a predicate ``(name, parameter) -> bool`` some. The
             others stay where they are.
-        num_samples: See :func:`loss_line`.
-        microbatch_size: See :func:`loss_line`.
+        num_samples: Take batches until they have this many samples; ``None`` takes all.
+        microbatch_size: Evaluate batches in parts of at most this many samples.
         time_budget: Seconds after which no further ray is begun.
-        check: See :func:`loss_line`.
+        check: Whether the loss proves itself first, for about five gradients: two evaluations
+            agree, and the gradient is the slope of the loss. What came of it is in
+            ``facts.self_check``; a map of curvature asks its products too.
         seed: Fixes the rays.
-        batch_size: See :func:`~lla_callbacks.measure_hessian`.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed; the message says what is.
         TypeError: If there is neither a loss nor a replayable ``training_step``.
     """
+    held = asked(locals())
     check_normalization(normalization, vectors)
     num_rays = whole("num_rays", num_rays, 1, MOST_WORK)
     rtol = fraction("rtol", rtol)
     rise, max_radius = positive("rise", rise), positive("max_radius", max_radius)
     cutoff = number("cutoff", cutoff, "a loss, or None for the one that rise gives", none=True)
     budget = PointSettings(time_budget=time_budget).time_budget
-    objective = objective_of(
-        module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        parameters=parameters,
-        microbatch_size=microbatch_size, check=check, batch_size=batch_size,
-    )  # fmt: skip
+    objective = objective_of(module, batches, **held)
     prove(objective)
     found = measure_basin(
         objective,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lla_callbacks.objective.build import objective_of
+from lla_callbacks.objective.build import asked, objective_of
 from lla_callbacks.objective.checks import (
     shown,
 )
@@ -119,22 +119,20 @@ def loss_line(
             agree, and the gradient is the slope of the loss. What came of it is in
             ``facts.self_check``; a map of curvature asks its products too.
         seed: Fixes random directions and start vectors.
-        batch_size: See :func:`~lla_callbacks.measure_hessian`.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed; the message says what is.
         TypeError: If there is neither a loss nor a replayable ``training_step``.
         MeasurementError: If the loss changes the weights, or an eigenvector cannot be had.
     """
+    held = asked(locals())
     names = line_names(directions)
     settings = point_settings(metrics, predict, evaluation, time_budget)
     check_normalization(normalization, vectors)
     wanted = None if alphas is None else coordinates("alphas", alphas)
-    objective = objective_of(
-        module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        parameters=parameters,
-        microbatch_size=microbatch_size, check=check, batch_size=batch_size,
-    )  # fmt: skip
+    objective = objective_of(module, batches, **held)
     prove(objective)
     source = source_of(objective, normalization, vectors, seed, optimizer, checkpoints)
     (direction,) = source.get(names)
@@ -178,7 +176,7 @@ def loss_plane(
 ) -> LossPlane:
     """Return the loss, and any metric, over a plane through the present weights.
 
-    Like :func:`loss_line`, whose arguments are not repeated here.
+    Like :func:`loss_line`.
 
     Args:
         module: Any module.
@@ -194,27 +192,36 @@ def loss_plane(
         alphas: Coordinates along the first direction, ascending. ``None``: 17 points, 21 for
             networks.
         betas: Along the second; any number of them.
-        loss: See :func:`loss_line`.
-        metrics: See :func:`loss_line`.
-        predict: See :func:`loss_line`.
-        normalization: See :func:`loss_line`.
-        vectors: See :func:`loss_line`.
-        mode: See :func:`loss_line`.
-        dropout: See :func:`loss_line`.
+        loss: ``loss(module, batch)`` returns the scalar mean loss of one batch. ``None`` replays
+            the module's ``training_step``.
+        metrics: Name to a torchmetrics metric, or to a function ``(module, batch) -> scalar`` that
+            is averaged over samples.
+        predict: ``predict(module, batch)`` returns predictions and targets for torchmetrics;
+            ``None``: the module's output in the loss's own forward pass against ``batch[1]``.
+        normalization: Scaling of random directions; see
+            :func:`~lla_callbacks.slices.directions.random_directions`.
+        vectors: One-dimensional parameters in random directions; likewise.
+        mode: ``"batch"``, ``"eval"`` or ``"recalibrate"`` (batch norm's statistics are estimated at
+            each point; twice the cost).
+        dropout: Whether dropout is on (one fixed mask); off by default in every mode.
         parameters: Which parameters move: ``None`` lets all that are trained, shell patterns of
             their names, or of modules, or a predicate ``(name, parameter) -> bool`` some. The
             others stay where they are.
-        optimizer: See :func:`loss_line`.
-        checkpoints: See :func:`loss_line`.
-        num_samples: See :func:`loss_line`.
-        microbatch_size: See :func:`loss_line`.
-        evaluation: See :func:`loss_line`.
-        time_budget: See :func:`loss_line`.
+        optimizer: Gives Adam's moments.
+        checkpoints: State dicts or modules along the path of training, oldest first.
+        num_samples: Take batches until they have this many samples; ``None`` takes all.
+        microbatch_size: Evaluate batches in parts of at most this many samples.
+        evaluation: ``"auto"``, ``"loop"`` or ``"vmap"``.
+        time_budget: Seconds after which no further point is begun; points are visited from coarse
+            to fine, and those left out are NaN.
         file: An .npz file that is written as the grid grows. If it is there and holds this very
             grid, unfinished, the points in it are not computed again.
-        check: See :func:`loss_line`.
-        seed: See :func:`loss_line`.
-        batch_size: See :func:`~lla_callbacks.measure_hessian`.
+        check: Whether the loss proves itself first, for about five gradients: two evaluations
+            agree, and the gradient is the slope of the loss. What came of it is in
+            ``facts.self_check``; a map of curvature asks its products too.
+        seed: Fixes random directions and start vectors.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or ``file`` holds another grid.
@@ -233,6 +240,7 @@ def loss_plane(
         >>> tuple(plane.loss.shape), bool(plane.loss[1, 0] == loss(net, batch))
         ((3, 2), True)
     """
+    held = asked(locals())
     settings = point_settings(metrics, predict, evaluation, time_budget)
     check_normalization(normalization, vectors)
     given = axes_of(alphas, betas)
@@ -251,11 +259,7 @@ def loss_plane(
             stack.enter_context(through.placed(module))
         else:
             names = plane_names(directions)
-        objective = objective_of(
-            module, batches, loss, mode=mode, dropout=dropout, seed=seed, parameters=parameters,
-            num_samples=num_samples, microbatch_size=microbatch_size, check=check,
-            batch_size=batch_size,
-        )  # fmt: skip
+        objective = objective_of(module, batches, **held)
         prove(objective)
         source = source_of(objective, normalization, vectors, seed, optimizer, checkpoints)
         path, networks = None, None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lla_callbacks.alignment.functions import aligned
-from lla_callbacks.objective.build import objective_of
+from lla_callbacks.objective.build import asked, objective_of
 from lla_callbacks.objective.checks import (
     flag,
 )
@@ -65,33 +65,39 @@ def interpolate(
         align: Whether the end's hidden units are brought into the start's order first, which
             leaves what it computes as it is; see :func:`~lla_callbacks.aligned`.
         alphas: Coordinates, ascending. ``None``: 41 points from -0.5 to 1.5.
-        loss: See :func:`loss_line` for this and the rest.
-        metrics: See :func:`loss_line`.
-        predict: See :func:`loss_line`.
-        mode: See :func:`loss_line`.
-        dropout: See :func:`loss_line`.
-        num_samples: See :func:`loss_line`.
-        microbatch_size: See :func:`loss_line`.
-        evaluation: See :func:`loss_line`.
-        time_budget: See :func:`loss_line`.
-        check: See :func:`loss_line`.
+        loss: ``loss(module, batch)`` returns the scalar mean loss of one batch. ``None`` replays
+            the module's ``training_step``.
+        metrics: Name to a torchmetrics metric, or to a function ``(module, batch) -> scalar`` that
+            is averaged over samples.
+        predict: ``predict(module, batch)`` returns predictions and targets for torchmetrics;
+            ``None``: the module's output in the loss's own forward pass against ``batch[1]``.
+        mode: ``"batch"``, ``"eval"`` or ``"recalibrate"`` (batch norm's statistics are estimated at
+            each point; twice the cost).
+        dropout: Whether dropout is on (one fixed mask); off by default in every mode.
+        num_samples: Take batches until they have this many samples; ``None`` takes all.
+        microbatch_size: Evaluate batches in parts of at most this many samples.
+        evaluation: ``"auto"``, ``"loop"`` or ``"vmap"``.
+        time_budget: Seconds after which no further point is begun; points are visited from coarse
+            to fine, and those left out are NaN.
+        check: Whether the loss proves itself first, for about five gradients: two evaluations
+            agree, and the gradient is the slope of the loss. What came of it is in
+            ``facts.self_check``; a map of curvature asks its products too.
         seed: Fixes what is random in the module.
-        batch_size: See :func:`~lla_callbacks.measure_hessian`.
+        batch_size: How many samples a batch has, where it does not tell: a number, or
+            ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
 
     Raises:
         ValueError: If a setting is not allowed, or weights do not fit the module.
         TypeError: If there is neither a loss nor a replayable ``training_step``.
     """
+    held = asked(locals())
     if start is None and end is None:
         raise ValueError("start and end are both None: give at least one module or state dict.")
     settings = point_settings(metrics, predict, evaluation, time_budget)
     wanted = coordinates(
         "alphas", torch.arange(-10, 31, dtype=torch.float64) / 20 if alphas is None else alphas
     )
-    objective = objective_of(
-        module, batches, loss, mode=mode, dropout=dropout, seed=seed, num_samples=num_samples,
-        microbatch_size=microbatch_size, check=check, batch_size=batch_size,
-    )  # fmt: skip
+    objective = objective_of(module, batches, **held)
     prove(objective)
     space = space_of(objective)
     ends = [module if end is None else end for end in (start, end)]

@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALL = $(BIN)/python $(PIP)
 
-.PHONY: demo test check bitwise test-cpp test-types test-oldest test-newest lint types tests fast docs release-check homepage studies quick-studies clean
+.PHONY: demo test check bitwise test-cpp test-types test-oldest test-newest lint types tests fast docs tutorial release-check homepage studies quick-studies clean
 FAST = $(addprefix tests/,linalg objective hessian slices curves alignment minima penalty report test_layering.py test_settings.py)
 STUDIES = poison lambda_max shift layers trace_regularizer
 
@@ -72,6 +72,10 @@ quick-studies: $(VENV)/.demo
 	for study in $(STUDIES); do $(BIN)/python examples/studies/$$study.py --quick --out studies || exit 1; done
 
 # The site from docs/, in site/; an API reference from the docstrings. Warnings are errors.
+# docs/tutorial.md, from examples/tutorial.py.
+tutorial: $(VENV)/.demo
+	$(BIN)/python docs/make_tutorial.py
+
 docs: $(DOCS)/.docs
 	rm -rf site
 	$(DOCS)/bin/python -m sphinx -q -W --keep-going -c docs/site docs site

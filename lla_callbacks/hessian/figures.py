@@ -55,7 +55,8 @@ def density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figur
     _mark_extremes(whole, m)
     _draw_counts(larger, m, single)
     caption(larger, "how many curve more than that, up and down")
-    finish_measured(figure, m, title or "Hessian spectrum", headline=headline_of(m))
+    what = "Gauss-Newton spectrum" if m.matrix == "ggn" else "Hessian spectrum"
+    finish_measured(figure, m, title or what, headline=headline_of(m))
     return figure
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lla_callbacks.linalg.accumulation import inner
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.loss_operator import LossOperator
-from lla_callbacks.linalg.probes import generator, rademacher
+from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.student import widened_sem
 from lla_callbacks.objective.engines import with_hessian
@@ -48,8 +47,8 @@ def quadratic_forms(operator: LossOperator, seed: int, count: int) -> list[float
     source = generator(seed, STREAM)
     found = []
     for _ in range(count):
-        z = rademacher(operator.shape[0], source, dtype=operator.dtype, device=operator.device)
-        found.append(inner(z, operator @ z))
+        z = operator.rademacher(source)
+        found.append(operator.vectors.inner(z, operator @ z))
     return found
 
 

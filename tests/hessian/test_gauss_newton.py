@@ -154,6 +154,32 @@ def test_a_report_holds_its_share_of_the_trace() -> None:
     assert math.isnan(plain.gauss_newton_share)
 
 
+class Squares(nn.Module):
+    """Outputs that each depend on one weight, so that probes of either matrix have no error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.w**2
+
+
+def test_the_share_is_exact_where_probes_are() -> None:
+    module, y = Squares(), torch.tensor([[3.0, 1.0, 1.0]], dtype=torch.float64)
+    batches = [(torch.ones(1, 3, dtype=torch.float64), y)]
+    report = measure_hessian(
+        module, batches, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]), matrix="ggn", num_probes=2
+    )
+    w = module.w.detach()
+    ggn = float((2 / 3 * (2 * w) ** 2).sum())
+    whole = ggn + float((4 / 3 * (w**2 - y)).sum())
+    assert report.trace == pytest.approx(ggn)
+    assert report.hessian_trace == pytest.approx(whole)
+    assert report.gauss_newton_share == pytest.approx(ggn / whole)
+    assert report.gauss_newton_share_error < 1e-9
+
+
 def _penalized(m: Any, b: Batch) -> Tensor:
     return F.mse_loss(m(b[0]), b[1]) + 0.1 * sum(p.square().sum() for p in m.parameters())
 

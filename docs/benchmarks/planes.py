@@ -33,6 +33,7 @@ from trace_estimators import train
 
 from lla_callbacks import loss_plane
 from lla_callbacks.slices.interpolation import spline_matrix
+from lla_callbacks.slices.pictures import picture_through, straight_matrix
 
 EVALUATIONS = ("loop", "vmap", "auto")
 SIDES = (13, 17, 21, 26)  # points a side of our pictures
@@ -240,11 +241,6 @@ def time_case(case: Case, mode: str) -> tuple[Cost, Cost]:
 # --- The error of a picture. -----------------------------------------------------------------
 
 
-def straight_matrix(x: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Return the matrix that takes values at ``x`` to straight lines between them ``at``."""
-    return np.stack([np.interp(at, x, column) for column in np.eye(len(x))], axis=1)
-
-
 def nearest_matrix(x: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Return the matrix that takes values at ``x`` to the nearest of them ``at``."""
     return np.eye(len(x))[np.abs(at[:, None] - x).argmin(axis=1)]
@@ -289,15 +285,18 @@ def draw_case(case: Case, mode: str, costs: tuple[Cost, Cost]) -> list[str]:
     )
     truth = ours(case, mode, "auto", axes).loss.log10().numpy()
     at_x, at_y = (axis.numpy() for axis in axes)
-    spline: dict[int, tuple[float, float]] = {}
+    drawn: dict[int, tuple[float, float]] = {}
+    told: dict[int, list[str]] = {}
     others: dict[str, dict[int, float]] = {"bilinear": {}, "loss": {}, "nearest": {}, "zigzag": {}}
     for side in case.sides:
         x = even(side).numpy()
-        values = ours(case, mode, "auto", (even(side),) * 2).loss.log10().numpy()
-        smooth_x, smooth_y = (spline_matrix(x, at) for at in (at_x, at_y))
+        loss = ours(case, mode, "auto", (even(side),) * 2).loss.numpy()
+        values = np.log10(loss)
+        picture = picture_through(x, x, loss)
         line_x, line_y = (straight_matrix(x, at) for at in (at_x, at_y))
         near_x, near_y = (nearest_matrix(x, at) for at in (at_x, at_y))
-        spline[side] = errors(smooth_x @ values @ smooth_y.T, truth)
+        drawn[side] = errors(np.log10(picture.at(at_x, at_y)), truth)
+        told[side] = [f"{picture.error:.4f}", picture.form.name.removeprefix("a bicubic ")]
         others["bilinear"][side] = errors(line_x @ values @ line_y.T, truth)[0]
         others["loss"][side] = errors(np.log10(line_x @ 10**values @ line_y.T), truth)[0]
         others["nearest"][side] = errors(near_x @ values @ near_y.T, truth)[0]
@@ -309,12 +308,12 @@ def draw_case(case: Case, mode: str, costs: tuple[Cost, Cost]) -> list[str]:
             continue
         label = f"{case.name}, {mode}" if side == SIDES[0] else ""
         cells = [label, span if label else "", f"{side}×{side}"]
-        cells += [f"{e:.4f}" for e in spline[side]]
+        cells += [*(f"{e:.4f}" for e in drawn[side]), *told[side]]
         cells += [f"{found[side]:.4f}" for found in others.values()]
         print("| " + " | ".join(cells) + " |", flush=True)
         cells = [label, f"{side}×{side}"]
         for kind in ("bilinear", "zigzag"):
-            needed, mark = side_for(spline[side][0], others[kind])
+            needed, mark = side_for(drawn[side][0], others[kind])
             ratio = costs[0].of(needed**2) / costs[1].of(side**2)
             points = (needed / side) ** 2
             cells += [f"{mark}{needed:.0f}", f"{mark}{points:.1f}", f"**{mark}{ratio:.1f}**"]
@@ -376,7 +375,8 @@ def main() -> None:
         for mode in case.modes:
             costs[case.name, mode] = time_case(case, mode)
     print()
-    heading("network", "log10 of the loss", "points", "spline: mean", "p95", "bilinear",
+    heading("network", "log10 of the loss", "points", "ours: mean", "p95", "its estimate",
+            "its form", "bilinear",
             "bilinear of the loss", "nearest", "zig-zag, bilinear")  # fmt: skip
     rows = [draw_case(c, c.modes[-1], costs[c.name, c.modes[-1]]) for c in found]
     print()

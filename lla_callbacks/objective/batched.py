@@ -78,7 +78,7 @@ class BatchedEvaluator:
 
         Args:
             count: Its points.
-            seconds: Its wall time.
+            seconds: What it took.
         """
         each = seconds / count
         if count < self.size or self._seconds == 0.0:  # the last ones, or it is settled

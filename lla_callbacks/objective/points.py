@@ -23,8 +23,10 @@ from lla_callbacks.objective.objective import Objective
 Evaluation = Literal["auto", "loop", "vmap"]
 
 # A pass of fewer seconds than this is bound by launching its operations, and only then does
-# batching points pay (docs/benchmarks/planes.md).
-LAUNCH_BOUND = 0.002
+# batching points pay (docs/benchmarks/planes.md); a processor launches faster than a device.
+LAUNCH_BOUND, LAUNCH_BOUND_ON_CPU = 0.002, 0.00025
+# Many points at once that take so much longer than alone are not tried again.
+HOPELESS = 1.5
 # Seconds between two calls of `keep`.
 KEEP_EVERY = 5.0
 
@@ -180,6 +182,10 @@ class _Visit:
         # Numbers go in and out of these without a tensor each.
         self._coordinates = self.points.tolist()
         self._table, self._done = self.table.numpy(), self.done.numpy()
+        # What other processes do meanwhile counts against the longer passes; a device is waited
+        # for.
+        self._on_cpu = self.evaluate.objective.device.type == "cpu"
+        self._clock = time.thread_time if self._on_cpu else time.perf_counter
 
     def all(self, mine: Sequence[int], exact: Sequence[int]) -> str:
         """Evaluate points in this order and return how."""
@@ -193,7 +199,7 @@ class _Visit:
                 self._one(waiting.pop(0))
                 continue
             chunk = waiting[: batched.size]
-            began = time.perf_counter()
+            began = self._clock()
             try:
                 found = batched(self.points[chunk])
             except Exception:
@@ -202,7 +208,7 @@ class _Visit:
                 # Out of memory, say: the loop needs less.
                 batched = None
                 continue
-            batched.learn(len(chunk), time.perf_counter() - began)
+            batched.learn(len(chunk), self._clock() - began)
             waiting = waiting[len(chunk) :]
             self._book(chunk, found)
         return "loop" if batched is None else "vmap"
@@ -229,13 +235,14 @@ class _Visit:
         # that is compared with the loop.
         trial, waits = waiting[:4], []
         for i in trial:
-            began = time.perf_counter()
+            began = self._clock()
             self._one(i)
-            waits.append(time.perf_counter() - began)
+            waits.append(self._clock() - began)
             waiting.remove(i)
         # What else the machine does meanwhile only makes it longer.
         alone = min(waits)
-        if alone > LAUNCH_BOUND or self._late():
+        bound = LAUNCH_BOUND_ON_CPU if self._on_cpu else LAUNCH_BOUND
+        if alone > bound or self._late():
             return None
         try:
             batched = BatchedEvaluator(self.evaluate, self.family)
@@ -245,14 +252,16 @@ class _Visit:
             # The second pass has twice as many points, and memory that is warm.
             for _ in range(2):
                 chunk = waiting[: batched.size]
-                began = time.perf_counter()
+                began = self._clock()
                 found = batched(self.points[chunk])
-                together = time.perf_counter() - began
+                together = self._clock() - began
                 self._book(chunk, found)
                 del waiting[: len(chunk)]
                 batched.learn(len(chunk), together)
                 if together < alone * len(chunk):
                     return batched
+                if not waiting or together > HOPELESS * alone * len(chunk):
+                    return None
         except Exception:  # noqa: BLE001 - vmap knows not every operation; the loop does
             return None
         return None

@@ -63,6 +63,7 @@ OF_TORCH = {
     "_data_address",
     "_checkpoint_without_reentrant_generator_impl",
     "_foreach_add_",
+    "_storage_Use_Count",
     "_foreach_copy_",
     "_foreach_lerp_",
     "_lazy_clone",

@@ -47,6 +47,7 @@ NETWORKS = {
 }
 METHODS = {
     "perturbation": {},
+    "noise": {"estimator": "noise"},
     "difference": {"estimator": "difference"},
     "gauss_newton": {"estimator": "gauss_newton"},
     "exact": {"estimator": "exact"},

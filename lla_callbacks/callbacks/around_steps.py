@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -14,6 +14,25 @@ _MISSING = object()
 # Hooks in which users read weights between forward and backward pass: averages, mostly.
 _READS_BETWEEN = "on_before_zero_grad"
 _OWN = ("Callback." + _READS_BETWEEN, "ModelHooks." + _READS_BETWEEN)
+
+
+class Mover(Protocol):
+    """Who moves weights."""
+
+    def move(self) -> bool:
+        """Move them; return whether it is done."""
+
+    def put_back(self) -> None:
+        """Put them back."""
+
+    def pause(self) -> None:
+        """Put them back for a moment, in which a graph may be alive."""
+
+    def resume(self) -> None:
+        """End the moment: the same bits as before it."""
+
+    def note(self, loss: Tensor) -> None:
+        """Take note of a loss that a backward pass begins with, before it is scaled."""
 
 
 class AroundSteps:
@@ -34,24 +53,19 @@ class AroundSteps:
     Args:
         trainer: While it trains.
         module: Its module.
-        move: Moves the weights; returns whether it did. It must go to the same place again.
-        put_back: Puts them back; does nothing where they are back.
-        note: Is given every loss that a backward pass begins with, before it is scaled.
+        mover: Who moves the weights.
     """
 
     def __init__(
         self,
         trainer: Any,
         module: Any,
-        move: Callable[[], bool],
-        put_back: Callable[[], None],
-        note: Callable[[Tensor], None],
+        mover: Mover,
     ) -> None:
-        self._trainer, self._module = trainer, module
-        self._move_weights, self._put_weights_back, self._note = move, put_back, note
-        # The weights are away; they were and shall be again; a manual step runs; an optimizer
-        # of Lightning's steps.
-        self._away = self._shall_return = self._inside = self._stepping = False
+        self._trainer, self._module, self._mover = trainer, module, mover
+        # The weights are away; they are back for a moment; a manual step runs; an optimizer of
+        # Lightning's steps.
+        self._away = self._paused = self._inside = self._stepping = False
         self._patches: list[tuple[Any, str, Any, Any]] = []
         self._handles: list[Any] = []
         self._lazy: list[Any] = []
@@ -68,7 +82,8 @@ class AroundSteps:
 
     def put_back(self) -> None:
         """Put the weights back, and expect nothing more of this step."""
-        self._shall_return = False
+        if self._paused:
+            self._resume()
         self._go_back()
 
     def remove(self) -> None:
@@ -89,7 +104,7 @@ class AroundSteps:
     # -- to and fro -----------------------------------------------------------------------
 
     def _go(self) -> None:
-        if not self._away and self._move_weights():
+        if not self._away and self._mover.move():
             self._away = True
             # What a sharded part has gathered is from before.
             reshard(self._module)
@@ -97,8 +112,17 @@ class AroundSteps:
     def _go_back(self) -> None:
         if self._away:
             self._away = False
-            self._put_weights_back()
+            self._mover.put_back()
             reshard(self._module)
+
+    def _pause(self) -> None:
+        # Not resharded: a graph is alive that may need what was gathered.
+        self._mover.pause()
+        self._paused = True
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._mover.resume()
 
     def _patch(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         before = vars(owner).get(name, _MISSING)
@@ -128,18 +152,16 @@ class AroundSteps:
             if loss is None or not automatic:
                 self._go_back()
             elif self._someone_reads and self._away:
-                self._go_back()
-                self._shall_return = True
+                self._pause()
         return output
 
     def _backward(
         self, original: Callable[..., Any], closure_loss: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if self._shall_return:
-            self._shall_return = False
-            self._go()
+        if self._paused:
+            self._resume()
         if self._away:
-            self._note(closure_loss.detach())
+            self._mover.note(closure_loss.detach())
         try:
             return original(closure_loss, *args, **kwargs)
         except BaseException:
@@ -174,14 +196,13 @@ class AroundSteps:
             self._await_next_pass()
 
     def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self._away:
+        if not self._away or self._paused:
             return original(*args, **kwargs)
-        # Not resharded: a graph may be alive that needs what was gathered.
-        self._put_weights_back()
+        self._pause()
         try:
             return original(*args, **kwargs)
         finally:
-            self._move_weights()
+            self._resume()
 
     def _before_any_step(self, optimizer: Any, *_: Any) -> None:
         """Put weights back before an optimizer that is stepped past Lightning."""

@@ -57,7 +57,7 @@ class NoisePenalty:
         """Take the Trainer's steps between move and return, from now on."""
         self.end()
         self._module = module
-        self._around = AroundSteps(trainer, module, self._move, self._put_back, self._note)
+        self._around = AroundSteps(trainer, module, self)
 
     def end(self) -> None:
         """Put weights and Trainer back as they were, and forget them."""
@@ -100,7 +100,10 @@ class NoisePenalty:
             self._around.put_back()
         self._armed = False
 
-    def _move(self) -> bool:
+    # -- what is asked of it around a step --------------------------------------------------
+
+    def move(self) -> bool:
+        """Move the weights, if this step is to be displaced."""
         if not self._armed or self._displacement is None:
             return False
         began = time.monotonic()
@@ -109,7 +112,18 @@ class NoisePenalty:
         self._seconds += time.monotonic() - began
         return True
 
-    def _put_back(self) -> None:
+    def pause(self) -> None:
+        """Have the weights back for a moment."""
+        assert self._displacement is not None
+        self._displacement.pause()
+
+    def resume(self) -> None:
+        """Have them away again, to the bit."""
+        assert self._displacement is not None
+        self._displacement.resume()
+
+    def put_back(self) -> None:
+        """Put them back; complain of a change that is lost."""
         assert self._displacement is not None
         began = time.monotonic()
         changed = self._displacement.put_back()
@@ -123,7 +137,8 @@ class NoisePenalty:
                 "after the backward pass, or use estimator='perturbation'."
             )
 
-    def _note(self, loss: Tensor) -> None:
+    def note(self, loss: Tensor) -> None:
+        """Keep the loss of a step that is logged."""
         if self._logging:
             self._losses.append(loss)
 

@@ -16,6 +16,7 @@ from lla_callbacks.objective.loss import Loss
 from lla_callbacks.objective.objective import trainable
 from lla_callbacks.objective.state import preserved
 from lla_callbacks.penalty.displacement import DisplacedLoss
+from lla_callbacks.penalty.elsewhere import Elsewhere
 from lla_callbacks.penalty.middle import penalized_parameters
 
 
@@ -25,6 +26,9 @@ class Penalized:
     Args:
         owner: What messages begin with.
         layers: As the user gave them.
+
+    Attributes:
+        place: Where they stand meanwhile.
     """
 
     def __init__(self, owner: str, layers: Any) -> None:
@@ -32,6 +36,7 @@ class Penalized:
         self._layers = layers
         self._space: tuple[str, ...] = ()
         self._names: list[str] = []
+        self.place = Elsewhere()
 
     def names(
         self, module: Any, space: ParameterSpace, evaluate: Callable[[], Tensor]
@@ -113,4 +118,5 @@ def loss_around(
         key=(step,),
         relative=relative,
         loss_scale=loss_scale(trainer) if autocast else 1.0,
+        place=penalized.place,
     )

@@ -49,4 +49,12 @@ class _Surrogate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        return None, *ctx.gradients
+        # Handed over, not lent: a gradient that nobody else holds becomes the parameter's own
+        # without a copy.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "the loss is differentiated twice, and the gradient that takes the place of its "
+                "own is there once: leave out the second backward pass."
+            )
+        return None, *gradients

@@ -198,6 +198,7 @@ class HessianTraceRegularizer(ComesHome):
             announce(trainer, type(self).__name__, self.strength)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._penalized.place.forget()
         if self._noise is not None:
             self._noise.end()
 

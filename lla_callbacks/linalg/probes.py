@@ -64,10 +64,29 @@ def signs(dim: int, source: torch.Generator, *, dtype: torch.dtype, device: torc
     of the time (0.9 against 6.6 ns an entry, measured): for vectors drawn at every training
     step, where that counts.
     """
-    words = torch.randint(-(2**63), 2**63 - 1, (-(-dim // 64),), generator=source)
-    octets = words.view(torch.uint8).to(torch.int32)
-    return _EIGHT_SIGNS.index_select(0, octets).reshape(-1)[:dim].to(device=device, dtype=dtype)
+    words = sign_words(dim, source)
+    return signs_between(words, 0, dim, EIGHT_SIGNS.to(dtype)).to(device)
+
+
+def sign_words(dim: int, source: torch.Generator) -> Tensor:
+    """Return the random words of ``dim`` :func:`signs`, 64 signs each."""
+    return torch.randint(-(2**63), 2**63 - 1, (-(-dim // 64),), generator=source)
+
+
+def signs_between(words: Tensor, start: int, stop: int, table: Tensor) -> Tensor:
+    """Return some of the signs of words, as entries of a table.
+
+    Args:
+        words: Of :func:`sign_words`.
+        start: First sign.
+        stop: One past the last.
+        table: :data:`EIGHT_SIGNS` in some dtype, perhaps times a number: then nothing else needs
+            to be multiplied by it.
+    """
+    octets = words.view(torch.uint8)[start // 8 : -(-stop // 8)].to(torch.int32)
+    found = table.index_select(0, octets).view(-1)
+    return found[start % 8 : start % 8 + stop - start]
 
 
 # The signs that the bits of each octet stand for, (256, 8).
-_EIGHT_SIGNS = (2 * (torch.arange(256)[:, None] >> torch.arange(8) & 1) - 1).to(torch.int8)
+EIGHT_SIGNS = (2 * (torch.arange(256)[:, None] >> torch.arange(8) & 1) - 1).to(torch.int8)

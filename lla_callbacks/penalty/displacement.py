@@ -10,8 +10,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.probes import generator, signs
+from lla_callbacks.linalg.probes import (
+    EIGHT_SIGNS,
+    generator,
+    sign_words,
+    signs,
+    signs_between,
+)
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.penalty.elsewhere import Elsewhere
 
 # One gradient per parameter of a space, in its order; None where the loss sees none of it.
 Gradients = tuple[Tensor | None, ...]
@@ -19,6 +26,8 @@ Gradients = tuple[Tensor | None, ...]
 
 # Entries of a probe that are drawn at once: 4 MiB, small beside any network that is larger.
 GROUP_SIZE = 2**20
+# Entries that are moved at once: 1 MiB.
+PIECE = 2**18
 
 
 class DisplacedLoss:
@@ -44,6 +53,7 @@ class DisplacedLoss:
         relative: Whether steps are in units of each tensor's root mean square.
         loss_scale: Factor on the loss in the backward pass, taken out of gradients again;
             for half precision, where small gradients vanish.
+        place: Where the weights stand meanwhile, whose memory is kept from one loss to the next.
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class DisplacedLoss:
         key: Sequence[int] = (),
         relative: bool = False,
         loss_scale: float = 1.0,
+        place: Elsewhere | None = None,
     ) -> None:
         names = set(chosen)
         self.evaluate = evaluate
@@ -66,6 +77,7 @@ class DisplacedLoss:
         self._seed = seed
         self._key = tuple(key)
         self._loss_scale = loss_scale
+        self._place = Elsewhere() if place is None else place
         self._originals: list[Tensor] = []
         self._groups = _grouped(self.weights)
 
@@ -87,24 +99,40 @@ class DisplacedLoss:
     @contextmanager
     def displacing(self) -> Iterator[None]:
         """Allow displaced passes inside; the weights, to the bit, come back on leaving."""
-        self._originals = [w.detach().clone() for w in self.weights]
+        place = self._place
+        with torch.no_grad():
+            place.leave(self.weights)
+        self._originals = place.starts
         try:
             yield
         finally:
-            for w, original in zip(self.weights, self._originals, strict=True):
-                # .data: a graph that the user still holds does not see a new version.
-                w.data.copy_(original)
+            with torch.no_grad():
+                place.back()
+            place.let_go()
             self._originals = []
 
+    @torch.no_grad()
     def move(self, distance: float, probe: int) -> None:
         """Put the weights at ``theta + distance s z``."""
-        triples = zip(self.weights, self._originals, self.signs(probe), strict=True)
-        for w, original, z in triples:
-            scale = _rms(original) * distance if self.relative else distance
-            # In pieces: signs as wide as the weights are never held as a whole.
-            pieces = zip(*(_pieces(t) for t in (w.data, original, z)), strict=True)
-            for target, start, direction in pieces:
-                torch.add(start, direction.to(start.dtype).mul_(scale), out=target)
+        source = generator(self._seed, *self._key, probe)
+        pairs = iter(zip(self._place.starts, self._place.targets, strict=True))
+        for group in self._groups:
+            starts, targets = (list(x) for x in zip(*(next(pairs) for _ in group), strict=True))
+            words = sign_words(sum(w.numel() for w in group), source).to(group[0].device)
+            table = EIGHT_SIGNS.to(group[0].device, group[0].dtype) * distance
+            if len(group) > 1:
+                _move_small(targets, starts, words, table, relative=self.relative)
+                continue
+            if self.relative:
+                table = table * _rms(starts[0])
+            place = 0
+            # In pieces that stay in a processor's cache; signs as wide as the weights are never
+            # held as a whole.
+            for target, start in zip(_pieces(targets[0]), _pieces(starts[0]), strict=True):
+                step = signs_between(words, place, place + start.numel(), table)
+                torch.add(start, step.view(start.shape), out=target)
+                place += start.numel()
+        self._place.arrive()
 
     def gradient(self, distance: float, probe: int) -> tuple[Tensor, Gradients]:
         """Return ``phi(distance)`` and its gradient, at the price of one gradient."""
@@ -202,13 +230,26 @@ def combined(*terms: tuple[float, Gradients]) -> Gradients:
     return tuple(found)
 
 
+def _move_small(
+    targets: list[Tensor], starts: list[Tensor], words: Tensor, table: Tensor, *, relative: bool
+) -> None:
+    """Move several small tensors, with few calls for all of them."""
+    sizes = [start.numel() for start in starts]
+    flat = torch.split(signs_between(words, 0, sum(sizes), table), sizes)
+    steps = [step.view(start.shape) for step, start in zip(flat, starts, strict=True)]
+    if relative:
+        steps = [step * _rms(start) for step, start in zip(steps, starts, strict=True)]
+    torch._foreach_add_(steps, starts)
+    torch._foreach_copy_(targets, steps)
+
+
 def _grouped(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Return small tensors together, since each draw has a price, and large ones alone."""
     groups: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:
         room -= tensor.numel()
-        if room < 0:
+        if room < 0 or groups[-1][0].dtype != tensor.dtype:
             groups.append([])
             room = GROUP_SIZE - tensor.numel()
         groups[-1].append(tensor)
@@ -217,9 +258,9 @@ def _grouped(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     """Return views of a tensor, a number of rows each."""
-    if tensor.numel() <= GROUP_SIZE or tensor.ndim == 0:
+    if tensor.numel() <= PIECE or tensor.ndim == 0:
         return [tensor]
-    return torch.split(tensor, max(1, GROUP_SIZE * len(tensor) // tensor.numel()))
+    return torch.split(tensor, max(1, PIECE * len(tensor) // tensor.numel()))
 
 
 def _rms(tensor: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.probes import EIGHT_SIGNS, signs_between
 from lla_callbacks.linalg.space import is_spread, local_part, whole
+from lla_callbacks.penalty.elsewhere import Elsewhere
 
 # Parts that torch's and Lightning's wrappers put into the names of parameters: a wrapped network
 # draws what the bare one draws.
@@ -37,9 +39,6 @@ class Displacement:
         parameters: By name; distributed tensors are moved in place, each process its own part.
         seed: Fixes the signs, together with the keys.
         relative: Whether steps are in units of each tensor's root mean square.
-
-    Attributes:
-        is_displaced: Whether the parameters are away at present.
     """
 
     def __init__(
@@ -47,12 +46,12 @@ class Displacement:
     ) -> None:
         self.parameters = dict(parameters)
         self.relative = relative
-        self.is_displaced = False
         self._seed = seed
         self._names = [_bare(name) for name in parameters]
-        self._originals: list[Tensor] = []
+        self._elsewhere = Elsewhere()
         self._scales: list[Tensor] = []
-        self._versions: list[int] = []
+        # A bit a sign, for both signs of a pair.
+        self._drawn: tuple[tuple[int, ...] | None, list[Tensor]] = (None, [])
         self._distance = 0.0
         self._key: tuple[int, ...] = ()
         self._groups = _grouped(list(self.parameters.values()))
@@ -60,48 +59,66 @@ class Displacement:
         device = next(iter(self.parameters.values())).device
         self._ramp = torch.arange(longest, device=device).mul_(_signed(_GOLDEN))
 
+    @property
+    def is_displaced(self) -> bool:
+        """Whether the parameters are away at present."""
+        return self._elsewhere.is_away
+
     @torch.no_grad()
     def move(self, distance: float, key: Sequence[int]) -> None:
         """Go to ``theta + distance s z(key)``, from ``theta`` whatever stands there now."""
-        weights = self._local()
-        if not self.is_displaced:
-            if not self._originals:
-                self._originals = [torch.empty_like(w) for w in weights]
-            torch._foreach_copy_(self._originals, weights)
+        place = self._elsewhere
+        if not place.is_away:
+            place.leave(list(self.parameters.values()))
             if self.relative:
                 self._scales = [whole(_rms(p.detach())) for p in self.parameters.values()]
-            self._versions = [p._version for p in self.parameters.values()]
-            # Only now: whoever interrupts what follows can put back what is there.
-            self.is_displaced = True
         self._distance, self._key = distance, tuple(key)
-        for pieces, steps in self._steps(distance):
-            starts = [self._originals[p.position][p.rows] for p in pieces]
-            targets = [weights[p.position][p.rows] for p in pieces]
-            # Not by adding in place: to be called again from within itself must do no harm.
-            if len(pieces) == 1:
-                torch.add(starts[0], steps[0], out=targets[0])
-            else:
-                torch._foreach_add_(steps, starts)
-                torch._foreach_copy_(targets, steps)
+        self._write([True] * len(place.starts))
+        place.arrive()
 
-    @torch.no_grad()
+    def _write(self, wanted: Sequence[bool]) -> None:
+        place = self._elsewhere
+        for pieces, steps in self._steps(self._distance):
+            pairs = [(p, s) for p, s in zip(pieces, steps, strict=True) if wanted[p.position]]
+            starts = [place.starts[p.position][p.rows] for p, _ in pairs]
+            targets = [place.targets[p.position][p.rows] for p, _ in pairs]
+            # Not by adding to the targets: to be called again from within itself must do no harm.
+            if len(pairs) == 1:
+                torch.add(starts[0], pairs[0][1], out=targets[0])
+            elif pairs:
+                moved = [step for _, step in pairs]
+                torch._foreach_add_(moved, starts)
+                torch._foreach_copy_(targets, moved)
+
     def put_back(self) -> list[str]:
         """Return to ``theta``, bit for bit; nothing happens where the parameters are there.
 
         Returns:
             Names of parameters that somebody has changed in place meanwhile: their change is lost.
         """
-        if not self.is_displaced:
-            return []
-        torch._foreach_copy_(self._local(), self._originals)
-        self.is_displaced = False
-        items = zip(self.parameters.items(), self._versions, strict=True)
-        return [name for (name, p), version in items if p._version != version]
+        names = list(self.parameters)
+        with torch.no_grad():
+            changed = [names[i] for i in self._elsewhere.back()]
+        self._elsewhere.let_go()
+        return changed
+
+    @torch.no_grad()
+    def pause(self) -> None:
+        """Have the parameters back for a moment; a graph may be alive that was made while away."""
+        self._elsewhere.pause()
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Have them where they were before the pause, bit for bit."""
+        wanted = self._elsewhere.resume()
+        if any(wanted):
+            self._write(wanted)
+        self._elsewhere.arrive()
 
     def forget(self) -> None:
-        """Let go of the copy, which is kept from move to move."""
+        """Let go of the memory, which is kept from move to move."""
         self.put_back()
-        self._originals = []
+        self._elsewhere = Elsewhere()
 
     @torch.no_grad()
     def slope(self, gradients: Sequence[Tensor | None]) -> Tensor:
@@ -135,7 +152,7 @@ class Displacement:
 
     def signs(self, key: Sequence[int]) -> dict[str, Tensor]:
         """Return ``z`` by name, of the local parts."""
-        found = [torch.empty_like(w) for w in self._local()]
+        found = [torch.empty_like(local_part(p)) for p in self.parameters.values()]
         kept, self._key = self._key, tuple(key)
         for pieces, steps in self._steps(1.0, scaled=False):
             for piece, step in zip(pieces, steps, strict=True):
@@ -145,17 +162,18 @@ class Displacement:
 
     # -- in pieces ------------------------------------------------------------------------
 
-    def _local(self) -> list[Tensor]:
-        # .data: a graph that the user holds does not see a new version.
-        return [local_part(p).data for p in self.parameters.values()]
-
     def _steps(
         self, distance: float, *, scaled: bool = True
     ) -> Iterator[tuple[list[_Piece], list[Tensor]]]:
         """Yield ``distance s z``, some pieces at a time, each in the shape of its rows."""
-        keys = [_key(self._seed, *self._key, name) for name in self._names]
-        for group in self._groups:
-            steps = group.signs([keys[p.position] for p in group.pieces], distance, self._ramp)
+        if self._drawn[0] != self._key:
+            keys = [_key(self._seed, *self._key, name) for name in self._names]
+            words = [
+                g.words([keys[p.position] for p in g.pieces], self._ramp) for g in self._groups
+            ]
+            self._drawn = (self._key, words)
+        for group, drawn in zip(self._groups, self._drawn[1], strict=True):
+            steps = group.signs(drawn, distance)
             if self.relative and scaled:
                 scales = (self._scales[p.position] for p in group.pieces)
                 steps = [step * scale for step, scale in zip(steps, scales, strict=True)]
@@ -213,41 +231,43 @@ class _Group:
         self._counts = torch.tensor(words, device=like.device)
         self._starts = [sum(words[:i]) for i in range(len(words))]
 
-    def signs(self, keys: list[int], factor: float, ramp: Tensor) -> list[Tensor]:
-        """Return ``factor`` times the signs of each piece."""
+    def words(self, keys: list[int], ramp: Tensor) -> Tensor:
+        """Return random words from the keys of each piece's parameter, a bit a sign."""
         if self.is_scattered:
-            return [
-                self._scattered(p, key, factor) for p, key in zip(self.pieces, keys, strict=True)
-            ]
+            return self._scattered(keys[0])
         # Word j of a parameter is mixed from key + (j + 1) golden.
         bases = [
             _signed(key + (p.first // _BITS - start + 1) * _GOLDEN)
             for p, key, start in zip(self.pieces, keys, self._starts, strict=True)
         ]
-        words = ramp[: self.num_words]
+        ramp = ramp[: self.num_words]
         if len(bases) == 1:
-            words = words + bases[0]
-        else:
-            base = torch.tensor(bases, device=self.device)
-            words = words + base.repeat_interleave(self._counts, output_size=self.num_words)
-        table = _eight_signs(self.device).to(self.dtype) * factor
-        octets = _mixed(words).view(torch.uint8).to(torch.int32)
-        flat = table.index_select(0, octets).view(-1)
+            return _mixed(ramp + bases[0])
+        base = torch.tensor(bases, device=self.device)
+        return _mixed(base.repeat_interleave(self._counts, output_size=self.num_words).add_(ramp))
+
+    def signs(self, words: Tensor, factor: float) -> list[Tensor]:
+        """Return ``factor`` times the signs of each piece."""
+        if self.is_scattered:
+            return [words.to(self.dtype).mul_(factor).view(self.pieces[0].shape)]
+        table = EIGHT_SIGNS.to(self.device, self.dtype) * factor
+        flat = signs_between(words, 0, len(words) * _BITS, table)
         found = []
         for p, size, start in zip(self.pieces, self.sizes, self._starts, strict=True):
             place = start * _BITS + p.first % _BITS
             found.append(flat[place : place + size].view(p.shape))
         return found
 
-    def _scattered(self, piece: _Piece, key: int, factor: float) -> Tensor:
-        assert piece.indices is not None
-        places: Tensor | int = 0
-        for i, index in enumerate(piece.indices):
-            places = places + index.view([-1 if j == i else 1 for j in range(len(piece.shape))])
-        assert isinstance(places, Tensor)
+    def _scattered(self, key: int) -> Tensor:
+        """Return signs in int8, of entries that do not follow each other."""
+        indices, shape = self.pieces[0].indices, self.pieces[0].shape
+        assert indices is not None
+        places = torch.zeros((), dtype=torch.int64, device=self.device)
+        for i, index in enumerate(indices):
+            places = places + index.view([-1 if j == i else 1 for j in range(len(shape))])
         words = _mixed((places // _BITS + 1) * _signed(_GOLDEN) + _signed(key))
         bits = words.bitwise_right_shift_(places % _BITS).bitwise_and_(1)
-        return bits.to(self.dtype).mul_(2 * factor).sub_(factor)
+        return bits.to(torch.int8).mul_(2).sub_(1)
 
 
 def _grouped(tensors: Sequence[Tensor]) -> list[_Group]:
@@ -368,17 +388,6 @@ def _mixed(words: Tensor) -> Tensor:
         if multiplier is not None:
             words *= _signed(multiplier)
     return words
-
-
-def _eight_signs(device: torch.device) -> Tensor:
-    """Return the signs that the bits of each octet stand for, (256, 8)."""
-    if device not in _TABLES:
-        bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-        _TABLES[device] = (2 * bits - 1).to(device, torch.int8)
-    return _TABLES[device]
-
-
-_TABLES: dict[torch.device, Tensor] = {}
 
 
 def _rms(tensor: Tensor) -> Tensor:

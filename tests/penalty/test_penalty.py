@@ -241,6 +241,9 @@ def test_probes_are_averaged(monkeypatch, estimator: str) -> None:
     for number in range(3):
         loss = around(module)
         monkeypatch.setattr(loss, "signs", lambda _, n=number, loss=loss: type(loss).signs(loss, n))
+        monkeypatch.setattr(
+            loss, "move", lambda c, _, n=number, loss=loss: type(loss).move(loss, c, n)
+        )
         single.append(unit(loss, estimator, 1, 1e-4))
     torch.testing.assert_close(together, torch.stack(single).mean(0), rtol=1e-6, atol=1e-6)
 

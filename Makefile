@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python $(PIP)
 
 .PHONY: demo test check bitwise test-cpp test-types test-oldest test-newest lint types tests fast docs tutorial release-check homepage studies quick-studies clean
 FAST = $(addprefix tests/,linalg objective hessian slices curves alignment minima penalty report test_layering.py test_settings.py)
-STUDIES = poison lambda_max shift layers trace_regularizer
+STUDIES = poison lambda_max shift layers trace_regularizer trace_noise
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)

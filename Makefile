@@ -92,7 +92,7 @@ release-check: $(RELEASE)/.release
 		case $$built in wheel) file=dist/*.whl;; sdist) file=dist/*.tar.gz;; esac; \
 		$(PYTHON) -m venv $(RELEASE)/$$built && $(RELEASE)/$$built/bin/python $(PIP) $$file || exit 1; \
 		mkdir -p $(RELEASE)/run/$$built && cd $(RELEASE)/run/$$built || exit 1; \
-		$(abspath $(RELEASE))/$$built/bin/python $(CURDIR)/.ci/release.py snippet || exit 1; cd $(CURDIR); \
+		$(abspath $(RELEASE))/$$built/bin/python -I $(CURDIR)/.ci/release.py snippet || exit 1; cd $(CURDIR); \
 	done
 
 # Once the repository has an address: README's links, metadata and citation lead to it.

@@ -22,7 +22,7 @@ from lla_callbacks.linalg.errors import described
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.build import objective_of
 from lla_callbacks.objective.layers import layer_parameters
-from lla_callbacks.objective.objective import Objective, trainable
+from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.precision import at_precision
 from lla_callbacks.slices.choice import DirectionSource
 from lla_callbacks.slices.landscape import LandscapeSettings, measure_landscape
@@ -37,6 +37,8 @@ OBJECTIVE = (
     "check",
     "jacobian",
     "batch_size",
+    "matrix",
+    "parameters",
 )
 
 
@@ -96,16 +98,15 @@ def measure_all(
     with at_precision(module, request.precision), warnings.catch_warnings():
         # Of steps that ask for their Trainer's logger; silenced in monitors likewise.
         warnings.filterwarnings("ignore", message=".*self.log.*")
-        objective = objective_of(
-            module,
-            batches,
-            loss,
+        held = dict(
+            loss=loss,
             mode=request.mode,
             seed=request.seed,
             num_samples=request.samples,
             precision=request.precision,
-            **{"dropout": False, "microbatch_size": None, **plan.objective},
+            **plan.objective,
         )
+        objective = objective_of(module, batches, **held)
         hessian = None
         if plan.hessian is not None:
             with bar("Hessian", _products(objective, plan.hessian), request.quiet) as advance:
@@ -113,6 +114,9 @@ def measure_all(
         landscape = None
         if plan.slices is not None:
             s = plan.slices
+            if held.pop("matrix", "hessian") != "hessian":
+                # Pictures are of the loss, and their directions of its Hessian.
+                objective = objective_of(module, objective.batches, **held)
             source = DirectionSource(objective, s.normalization, s.vectors, s.seed)
             landscape = LandscapeReport.of(
                 measure_landscape(
@@ -127,7 +131,7 @@ def _products(objective: Objective, settings: HessianSettings) -> int:
     products = settings.max_matvecs
     each = settings.layer_plan.max_matvecs
     if each:
-        space = ParameterSpace(trainable(objective.module))
+        space = ParameterSpace(objective.variables)
         products += each * len(layer_parameters(objective.module, space, settings.layers))
     return products
 

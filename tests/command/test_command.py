@@ -98,6 +98,19 @@ def test_a_plain_module_from_a_state_dict_by_its_file(
     assert (code, said) == (0, "")
 
 
+def test_what_the_functions_take_stands_in_a_file(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, said = run(
+        tmp_path, capsys, f"{HERE}.WithData", "--checkpoint", checkpoint, "--planes",
+        config="hessian: {num_steps: 3, num_probes: 2, matrix: ggn, parameters: [net.0*]}\n"
+        "slices: {line_points: 5}\nlines: [top1]\n",
+    )  # fmt: skip
+    assert (code, said) == (0, "")
+    assert "Gauss-Newton" in out
+    assert "16 parameters" in out
+
+
 def test_the_modules_own_data(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ Hessian at two Lanczos depths. What the peak grows by from one depth to the othe
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -69,18 +70,18 @@ def work(rank: int, size: int, port: int, kind: str, hidden: int, depths: list[i
     batches = [tuple(torch.randn(2, 4, hidden, generator=source)) for _ in range(4)]
     share = Everyone(torch.device("cpu"))
     rows = []
-    for depth in [2, *depths]:
+    for depth in depths:
         objective = Objective(module, batches, loss, engine=KINDS[kind], check=False)
         settings = HessianSettings(num_steps=depth, num_probes=2)
+        gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
         before, began = resident("VmRSS"), time.perf_counter()
         found = measure(objective, settings, share=share)
         rows.append((depth, before, resident("VmHWM"), time.perf_counter() - began))
         last = float(found.lambda_max), found.trace
     mib = dim * 4 / 2**20
-    # The first round warms up what stays.
-    (low, _, low_peak, _), (high, before, high_peak, seconds) = rows[1:]
-    slope = (high_peak - low_peak) / (high - low)
+    (low, low_before, low_peak, _), (high, before, high_peak, seconds) = rows
+    slope = (high_peak - before - (low_peak - low_before)) / (high - low)
     rest = high_peak - before - high * slope
     text = (
         f"| {kind} | {size} | {rank} | {dim / 1e6:.1f} | {before:,.0f} | {high_peak:,.0f} | "
@@ -101,6 +102,8 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs=2, default=[2, 8])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     chosen = parser.parse_args()
+    # Whatever is freed goes back to the system, so that peaks are of what is held.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     print(
         "| case | processes | rank | million parameters | MiB before | peak MiB | MiB a basis "
         "vector | in vectors | rest in vectors | lambda_max | trace | time |"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lla_callbacks import connect, measure_hessian
+from lla_callbacks import ConvexityMap, LossLine, connect, measure_hessian
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.penalty.displacement import DisplacedLoss
 from lla_callbacks.penalty.penalty import PenaltySettings, penalty_gradient
@@ -303,4 +303,7 @@ def is_number(found: Any) -> bool:
     """Return whether something was measured, and nothing is missing."""
     if isinstance(found, float):
         return math.isfinite(found)
+    if isinstance(found, (LossLine, ConvexityMap)):
+        values = found.loss if isinstance(found, LossLine) else found.lambda_max
+        return bool(values.isfinite().all())
     return not found.gaps and math.isfinite(found.trace + float(found.lambda_max))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lla_callbacks import convexity_map, hessian_operator, loss_line
 from tests.kinds import (
     Calling,
     Cube,
@@ -65,6 +66,28 @@ def distances(module: Any, batch: Any, *, written: bool = False) -> Any:
     return found.square().mean()
 
 
+def sharpest_line(**settings: Any) -> Any:
+    torch.manual_seed(1)
+    module, alphas = tanh_net().double(), [-1.0, 0.0, 1.0]
+    return loss_line(
+        module, [vectors()], loss=bootstrapped, directions="top1", alphas=alphas, **settings
+    )
+
+
+def curvature_map(**settings: Any) -> Any:
+    torch.manual_seed(1)
+    return convexity_map(
+        tanh_net().double(), [vectors()], loss=bootstrapped, alphas=[0.0], betas=[0.0],
+        num_steps=3, **settings,
+    )  # fmt: skip
+
+
+def gauss_newton(loss: Any, matrix: str = "ggn") -> float:
+    torch.manual_seed(1)
+    operator = hessian_operator(tanh_net().double(), [vectors()], loss=loss, matrix=matrix)
+    return float((operator @ torch.ones(operator.shape[0], dtype=torch.float64)).norm())
+
+
 CASES = [
     Case(
         "weights too coarse for differences",
@@ -112,6 +135,15 @@ CASES = [
             "loss": measure,
             "jacobian": lambda: measure(loss=bootstrapped, jacobian="measure"),
         },
+    ),
+    *(
+        Case(
+            f"the same in a {name}",
+            "or set jacobian='measure'",
+            lambda slice_of=slice_of: slice_of(),
+            {"jacobian": lambda slice_of=slice_of: slice_of(jacobian="measure")},
+        )
+        for name, slice_of in {"line": sharpest_line, "map": curvature_map}.items()
     ),
     Case(
         "a loss that does not repeat",
@@ -331,6 +363,15 @@ CASES = [
             "perturbation": lambda: penalized(
                 "perturbation", lambda m: m(batch_of(6)[0]).square().sum()
             ),
+        },
+    ),
+    Case(
+        "an operator of a loss without a criterion",
+        "Take matrix='hessian', or compute the loss by one of torch.nn.functional's",
+        lambda: gauss_newton(lambda m, b: m(b[0]).square().mean()),
+        {
+            "hessian": lambda: gauss_newton(lambda m, b: m(b[0]).square().mean(), "hessian"),
+            "criterion": lambda: gauss_newton(cross_entropy),
         },
     ),
     Case(

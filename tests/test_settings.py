@@ -255,11 +255,11 @@ def arguments(owner: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def call(owner: str, **given: Any) -> None:
+def call(owner: str, **given: Any) -> Any:
     made, settings = OWNERS[owner]
     if owner in FUNCTIONS:
         settings = {"module": net(), "batches": [(X, Y)], "loss": loss, **settings}
-    made(**{**settings, **given})
+    return made(**{**settings, **given})
 
 
 def accepted(owner: str, argument: str) -> set[str]:

@@ -24,6 +24,7 @@ from lla_callbacks.objective.evaluation import (
 from lla_callbacks.objective.objective import Mode
 from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.points import PointSettings
+from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.slices.basin import measure_basin
 from lla_callbacks.slices.choice import (
     plane_coordinates,
@@ -64,6 +65,7 @@ def convexity_map(
     microbatch_size: int | None = None,
     time_budget: float | None = None,
     check: bool = True,
+    jacobian: Jacobian = "gap",
     seed: int = 0,
     batch_size: BatchSize = None,
 ) -> ConvexityMap:
@@ -104,6 +106,8 @@ def convexity_map(
         check: Whether the loss proves itself first, for about five gradients: two evaluations
             agree, and the gradient is the slope of the loss. What came of it is in
             ``facts.self_check``; a map of curvature asks its products too.
+        jacobian: Where its gradient is no derivative of it, what directions are of that rest on
+            curvature: an error (``"gap"``), or the Jacobian of that gradient (``"measure"``).
         seed: Fixes directions and start vectors.
         batch_size: How many samples a batch has, where it does not tell: a number, or
             ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.

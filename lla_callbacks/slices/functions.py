@@ -25,6 +25,7 @@ from lla_callbacks.objective.grid import centred, coordinates
 from lla_callbacks.objective.objective import Mode
 from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.points import Evaluation
+from lla_callbacks.objective.self_check import Jacobian
 from lla_callbacks.slices.arrays import load_progress, save_progress
 from lla_callbacks.slices.choice import (
     line_names,
@@ -74,6 +75,7 @@ def loss_line(
     evaluation: Evaluation = "auto",
     time_budget: float | None = None,
     check: bool = True,
+    jacobian: Jacobian = "gap",
     seed: int = 0,
     batch_size: BatchSize = None,
 ) -> LossLine:
@@ -118,6 +120,8 @@ def loss_line(
         check: Whether the loss proves itself first, for about five gradients: two evaluations
             agree, and the gradient is the slope of the loss. What came of it is in
             ``facts.self_check``; a map of curvature asks its products too.
+        jacobian: Where its gradient is no derivative of it, what directions are of that rest on
+            curvature: an error (``"gap"``), or the Jacobian of that gradient (``"measure"``).
         seed: Fixes random directions and start vectors.
         batch_size: How many samples a batch has, where it does not tell: a number, or
             ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.
@@ -171,6 +175,7 @@ def loss_plane(
     time_budget: float | None = None,
     file: str | Path | None = None,
     check: bool = True,
+    jacobian: Jacobian = "gap",
     seed: int = 0,
     batch_size: BatchSize = None,
 ) -> LossPlane:
@@ -219,6 +224,8 @@ def loss_plane(
         check: Whether the loss proves itself first, for about five gradients: two evaluations
             agree, and the gradient is the slope of the loss. What came of it is in
             ``facts.self_check``; a map of curvature asks its products too.
+        jacobian: Where its gradient is no derivative of it, what directions are of that rest on
+            curvature: an error (``"gap"``), or the Jacobian of that gradient (``"measure"``).
         seed: Fixes random directions and start vectors.
         batch_size: How many samples a batch has, where it does not tell: a number, or
             ``callable(batch)``; see :func:`~lla_callbacks.measure_hessian`.

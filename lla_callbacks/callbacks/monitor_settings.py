@@ -176,7 +176,10 @@ class Output:
         figures: Whether figures are drawn.
         save_arrays: Whether results are written beside the logs.
         custom_scalars: Whether TensorBoard gets a layout.
-        scalars: Which scalars are logged.
+        scalars: Which scalars loggers get: ``"few"`` (what everybody looks at), ``"criteria"`` (and
+            every criterion), ``"layers"`` (and all of each layer), ``"all"``, or a list of these
+            words and of names such as ``"kh1"``; docs/measures.md has all of them. Callbacks such
+            as EarlyStopping may ask for any.
         name: First part of every tag.
     """
 

@@ -20,6 +20,7 @@ from lla_callbacks.callbacks.compat import (
 )
 from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.poison_stream import PoisonStream
+from lla_callbacks.callbacks.refusals import refuse_lbfgs
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.callbacks.strength import StrengthSchedule
@@ -146,11 +147,7 @@ class PoisonedLoss(ComesHome):
             )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-            raise MisconfigurationException(
-                f"{type(self).__name__} adds one gradient a step, and LBFGS evaluates the loss "
-                "several times a step. Use a first-order optimizer."
-            )
+        refuse_lbfgs(type(self).__name__, trainer, "adds one gradient a step")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Try the first poison batch, so that what has no reverse is refused at once."""

@@ -77,24 +77,13 @@ def refuse_training(
         MisconfigurationException: With the remedy.
     """
     noise = settings.estimator == "noise"
-    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-        raise MisconfigurationException(
-            f"{kind} penalizes one gradient a step, and LBFGS evaluates the loss several "
-            "times a step. Use a first-order optimizer, or write the penalty into the loss."
-        )
-    space = ParameterSpace(trainable(module))
-    if torch.finfo(space.precision).eps > 1e-5:
-        raise MisconfigurationException(
-            f"{kind} moves weights by small steps, which {space.precision} rounds away. "
-            "Train with precision='bf16-mixed' or '16-mixed', which keep float32 weights."
-        )
-    sparse = any(getattr(m, "sparse", False) is True for m in module.modules())
+    space = refuse_steps(
+        kind, trainer, module, "penalizes one gradient a step", "moves weights by small steps",
+        instead=", or write the penalty into the loss",
+    )  # fmt: skip
     # Noise leaves gradients as they are, unless steps depend on the weights.
-    if sparse and (settings.relative or not noise):
-        raise MisconfigurationException(
-            f"{kind} adds up dense gradients, and an embedding here gives sparse ones. Make it "
-            "with sparse=False."
-        )
+    if settings.relative or not noise:
+        refuse_sparse(kind, module, "adds up")
     if layers != "middle":  # which a forward pass tells
         try:
             penalized_parameters(module, space, layers, lambda: None)
@@ -170,20 +159,72 @@ def refuse_moving_training(kind: str, trainer: Any, module: nn.Module) -> None:
     Raises:
         MisconfigurationException: With the remedy.
     """
+    refuse_steps(kind, trainer, module, "has one gradient a step", "moves weights along a curve")
+    refuse_sparse(kind, module, "scales")
+
+
+def refuse_lbfgs(kind: str, trainer: Any, what: str, instead: str = "") -> None:
+    """Raise if an optimizer evaluates the loss several times a step.
+
+    Args:
+        kind: Name of the callback, for messages.
+        trainer: The Trainer.
+        what: Why that does not do, ``"adds one gradient a step"``.
+        instead: What else could be done.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
-            f"{kind} has one gradient a step, and LBFGS evaluates the loss several times a step. "
-            "Use a first-order optimizer."
+            f"{kind} {what}, and LBFGS evaluates the loss several times a step. Use a first-order "
+            f"optimizer{instead}."
         )
+
+
+def refuse_steps(
+    kind: str, trainer: Any, module: nn.Module, what: str, moves: str, *, instead: str = ""
+) -> ParameterSpace:
+    """Raise as :func:`refuse_lbfgs`, and if weights are too coarse to move a little.
+
+    Args:
+        kind: Name of the callback, for messages.
+        trainer: The Trainer.
+        module: Its module.
+        what: See :func:`refuse_lbfgs`.
+        moves: What rounding takes away, ``"moves weights by small steps"``.
+        instead: See :func:`refuse_lbfgs`.
+
+    Returns:
+        The layout of the trainable parameters.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    refuse_lbfgs(kind, trainer, what, instead)
     space = ParameterSpace(trainable(module))
     if torch.finfo(space.precision).eps > 1e-5:
         raise MisconfigurationException(
-            f"{kind} moves weights along a curve, whose steps {space.precision} rounds away. "
+            f"{kind} {moves}, which {space.precision} rounds away. "
             "Train with precision='bf16-mixed' or '16-mixed', which keep float32 weights."
         )
+    return space
+
+
+def refuse_sparse(kind: str, module: nn.Module, does: str) -> None:
+    """Raise if an embedding gives sparse gradients.
+
+    Args:
+        kind: Name of the callback, for messages.
+        module: The module.
+        does: What is done to dense ones, ``"adds up"``.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
     if any(getattr(m, "sparse", False) is True for m in module.modules()):
         raise MisconfigurationException(
-            f"{kind} scales dense gradients, and an embedding here gives sparse ones. Make it "
+            f"{kind} {does} dense gradients, and an embedding here gives sparse ones. Make it "
             "with sparse=False."
         )
 

@@ -373,10 +373,9 @@ class HessianTraceRegularizer(ComesHome):
         return self.strength == "auto" and self._found.strength is None
 
     def _strength(self, step: int) -> float:
-        if self._is_searching:
-            return TRIAL_STRENGTH
         known = self._found.strength if self.strength == "auto" else self.strength
-        return float(known or 0.0) * self.schedule.factor(step)
+        factor = self.schedule.factor(step)
+        return TRIAL_STRENGTH if self._is_searching else float(known or 0.0) * factor
 
     def _loss_around(self, trainer: Any, module: Any, step: int) -> DisplacedLoss:
         assert self._batch is not None
@@ -394,10 +393,9 @@ class HessianTraceRegularizer(ComesHome):
         evaluate = batch_loss(trainer, module, self._batch, self.loss, as_trained=True)
         names = self._penalized.names(module, ParameterSpace(trainable(module)), evaluate)
         index = (step - schedule.start_step) // schedule.every_n_train_steps
-        to_log = self._is_to_log(trainer, step)
-        noise.arm(module, names, self._strength(step), index, to_log=to_log)
+        strength, logs = self._strength(step), self._is_to_log(trainer, step)
+        noise.arm(module, names, strength, index, to_log=logs)
 
     def _is_to_log(self, trainer: Any, step: int) -> bool:
-        every = trainer.log_every_n_steps
-        last = self._last_logged
+        every, last = trainer.log_every_n_steps, self._last_logged
         return bool(every) and (last is None or step - last >= every)

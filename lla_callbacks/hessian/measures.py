@@ -16,16 +16,16 @@ from lla_callbacks.hessian.eigenvectors import Eigenvectors, leading_eigenvector
 from lla_callbacks.hessian.engine_error import END_GAP, engine_error, verified_ends
 from lla_callbacks.hessian.layer_measures import LayerMeasurement, LayerTrace, measure_layers
 from lla_callbacks.hessian.settings import HessianSettings
+from lla_callbacks.hessian.spectrum_run import runs_and_traces
 from lla_callbacks.hessian.stability import StabilityLimit, measured_stability
 from lla_callbacks.hessian.trace_share import quadratic_forms, trace_share
 from lla_callbacks.linalg.distance import Quadrature
 from lla_callbacks.linalg.eigenvalue import Eigenvalue, extremes
-from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
+from lla_callbacks.linalg.lanczos import LanczosRun
 from lla_callbacks.linalg.loss_operator import LossOperator
-from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.linalg.space import ParameterSpace
-from lla_callbacks.linalg.trace import TraceEstimate, TraceEstimator
+from lla_callbacks.linalg.trace import TraceEstimate
 from lla_callbacks.linalg.vectors import Index
 from lla_callbacks.objective.engines import prove, refuses, with_hessian
 from lla_callbacks.objective.filters import filter_scales
@@ -37,17 +37,12 @@ from lla_callbacks.objective.self_check import SelfCheck
 # What goes on from a measurement: takes the operator, the layers' positions, runs and traces.
 Anchor = Callable[[LossOperator, Mapping[str, Index], Sequence[LanczosRun], TraceEstimate], object]
 
-# Every criterion by its name.
+# Every criterion by its name; and everything said of curvature, as gaps are named.
 CRITERIA = (
     "kh05", "kh1", "negative_mass", "effective_dimension", "c_t", "r_e", "mainly_positive",
     "frobenius_norm", "stable_rank", "eigenvalue_ratio", "gradient_share", "stability",
 )  # fmt: skip
-
-# Everything that a measurement says of curvature, as gaps are named.
 EVERYTHING = ("lambda_max", "lambda_min", "trace", "layers", "density", "criteria", "stability")
-
-# With a wanted relative error, no stop before this many probes: fewer give no honest sem.
-LEAST_PROBES = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +209,17 @@ def measure(
 
     found, reason = with_hessian(objective, use, chunk_size=settings.chunk_size, share=share)
     if isinstance(objective, GaussNewtonObjective):
-        found = _with_share(found, objective, forms, share)
+        part = trace_share(objective, forms, found.trace, found.trace_sem, found.seed, share)
+        found = replace(
+            found,
+            matrix="ggn",
+            hessian_trace=part.hessian_trace,
+            hessian_trace_sem=part.hessian_trace_sem,
+            gauss_newton_share=part.share,
+            gauss_newton_share_error=part.share_error,
+            num_matvecs=found.num_matvecs + part.num_matvecs,
+            gaps={**found.gaps, "gauss_newton_share": part.gap} if part.gap else found.gaps,
+        )
     seconds = time.perf_counter() - began
     return replace(
         found,
@@ -222,26 +227,6 @@ def measure(
         seconds=seconds,
         self_check=objective.findings.proof.self_check if objective.check else None,
         notes=objective.notes,
-    )
-
-
-def _with_share(
-    m: HessianMeasurement,
-    objective: GaussNewtonObjective,
-    forms: Sequence[float],
-    share: Share | None,
-) -> HessianMeasurement:
-    """Return the measurement of a Gauss-Newton part with its share of the Hessian's trace."""
-    part = trace_share(objective, forms, m.trace, m.trace_sem, m.seed, share)
-    return replace(
-        m,
-        matrix="ggn",
-        hessian_trace=part.hessian_trace,
-        hessian_trace_sem=part.hessian_trace_sem,
-        gauss_newton_share=part.share,
-        gauss_newton_share_error=part.share_error,
-        num_matvecs=m.num_matvecs + part.num_matvecs,
-        gaps={**m.gaps, "gauss_newton_share": part.gap} if part.gap else m.gaps,
     )
 
 
@@ -307,7 +292,7 @@ def _measured(
     groups = layer_parameters(objective.module, space, settings.layers)
     blocks = {layer: hessian.positions(names) for layer, names in groups.items()}
     scale = hessian.vectors.cut(filter_scales(objective.module, space))
-    runs, traces = _run(hessian, settings, blocks, scale)
+    runs, traces = runs_and_traces(hessian, settings, blocks, scale)
     off = engine_error(hessian, runs[0], settings.seed)
     early = min(run.num_steps for run in runs) < settings.num_steps
     found_ends = extremes(runs, (settings.eig_rtol or 0.0) if early else 0.0)
@@ -413,30 +398,3 @@ def _without_random(m: HessianMeasurement) -> HessianMeasurement:
         criteria={k: v if k in kept else math.nan for k, v in m.criteria.items()},
         criteria_errors={k: v if k in kept else math.nan for k, v in m.criteria_errors.items()},
     )
-
-
-def _run(
-    hessian: LossOperator, settings: HessianSettings, blocks: Mapping[str, Index], scale: Tensor
-) -> tuple[list[LanczosRun], TraceEstimate]:
-    """Spend the products: Lanczos runs, then probes of what the first run left open."""
-    source = generator(settings.seed)
-
-    home = hessian.basis_device(settings.num_runs * settings.num_steps)
-
-    def run_from(start: Tensor) -> LanczosRun:
-        depth, rtol = settings.num_steps, settings.eig_rtol
-        return lanczos(hessian, start, depth, rtol=rtol, basis_device=home)
-
-    runs = [run_from(hessian.rademacher(source))]
-    estimator = TraceEstimator(hessian, blocks, runs[0], scale=scale)
-    for _ in range(settings.num_runs - 1):
-        start = hessian.rademacher(source)
-        runs.append(run_from(start))
-        estimator.add_run(runs[-1], start)
-    while estimator.num_probes < settings.num_probes:
-        if settings.trace_rtol is not None and estimator.num_probes >= LEAST_PROBES:
-            reached = estimator.estimate()
-            if reached.sem <= settings.trace_rtol * abs(reached.value):
-                break
-        estimator.add_probe(source)
-    return runs, estimator.estimate()

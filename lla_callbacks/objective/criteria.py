@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lla_callbacks.linalg.gauss_newton import Call
+from lla_callbacks.objective.function_modes import FunctionMode
 
 # Criteria that are convex in their first argument, the network's output. Negative log
 # likelihood is taken as cross entropy: on log-probabilities the two agree, and the second
@@ -34,7 +34,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-class Listening(TorchFunctionMode):
+class Listening(FunctionMode):
     """Takes note of every criterion that is called inside, by function or by module.
 
     Attributes:
@@ -47,14 +47,11 @@ class Listening(TorchFunctionMode):
         self.calls: list[Call] = []
         self.others: list[str] = []
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def called(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        named = dict(kwargs or {})
+        """Return what a call returns."""
+        named = dict(kwargs)
         value = func(*args, **named)
         if func in OTHERS:
             self.others.append(OTHERS[func])

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+
+from lla_callbacks.objective.function_modes import FunctionMode
 
 # Of the well-known libraries: timm, torchvision, transformers, monai, mmcv, keras' and their like.
 _NAMES = re.compile(r"(DropPath|StochasticDepth|DropBlock|DropConnect|LayerDrop|Dropout)(\d[dD])?$")
@@ -163,24 +164,21 @@ def watching(module: nn.Module) -> Iterator[Draws]:
         found.masks -= found.other
 
 
-class _Kinds(TorchFunctionMode):
+class _Kinds(FunctionMode):
     """Notes the names of functions that draw."""
 
     def __init__(self, kinds: list[str]) -> None:
         super().__init__()
         self._kinds = kinds
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def called(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Return what a call returns."""
         name = getattr(func, "__name__", "")
         if name in _DRAWS:
             self._kinds.append(name)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def random_marks() -> tuple[Any, ...]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from lla_callbacks.objective.checkpoints import no_checkpoints
+from lla_callbacks.objective.function_modes import FunctionMode
 from lla_callbacks.objective.gradient_hooks import register_nothing
 
 
@@ -70,7 +70,7 @@ def once_differentiable(
         yield
 
 
-class NoDropout(TorchFunctionMode):
+class NoDropout(FunctionMode):
     """Within this context functional dropout does nothing, also where it is hard-wired.
 
     Attributes:
@@ -81,14 +81,10 @@ class NoDropout(TorchFunctionMode):
         super().__init__()
         self.active = False
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def called(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
+        """Return what a call returns."""
         substitute = _NO_DROPOUT.get(func)
         if substitute is None:
             return func(*args, **kwargs)
@@ -116,19 +112,16 @@ def eager() -> AbstractContextManager[object]:
     return nullcontext() if stance is None else stance("force_eager")
 
 
-class _Substitution(TorchFunctionMode):
+class _Substitution(FunctionMode):
     def __init__(self, substitutes: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
         super().__init__()
         self._substitutes = substitutes
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def called(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        return self._substitutes.get(func, func)(*args, **(kwargs or {}))
+        """Return what a call returns."""
+        return self._substitutes.get(func, func)(*args, **kwargs)
 
 
 def _normalize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from lla_callbacks.objective.points import space_of
 from lla_callbacks.objective.precision import in_double
 from lla_callbacks.objective.self_check import NO_ROOM, Check, SelfCheck, untried
 from lla_callbacks.objective.sharded import is_sharded
+from lla_callbacks.objective.slope import Slope
 
 # Cost of a forward pass, in gradients.
 FORWARD = 1 / 3
@@ -33,8 +34,6 @@ FORWARD = 1 / 3
 SAME = 1e4
 # Roundings that a loss carries, as long as no more are seen.
 ROUNDINGS = 8.0
-# Relative deviation that is never complained of. The gradient itself is rounded too.
-FLOOR = 1e-3
 # How far a step leads at most, as a share of the weights' norm.
 REACH = 0.01
 # Steps become smaller by this factor, so often at most; a deviation that is there at so many of
@@ -44,54 +43,6 @@ ATTEMPTS = 4
 AGAIN = 2
 # Fourth differences of a loss that are this many times what its rounding explains.
 UNEVEN = 20.0
-# Multiple of the errors that are seen which a deviation must exceed.
-SAFETY = 4.0
-
-
-@dataclass(frozen=True)
-class _Slope:
-    """The loss's slope along a direction at one step, beside the gradient's.
-
-    Attributes:
-        step: Of the nearer two of four points.
-        found: Slope by values.
-        expected: Slope by the gradient.
-        cut: How far the slope by values is off since it is cut off after a term.
-        rounding: How far it is off by rounding.
-        unevenness: The fourth difference of the values, in units of what rounding makes of it.
-    """
-
-    step: float
-    found: float
-    expected: float
-    cut: float
-    rounding: float
-    unevenness: float
-
-    @property
-    def allowed(self) -> float:
-        return self.cut + self.rounding
-
-    @property
-    def size(self) -> float:
-        return max(abs(self.found), abs(self.expected))
-
-    @property
-    def deviation(self) -> float:
-        return abs(self.found - self.expected)
-
-    @property
-    def relative(self) -> float:
-        return self.deviation / self.size if self.size else 0.0
-
-    @property
-    def deviates(self) -> bool:
-        return self.deviation > SAFETY * self.allowed + FLOOR * self.size
-
-    @property
-    def tells(self) -> bool:
-        """Whether a deviation of a tenth would have been seen."""
-        return SAFETY * self.allowed <= 0.1 * self.size
 
 
 def prove_values(objective: Objective, share: Share | None = None) -> SelfCheck:
@@ -311,7 +262,7 @@ class _Prober:
         words = "the slope is too small beside the rounding of the loss, or the loss has kinks"
         return _check("not decided", found[0][2], words)
 
-    def _along(self, unit: Tensor, gradient: Tensor) -> tuple[str, _Slope]:
+    def _along(self, unit: Tensor, gradient: Tensor) -> tuple[str, Slope]:
         """Return the outcome along a direction, from as many steps as it takes."""
         slope = self._vectors.inner(unit.double(), gradient.double())
         reach = REACH * (self._norm or 1.0)
@@ -319,7 +270,7 @@ class _Prober:
         wanted = math.sqrt(self._objective.eps) * (abs(self._value) or 1.0)
         step = min(wanted / abs(slope), reach) if slope else reach / SHRINK
         deviating = 0
-        seen: list[_Slope] = []
+        seen: list[Slope] = []
         for _ in range(ATTEMPTS):
             found = self._slope(unit, gradient, step)
             seen.append(found)
@@ -337,7 +288,7 @@ class _Prober:
             return "jumps", found
         return "not decided", found
 
-    def _slope(self, unit: Tensor, gradient: Tensor, step: float) -> _Slope:
+    def _slope(self, unit: Tensor, gradient: Tensor, step: float) -> Slope:
         """Return the slopes at one step, and what they are off by."""
         parts = self._values(unit, gradient, [-2 * step, -step, step, 2 * step])
         (low2, by_low2), (low1, by_low1), (high1, by_high1), (high2, by_high2) = parts
@@ -354,7 +305,7 @@ class _Prober:
         )
         cut = abs((further - further_expected) - (found - expected))
         uneven = abs(fourth) / least if least else 0.0
-        return _Slope(step, found, expected, cut, rounding / step, uneven)
+        return Slope(step, found, expected, cut, rounding / step, uneven)
 
     def _values(
         self, unit: Tensor, gradient: Tensor, steps: Sequence[float]
@@ -378,7 +329,7 @@ class _Prober:
         return list(zip(values, [by for by, _ in found], strict=True))
 
 
-def _jumps(seen: Sequence[_Slope]) -> bool:
+def _jumps(seen: Sequence[Slope]) -> bool:
     """Return whether values are uneven at all steps, as a loss of many steps is.
 
     By kinks, fourth differences shrink with the step at least, by truncation faster; by steps of
@@ -417,7 +368,7 @@ def _moving(
         family.restore()
 
 
-def _check(outcome: str, slope: _Slope, words: str) -> Check:
+def _check(outcome: str, slope: Slope, words: str) -> Check:
     bound = slope.allowed / slope.size if slope.size else math.inf
     found = Check("slope", "not decided", slope.relative, bound, words)
     return replace(found, outcome=outcome)  # type: ignore[arg-type]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from lla_callbacks.objective.function_modes import FunctionMode
 from lla_callbacks.penalty.reversed import (
     NoReverseError,
     reversed_binary_cross_entropy,
@@ -57,7 +57,7 @@ class Seen:
         return self.right / self.labels if self.labels else float("nan")
 
 
-class Reversal(TorchFunctionMode):
+class Reversal(FunctionMode):
     """Within this context cross entropies are reversed, in whatever code calls them.
 
     ``torch.nn.functional.cross_entropy``, ``nll_loss`` and ``binary_cross_entropy_with_logits``,
@@ -81,14 +81,10 @@ class Reversal(TorchFunctionMode):
         self.seen = Seen()
         self._labels = labels
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def called(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
+        """Return what a call returns."""
         if func in _REFUSED:
             name = _REFUSED[func]
             remedy = _REMEDY.get(name, "Leave it out of the step that is poisoned.")

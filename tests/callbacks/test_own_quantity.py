@@ -73,7 +73,7 @@ def test_its_numbers_reach_logs_files_and_callback_metrics(tmp_path, namespace, 
     assert [s for s, _ in logged[tag]] == [s for s, _ in history]
     assert logged[tag][-1][1] == pytest.approx(history[-1][1].ratio, rel=1e-6)
     assert float(trainer.callback_metrics[tag]) == pytest.approx(history[-1][1].ratio, rel=1e-6)
-    assert {"monitor/seconds", "monitor/overhead"} <= set(logged)
+    assert "monitor/overhead" in logged
     assert len(events(logger.log_dir).Images("gradient/parameters")) == len(history)
     (file,) = sorted((tmp_path / "lightning_logs").glob("*/gradient/*.npz"))[-1:]
     assert SignalToNoise.load(file).by_parameter == history[-1][1].by_parameter

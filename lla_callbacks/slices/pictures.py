@@ -17,7 +17,7 @@ BETTER = 0.5
 # An error shrinks by this much at most, and at least, when the spacing is halved: what held-out
 # points show of a smooth loss (1/16) is not trusted for one that may have a sharp minimum.
 MOST_GAIN, LEAST_GAIN = 1 / 4, 2 / 3
-# On top, so that the estimate is rarely exceeded: of 33 pictures of five networks, two were
+# On top, so that the estimate is rarely exceeded: in one of 17 pictures of five networks
 # (docs/benchmarks/planes.md).
 SAFETY = 1.5
 # Interpolated losses are not below this share of the lowest one computed.

@@ -324,8 +324,7 @@ class HessianTraceRegularizer(ComesHome):
 
     def _penalize(self, trainer: Any, module: Any, *, with_task: bool) -> PenaltyGradient | None:
         """Return the penalty's gradient for the present batch; ``None`` if there is none."""
-        began = time.monotonic()
-        step = trainer.global_step
+        began, step = time.monotonic(), trainer.global_step
         searching = self._is_searching
         strength = self._strength(step)
         to_log = self._is_to_log(trainer, step)

@@ -115,11 +115,13 @@ def main() -> None:
     print(hessian.report.summary())
     print("\n" + landscape.report.summary())
     print("\n" + describe_change(hessian.history))
+    film = lla_callbacks.animate(landscape, Path(trainer.log_dir) / "plane.gif", plane="random")
     seconds = hessian.account.total
     print(
         f"\nMeasuring took {seconds:.0f} s: this demo measures often, on a small network."
         "\nWithout a schedule of its own, standard() makes a run of minutes 5 % longer at most."
-        "\n\nSee it all:\n"
+        f"\n\nHow the plane moved, as a film: {film}"
+        "\nSee it all:\n"
         f"    {tensorboard} --logdir {arguments.logs} --samples_per_plugin images=1000"
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lla_callbacks import (
+    animate,
     barrier,
     basin_radii,
     connect,
@@ -235,6 +236,12 @@ def barriers(path: list[nn.Module]) -> np.ndarray:
     )
 
 
+def film(path: list[nn.Module], folder: Path) -> Path:
+    """Write how the random plane moved from epoch to epoch, as a film."""
+    history = [(23 * k, loss_plane(net, [BATCH], loss=loss)) for k, net in enumerate(path)]
+    return animate(history, folder / "film.gif", width=400)
+
+
 MAKERS = (
     plane, interpolated, incomplete, line, eigenvector, hessian, trajectory, convexity, basins,
     surface, between, curve, networks, barriers,
@@ -244,11 +251,14 @@ MAKERS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gallery"), help="folder for the images")
-    parser.add_argument("--only", choices=[maker.__name__ for maker in MAKERS])
+    parser.add_argument("--only", choices=["film", *(m.__name__ for m in MAKERS)])
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     path = trained(conv_net())
+    if arguments.only in (None, "film"):
+        file = film(path, arguments.out)
+        print(f"{file}  {file.stat().st_size / 1024:.0f} KB")
     for maker in MAKERS:
         if arguments.only in (None, maker.__name__):
             began = time.perf_counter()

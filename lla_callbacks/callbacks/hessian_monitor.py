@@ -41,9 +41,9 @@ class HessianMonitor(Watching):
     gap in the curves.
 
     **Logged**: ``hessian/lambda_max``, ``hessian/lambda_min``, ``hessian/trace``,
-    ``hessian/trace_sem``, ``hessian/kh05`` and the other criteria,
-    ``hessian_layers/<layer>/trace`` and more of each layer on request, ``hessian/seconds``,
-    ``hessian/overhead``; residuals and errors under ``hessian_errors/``; figures
+    ``hessian/stability``, ``hessian/kh05``, other criteria on request (``scalars``),
+    ``hessian_layers/<layer>/trace`` and more of each layer on request, ``hessian/overhead``;
+    residuals and errors under ``zz_hessian_errors/``; the text ``hessian/summary``; figures
     ``hessian/density``, ``hessian/history``, ``hessian/layer_traces``,
     ``hessian/layer_history`` and, with ``num_layer_steps``, ``hessian/layer_densities`` and
     ``hessian/layer_distances``. The step is the number of optimizer steps
@@ -91,7 +91,7 @@ class HessianMonitor(Watching):
             is kept. Of several monitors the largest counts for all together, and each keeps to its
             own.
         eig_rtol: Stop Lanczos early at this relative residual of both extremes. KH05 then
-            has the depth that ``hessian/num_steps`` says.
+            has the depth that ``zz_hessian_cost/num_steps`` says.
         trace_rtol: Stop probing early at this relative standard error.
         microbatch_size: Evaluate batches in parts of at most this many samples.
         max_memory: Bytes that a measurement may take beside training. Graphs that do not fit are

@@ -34,7 +34,8 @@ def show_row(
     if every[0] is not monitor or is_barebones(trainer):
         return
     names = list(dict.fromkeys(name for one in every for name in one.names()))
-    columns = [f"{name}/{what}" for name in names for what in FINAL]
+    quantities = [record.quantity for one in every for record in one.records]
+    columns = [f"{q.name}/{what}" for q in quantities for what in FINAL if what in q.few]
     params = own_hparams(trainer, module)
     for logger in monitor.sink.loggers(trainer):
         placeholder = params is not None and adds_placeholder(logger)

@@ -41,7 +41,7 @@ SIGNED_MAP = LinearSegmentedColormap.from_list(
     "signed", ["#9c4221", DOWN, "#fbd7b5", "#f7fafc", "#bcd7ee", UP, "#2a4d7c"]
 )
 # How much further than a mesh the camera of TensorBoard is kept, so that it is within the frame.
-FRAME = 1.25
+FRAME = 1.05
 BASIN_COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#c53030")
 
 

@@ -22,6 +22,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tqdm.auto import tqdm
 
+from lla_callbacks import LossLandscapeMonitor
+
 from .modules import Evaluated, Plain, events, fit, loader, monitor, plain_loss, scalars, steps
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -587,12 +589,18 @@ def test_the_table_has_final_values_beside_the_users_hyperparameters(
     tmp_path, module, placeholder, known, first
 ):
     logger = TensorBoardLogger(tmp_path, default_hp_metric=placeholder)
-    fit(tmp_path, monitor(), module, logger=logger)
+    slices = LossLandscapeMonitor(num_samples=2, planes=[], lines=["random"], line_points=5)
+    fit(tmp_path, monitor(), module, logger=logger, callbacks=[slices])
     logger.finalize("success")
     params, metrics = hparams_of(logger.log_dir)
     assert {*params} == known
-    assert metrics[0] == first
+    assert first in metrics
+    assert ("hp_metric" in metrics) == (first == "hp_metric")
     assert {"hessian/lambda_max", "hessian/trace", "hessian/loss"} <= {*metrics}
+    # Slices have no eigenvalues of their own.
+    assert {m for m in metrics if m.startswith("landscape")} == {
+        "landscape/loss", "landscape/overhead",
+    }  # fmt: skip
     found = scalars(events(logger.log_dir))
     assert ("hp_metric" in found) == (module is WithHparams and placeholder)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from lla_callbacks.callbacks.sizing import UnitCosts
@@ -18,14 +19,18 @@ DEFAULT_OVERHEAD = 0.05
 # The pace of a run is judged by its last part of about this share: runs get slower and faster.
 RECENT = 0.2
 _MARKS = 100
-# A pace is known after so many batches, and so many seconds or many batches or so much of the run.
+# A pace is known after so many batches, and so many seconds or so much of the run.
 LEAST_BATCHES = 4
-LEAST_SECONDS = 0.3
-MANY_BATCHES = 100
+LEAST_SECONDS = 1.0
 LATEST = 0.1
 # How far a run goes, at most, until the next look at how far it is.
 LOOK = 0.001
 
+# Batches by which a stretch of a run tells its pace.
+LEAST_STRETCH = 4
+
+# Seconds of training, share of the run and batches at one moment.
+_Mark = tuple[float, float, int]
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
@@ -79,6 +84,8 @@ class Account:
         # Pairs of training seconds and fraction, ascending.
         self._marks: list[tuple[float, float]] = []
         self._first: tuple[float, float] | None = None
+        # Each time the number of batches had doubled.
+        self._doubled: list[_Mark] = []
 
     # -- who takes part -------------------------------------------------------------------
 
@@ -129,10 +136,13 @@ class Account:
                 for every batch of a run that has not been planned, and then now and then.
         """
         self.batches += 1
-        self.is_idle = not self.unplanned and self.batches < self._next_look
+        doubled = not self.batches & (self.batches - 1)
+        self.is_idle = not (self.unplanned or doubled) and self.batches < self._next_look
         if self.is_idle:
             return
         self.fraction = done = fraction()
+        if doubled:
+            self._doubled.append((self.training, done, self.batches))
         if self._first is None:
             # The first batch is left out of the pace: workers start, kernels are compiled.
             self._first = (self.training, done)
@@ -146,18 +156,28 @@ class Account:
 
     @property
     def seconds_a_batch(self) -> float:
-        """Seconds of training a batch, the first one left out; NaN until it is known."""
+        """Seconds of training a batch; NaN until it is known."""
         if self._first is None or self.batches < 2:
             return math.nan
-        return (self.training - self._first[0]) / (self.batches - 1)
+        now = (self.training, self.fraction, self.batches)
+        return min((t - s) / (n - m) for (s, _, m), (t, _, n) in self._stretches(now))
+
+    def _stretches(self, now: _Mark) -> list[tuple[_Mark, _Mark]]:
+        """Return the stretches in which the number of batches doubled, and the last one.
+
+        A stall (a garbage collection, something compiled) is in one of them: the fastest one
+        tells the pace. Short ones tell little.
+        """
+        marks = [*self._doubled, now]
+        found = [(a, b) for a, b in pairwise(marks) if b[2] - a[2] >= LEAST_STRETCH]
+        return found or [((*(self._first or (0.0, 0.0)), 1), now)]
 
     @property
     def is_known(self) -> bool:
         """Whether the pace of the run is known well enough to plan."""
         if self._first is None or self.batches < LEAST_BATCHES:
             return False
-        enough = self.training - self._first[0] >= LEAST_SECONDS or self.batches >= MANY_BATCHES
-        return enough or self.fraction >= LATEST
+        return self.training - self._first[0] >= LEAST_SECONDS or self.fraction >= LATEST
 
     @property
     def expected(self) -> float:
@@ -165,13 +185,13 @@ class Account:
         now, done = self.training, self.fraction
         if self._first is None or math.isnan(done):
             return now
-        since, start = self._first
         earlier = [mark for mark in self._marks if mark[1] <= done - RECENT]
         if earlier:
             since, start = earlier[-1]
-        if done <= start:
-            return now
-        return now + (1 - done) * (now - since) / (done - start)
+            return now + (1 - done) * (now - since) / (done - start)
+        stretches = self._stretches((now, done, self.batches))
+        paces = [(t - s) / (b - a) for (s, a, _), (t, b, _) in stretches if b > a]
+        return now + (1 - done) * min(paces) if paces else now
 
     # -- the ledger -----------------------------------------------------------------------
 

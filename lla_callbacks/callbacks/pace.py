@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lla_callbacks.callbacks.account import Account
-from lla_callbacks.callbacks.sizing import PLANNED, targets
+from lla_callbacks.callbacks.sizing import PLANNED, POINTS, targets
 
 # By how much a run of unknown length grows from one measurement to the next.
 GROWTH = 1.1
+# Of what turns out to be left over, what more points may take.
+SPENDABLE = 0.8
 # Seconds that such a run is taken to last, at least, when sizes are chosen.
 NOMINAL = 600.0
 
@@ -52,6 +54,7 @@ class Pace:
         figure: Seconds of one figure, as last seen or predicted.
         choice: What was chosen.
         seen: Measurements so far.
+        waits: Whether it is still to be asked how many points the last one's cost allows.
         next_batch: Batch after which a run of unknown length is measured next.
     """
 
@@ -63,6 +66,7 @@ class Pace:
     choice: Choice | None = None
     next_batch: float = 0.0
     seen: int = 0
+    waits: bool = False
 
     def take(self, choice: Choice, account: Account, name: str) -> None:
         """Take over a choice, and have its cost put aside."""
@@ -90,6 +94,7 @@ class Pace:
         else:
             self.cost = (self.cost + seconds) / 2
         self.seen += 1
+        self.waits = True
 
     def reached(self, account: Account) -> bool:
         """Return whether a target was passed since the last time; then it is dropped.
@@ -111,6 +116,25 @@ class Pace:
         """Return whether one more measurement fits beside what is put aside."""
         others = sum(v for other, v in account.promised.items() if other != name)
         return self.cost + sum(account.reserved.values()) + others <= account.room(name)
+
+    def affordable(self, account: Account, name: str) -> int:
+        """Return how many more points there may be before the end, those planned included.
+
+        Measurements turn out cheaper than was planned, more often than not: what is left over once
+        all monitors have put aside what they need goes to the curve.
+        """
+        if account.unplanned or math.isnan(account.fraction) or not self.cost:
+            return len(self.targets)
+        others = sum(v for other, v in account.promised.items() if other != name)
+        free = account.room(name) - sum(account.reserved.values()) - others
+        return max(min(int(SPENDABLE * free / self.cost), POINTS - 1 - self.seen), len(self.targets))
+
+    def spread(self, count: int, account: Account, name: str) -> None:
+        """Take so many points in for the rest of the run, evenly, if these are more than planned."""
+        if count > len(self.targets):
+            done = account.fraction
+            self.targets = [done + (1 - done) * i / (count + 1) for i in range(1, count + 1)]
+            self.reserve(account, name)
 
     def release(self, account: Account, name: str) -> None:
         """Put nothing aside any more: the end is here."""

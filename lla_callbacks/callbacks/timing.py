@@ -103,6 +103,19 @@ class Timing:
         if self.pace.planned and not self.schedule.is_given and step != self.last_step:
             self.due = self.pace.reached(self.account) or self.due
 
+    def spread(self, processes: Processes) -> None:
+        """Take more points in where measurements were cheaper than planned.
+
+        Once all monitors have planned, after each measurement; the first process's clock decides.
+        """
+        pace, account = self.pace, self.account
+        if not (pace.waits and pace.planned) or account.unplanned:
+            return
+        pace.waits = False
+        if self.is_bounded and not self.schedule.is_given and not self._ending:
+            count = processes.first(pace.affordable(account, self.name))
+            pace.spread(count, account, self.name)
+
     def is_time(self, step: int, processes: Processes, *, complete: bool) -> bool:
         """Return whether to measure now; then nothing is due any more."""
         if step == self.last_step:

@@ -149,6 +149,7 @@ class Watching(HasParts):
                 self._fire_start_if_there_is_room(trainer, pl_module)
         elif timing.is_bounded and self.subject.start_pending:
             self._fire_start_if_there_is_room(trainer, pl_module)
+        timing.spread(self.subject.processes)
         complete = self.subject.held.complete
         timing.after_batch(trainer.global_step, step_of(trainer), complete=complete)
         self._fire_if_due(trainer, pl_module)

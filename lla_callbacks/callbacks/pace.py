@@ -12,7 +12,7 @@ from lla_callbacks.callbacks.sizing import PLANNED, POINTS, targets
 # By how much a run of unknown length grows from one measurement to the next.
 GROWTH = 1.1
 # Of what turns out to be left over, what more points may take.
-SPENDABLE = 0.8
+SPENDABLE = 0.7
 # Seconds that such a run is taken to last, at least, when sizes are chosen.
 NOMINAL = 600.0
 
@@ -62,7 +62,7 @@ class Pace:
     targets: list[float] = field(default_factory=list)
     cost: float = 0.0
     predicted: float = 0.0
-    figure: float = 0.15
+    figure: float = 0.12
     choice: Choice | None = None
     next_batch: float = 0.0
     seen: int = 0

@@ -49,8 +49,8 @@ class UnitCosts:
     batch_product: float
     batch_samples: int
     step: float
-    figure: float = 0.15
-    fixed: float = 0.03
+    figure: float = 0.12
+    fixed: float = 0.015
 
     def of(self, few: float, batch: float, samples: int) -> float:
         """Return what takes ``few`` and ``batch`` seconds at the two known sizes, at another."""

@@ -469,3 +469,36 @@ def test_monitors_of_one_loss_have_it_checked_once(tmp_path, clock):
     other = [HessianMonitor(loss=loss, figures=False), LossLandscapeMonitor(loss=loss, mode="eval")]
     watch(clock, tmp_path, *other, train=300)
     assert other[0].subject.findings is not other[1].subject.findings
+
+
+def test_what_is_left_over_goes_to_more_points_of_the_curve() -> None:
+    account = Account()
+    account.join("a", 0.05, share=1.0)
+    account.unplanned.clear()
+    pace = Pace(planned=True, targets=[0.8], cost=0.1, choice=None, seen=1)
+    account.fraction = 0.5
+    account.room = lambda name: 1.32  # type: ignore[method-assign]
+    account.reserved["a"] = 0.3
+    # Of one second that is free, 70 % pay for seven points of a tenth.
+    assert pace.affordable(account, "a") == 7
+    pace.spread(7, account, "a")
+    assert pace.targets == pytest.approx([0.5 + i / 16 for i in range(1, 8)])
+    # Ten points are a curve; fewer than were planned are never taken.
+    account.room = lambda name: 100.0  # type: ignore[method-assign]
+    assert pace.affordable(account, "a") == 8
+    account.room = lambda name: 0.0  # type: ignore[method-assign]
+    assert pace.affordable(account, "a") == 7
+    account.unplanned.add("b")
+    account.room = lambda name: 100.0  # type: ignore[method-assign]
+    assert pace.affordable(account, "a") == 7
+
+
+def test_a_stall_does_not_tell_the_pace_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("lla_callbacks.callbacks.account.time.monotonic", lambda: now[0])
+    account = Account()
+    for batch in range(1, 101):
+        now[0] += 0.01 + (1.0 if batch == 7 else 0.0)
+        account.tick(lambda: batch / 1000)  # noqa: B023
+    assert account.seconds_a_batch == pytest.approx(0.01)
+    assert account.expected == pytest.approx(2.0 + 9.0)

@@ -127,10 +127,11 @@ class Pace:
             return len(self.targets)
         others = sum(v for other, v in account.promised.items() if other != name)
         free = account.room(name) - sum(account.reserved.values()) - others
-        return max(min(int(SPENDABLE * free / self.cost), POINTS - 1 - self.seen), len(self.targets))
+        more = min(int(SPENDABLE * free / self.cost), POINTS - 1 - self.seen)
+        return max(more, len(self.targets))
 
     def spread(self, count: int, account: Account, name: str) -> None:
-        """Take so many points in for the rest of the run, evenly, if these are more than planned."""
+        """Take so many points in for the rest of the run, evenly, if that is more than planned."""
         if count > len(self.targets):
             done = account.fraction
             self.targets = [done + (1 - done) * i / (count + 1) for i in range(1, count + 1)]

@@ -88,7 +88,8 @@ release-check: $(RELEASE)/.release
 	$(RELEASE)/bin/python -m build --outdir dist .
 	$(RELEASE)/bin/python -m twine check --strict dist/*
 	$(PYTHON) .ci/release.py files
-	for built in wheel sdist; do \
+	# Without PYTHONPATH, which would show pip and the snippet a checkout.
+	unset PYTHONPATH; for built in wheel sdist; do \
 		case $$built in wheel) file=dist/*.whl;; sdist) file=dist/*.tar.gz;; esac; \
 		$(PYTHON) -m venv $(RELEASE)/$$built && $(RELEASE)/$$built/bin/python $(PIP) $$file || exit 1; \
 		mkdir -p $(RELEASE)/run/$$built && cd $(RELEASE)/run/$$built || exit 1; \

@@ -273,7 +273,8 @@ def key(figure: Sheet, axes: Axes) -> None:
     for number, row in enumerate(rows):
         x, middle = EDGE, ROW * (number + 0.5)
         for handle, text in row:
-            color = handle.get_color()
+            # White lines are for pictures; on paper nobody would see them.
+            color = INK if handle.get_color() == "white" else handle.get_color()
             if handle.get_linestyle() != "None":
                 figure.mark(x, middle, 0.17, color=color, lw=1.6, ls=handle.get_linestyle())
             figure.mark(

@@ -29,9 +29,9 @@ def written(value: float) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:.4g}".replace("-", "−")
     digits, power = f"{value:.2e}".split("e")
-    factor = f"{float(digits):g}"
+    factor = f"{float(digits):g}".replace("-", "−")
     exponent = "10" + str(int(power)).translate(_SUPERSCRIPTS)
-    return {"1": exponent, "-1": f"−{exponent}"}.get(factor, f"{factor}·{exponent}")
+    return {"1": exponent, "−1": f"−{exponent}"}.get(factor, f"{factor}·{exponent}")
 
 
 def in_short(value: float, error: float) -> str:

@@ -29,6 +29,8 @@ from tests.curves.curve_cases import train_by_hand
 from .by_hand import double_loader
 from .modules import events, quiet_trainer, scalars
 
+# A state dict of another network.
+OTHER = {"other": torch.zeros(1)}
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.2, momentum=0.9),
     "decaying sgd": lambda p: torch.optim.SGD(p, 0.2, momentum=0.9, weight_decay=0.03),
@@ -278,8 +280,8 @@ def manual(net):
         (Net, {"callbacks": [Another(Net(1), Net(2))]}, "would both move the weights"),
         (Net, {"callbacks": [StochasticWeightAveraging(0.1)]}, "average is no network on the"),
         (lambda: Net().bfloat16(), {}, "torch.bfloat16 rounds away"),
-        (Net, {"connection": ModeConnection(Net(1), {})}, "end lacks 'net.0.weight'"),
-        (Net, {"connection": ModeConnection("x.ckpt", {})}, r"start is 'x.ckpt', which is no file"),
+        (Net, {"connection": ModeConnection(Net(1), OTHER)}, "end lacks 'net.0.weight'"),
+        (Net, {"connection": ModeConnection("x.ckpt", OTHER)}, "start is 'x.ckpt', which is no"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, make, settings, says):
@@ -303,7 +305,7 @@ def test_what_cannot_work_is_refused(tmp_path, make, settings, says):
 )
 def test_settings_are_checked(settings, says):
     with pytest.raises(ValueError, match=says):
-        ModeConnection({}, {}, **settings)
+        ModeConnection(OTHER, OTHER, **settings)
 
 
 def test_decay_of_an_unknown_optimizer_is_said(tmp_path):

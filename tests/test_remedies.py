@@ -43,6 +43,7 @@ def test_what_a_message_says_to_do_ends_in_a_number(case: Case) -> None:
 
 # Where else a remedy is tried, or why it cannot be by one process.
 ELSEWHERE = {
+    "Use one mesh of devices that has every process": "parameters that are sharded",
     "Take matrix='hessian', or measure a checkpoint": "parameters that are sharded",
     "Keep float32 parameters, with MixedPrecisionPolicy": "parameters that fully_shard has spread",
     "or a release of torch that the tests of this package": "tests/objective/"

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -16,8 +17,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lla_callbacks import HessianMonitor, LossLandscapeMonitor
-from lla_callbacks.callbacks import held_batches, landscape_monitor, monitor
+from lla_callbacks.callbacks import firing, held_batches, subject
 from lla_callbacks.slices import choice
+from lla_callbacks.slices.quantity import Slices
 
 CHEAP = {"every_n_train_steps": 1, "num_samples": 16, "save_arrays": False, "figures": False}
 
@@ -48,6 +50,10 @@ class Fails:
     def __init__(self, places, name, function, rank):
         self.places, self.name, self.function, self.rank = places, name, function, rank
 
+    def __get__(self, instance, owner):
+        # As a method of what calls it.
+        return self if instance is None else partial(self, instance)
+
     def __call__(self, *arguments, **named):
         if self.places.now == self.name and self.places.rank == self.rank:
             raise RuntimeError(f"no luck in {self.name}")
@@ -61,9 +67,9 @@ class Places(pl.Callback):
         self.now, self.rank = "", 0
         # Place: where it is called from, its name there, and the process that fails.
         self.all = {
-            "the limit": (monitor, "stability_limit", 1),
-            "the objective": (monitor, "trainer_loss", 1),
-            "the path": (landscape_monitor, "_weights", 1),
+            "the limit": (subject, "stability_limit", 1),
+            "the objective": (subject, "trainer_loss", 1),
+            "the path": (Slices, "_weights", 1),
             "random directions": (choice, "random_directions", 1),
             "moments": (choice, "adam_directions", 1),
             "components": (choice, "principal_components", 0),
@@ -77,9 +83,9 @@ class Places(pl.Callback):
         for name, (where, what, rank) in self.all.items():
             setattr(where, what, Fails(self, name, getattr(where, what), rank))
         # At the start: a batch and the weights that it meets, in the second process.
-        monitor.take_snapshot = Fails(self, "the start", monitor.take_snapshot, 1)
+        subject.take_snapshot = Fails(self, "the start", subject.take_snapshot, 1)
         held_batches.hold = Fails(self, "a batch", held_batches.hold, 1)
-        shown = monitor.progress
+        shown = firing.progress
 
         @contextmanager
         def bar(trainer, text, total):
@@ -88,7 +94,7 @@ class Places(pl.Callback):
             with shown(trainer, text, total) as advance:
                 yield advance
 
-        monitor.progress = bar
+        firing.progress = bar
 
     def on_train_start(self, trainer, module):
         self.rank = trainer.global_rank

@@ -234,13 +234,13 @@ def test_the_end_is_aligned_on_the_first_batch_and_stays_so(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:ModeConnection. a picture of the curve failed")
+@pytest.mark.filterwarnings("ignore:.*returned `None`")  # Lightning's own, once in a process
 def test_a_batch_without_a_loss_leaves_the_bend_in_place(tmp_path):
     class Skipping(Net):
         def training_step(self, batch, batch_idx):
             return None if batch_idx == 1 else super().training_step(batch, batch_idx)
 
     net = Skipping()
-    # Lightning says so too, once in a process.
     with pytest.warns(UserWarning, match="returned no loss for a held batch"):
         found = connected(tmp_path, net, limit_train_batches=2)
     expected = train_by_hand(

@@ -233,7 +233,7 @@ def test_in_a_real_browser(run: Path, tmp_path: Path) -> None:
     (tmp_path / "asked.html").write_text(page)
     found = subprocess.run(
         [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900",
-         "--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+         "--virtual-time-budget=30000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
          f"file://{tmp_path / 'asked.html'}"],
         capture_output=True, text=True, timeout=120, check=False,
     ).stdout  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -239,7 +239,9 @@ def _range_of(values: np.ndarray, *, signed: bool) -> tuple[Normalize, float, fl
     return LogNorm(least, most), least, most, marks
 
 
-def basin_figure(basins: Mapping[str, Basin], *, title: str = "") -> Figure:
+def basin_figure(
+    basins: Mapping[str, Basin], *, title: str = "", headline: Sequence[tuple[str, str]] = ()
+) -> Figure:
     """Return how far random rays go before the loss passes a cutoff, as histograms.
 
     Rays that did not pass it within the largest radius stand in a bar of their own. A line
@@ -248,6 +250,7 @@ def basin_figure(basins: Mapping[str, Basin], *, title: str = "") -> Figure:
     Args:
         basins: Name to basin, at least one.
         title: Above the figure.
+        headline: Under the title: texts and their colours.
     """
     first = next(iter(basins.values()))
     unit = UNITS.get(first.facts.normalization, "‖v‖")  # type: ignore[call-overload]
@@ -321,7 +324,7 @@ def basin_figure(basins: Mapping[str, Basin], *, title: str = "") -> Figure:
     axes.set_ylabel("rays")
     key(figure, axes)
     facts = facts_of(first.facts, f"{first.facts.num_points:,} passes")
-    figure.finish(title or "Radii of the basin", facts, notes)
+    figure.finish(title or "Radii of the basin", facts, notes, headline)
     return figure
 
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from lla_callbacks.report.sheet import KEY, TICKS, caption, sheet, spread
+from lla_callbacks.report.sheet import KEY, TICKS, caption, sheet
 from lla_callbacks.report.style import INK, PALE, UP, edges, hatched, padded, round_ticks
-from lla_callbacks.report.words import in_short, written
+from lla_callbacks.report.words import in_short
 from lla_callbacks.slices.fields import counted, facts_of
-from lla_callbacks.slices.scales import tick_values
+from lla_callbacks.slices.log_axis import set_log_axis
 from lla_callbacks.slices.slices import Line
 
 METRIC = "#2f855a"
@@ -55,16 +55,11 @@ def line_figure(lines: Sequence[Line], *, title: str = "", metric: str | None = 
     )
     for axes, line, values, text in zip(grid, lines, ranges, named, strict=True):
         caption(axes, text, fontsize=KEY)
-        if logarithmic:
-            axes.set_yscale("log")
         low, high = limits or _limits(values, logarithmic)
-        axes.set_ylim(low, high)
         if logarithmic:
-            marks = tick_values(math.log10(low), math.log10(high), True)
-            places = [(math.log10(v) - math.log10(low)) / math.log10(high / low) for v in marks]
-            axes.yaxis.set_major_locator(FixedLocator([marks[i] for i in spread(places, height)]))
-            axes.yaxis.set_major_formatter(lambda value, _: written(value))
-            axes.yaxis.set_minor_locator(NullLocator())
+            set_log_axis(axes, low, high, height)
+        else:
+            axes.set_ylim(low, high)
         _draw_line(axes, line)
         if name in line.metrics:
             _draw_metric(axes, line, name, metric_limits)

@@ -151,9 +151,11 @@ def test_metrics_files_scalars_and_words(tmp_path: Any) -> None:
     }  # fmt: skip
     assert "barrier" in found.summary()
     figure = found.figure(metric="error")
-    texts = [t.get_text() for axes in figure.axes for t in axes.get_legend().get_texts()]
-    assert len(texts) == 4
-    assert texts[0].startswith("straight line: barrier ")
+    texts = [t.get_text() for t in figure.texts]
+    head = [f"{part.statistics().barrier_above_ends:.3g}" for part in (found, found.straight)]
+    assert {f"barrier: curve {head[0]}", f"straight line {head[1]}"} <= {*texts}
+    assert {"Bezier curve", "straight line"} <= {*texts}
+    assert figure.axes[1].get_title(loc="left").startswith("barrier: curve ")
     with pytest.raises(ValueError, match="no metric is named 'x'; they are: accuracy, error"):
         found.figure(metric="x")
 
@@ -169,7 +171,10 @@ def test_a_loss_that_is_not_finite_is_hatched_and_has_no_barrier() -> None:
     found = loss_curve(net, batches(1), [a, b], loss=broken, t=[0, 0.5, 1])
     assert torch.isnan(found.loss[1])
     assert found.statistics().barrier_above_ends != found.statistics().barrier_above_ends
-    assert any(p.get_gid() == "not finite" for p in found.figure().axes[0].patches)
+    figure = found.figure()
+    assert any(p.get_gid() == "not finite" for p in figure.axes[0].patches)
+    assert "barrier: straight line unknown" in [t.get_text() for t in figure.texts]
+    assert "Hatched: not finite" in figure.get_supxlabel()
     assert "curve/maximum" not in found.scalars()
 
 

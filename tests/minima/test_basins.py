@@ -93,12 +93,21 @@ def test_other_things_are_refused():
         compare_basins(0.3, basin(WIDE))
 
 
+def key_of(shown):
+    """What the legend of basins says, of all texts of a figure; the last lines say Dot: ..."""
+    return [t for t in shown if ": effective radius" in t and "Dot:" not in t]
+
+
 def test_one_figure_has_both_and_their_ratio():
     found = compare_basins(basin(WIDE), basin(NARROW), names=("good", "bad"))
     figure = found.figure()
-    labels = [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
-    assert [label.split(":")[0] for label in labels] == ["good", "bad"]
-    assert "good over bad: 5" in figure.get_suptitle()
+    shown = [t.get_text() for t in figure.texts]
+    assert [t.split(":")[0] for t in key_of(shown)] == ["good", "bad"]
+    assert any("good over bad: 5" in t for t in shown)
+    # A title of one's own does not take the number away.
+    shown = [t.get_text() for t in found.figure(title="mine").texts]
+    assert "mine" in shown
+    assert any("good over bad: 5" in t for t in shown)
 
 
 # -- radii that say what they are ---------------------------------------------------------
@@ -113,7 +122,8 @@ def test_all_rays_open_is_at_least_and_never_plus_minus_nothing():
     assert math.isnan(found.effective_radius_sem)
     assert math.isnan(found.log10_volume)
     assert math.isnan(_scalars(found)["log10_volume"])
-    (text,) = [t.get_text() for t in found.figure().axes[0].get_legend().get_texts()]
+    shown = [t.get_text() for t in found.figure().texts]
+    (text,) = key_of(shown)
     assert "at least 4" in text
     assert "±" not in text
 

@@ -80,9 +80,11 @@ def test_a_map_says_what_it_is_worth_and_is_the_same_again(method, distance):
     assert found.coordinates.shape == (7, 2)
     assert found.sets == ("path",) * 4 + ("bad",) * 3
     assert found.names[:2] == ("path 0", "path 1")
-    below = found.figure().get_supxlabel()
-    assert f"trustworthiness {found.trustworthiness:.2f}" in below
-    assert f"rank correlation of distances {found.rank_correlation:.2f}" in below
+    figure = found.figure()
+    shown, below = [t.get_text() for t in figure.texts], figure.get_supxlabel()
+    assert f"trustworthiness {found.trustworthiness:.2f}" in shown
+    assert f"rank correlation {found.rank_correlation:.2f}" in shown
+    assert {"path", "bad"} <= {*shown}
     assert ("mean nothing" in below) == (method == "tsne")
     assert math.isnan(found.explained) == (method == "tsne")
 

@@ -110,7 +110,8 @@ def test_its_figure_and_file(tmp_path):
     found = relax(net(), BATCHES, held_out=HELD, loss=loss, num_steps=3)
     figure = found.figure()
     assert [len(axes.lines) for axes in figure.axes] == [2, 2, 1]
-    assert "A minimum has none" in figure.get_supxlabel()
+    assert "A minimum has none" in " ".join(figure.get_supxlabel().split())
+    assert any(t.get_text().startswith("held-out accuracy ") for t in figure.texts)
     figure.savefig(tmp_path / "relax.png")
     assert found.save(tmp_path / "relax.npz").exists()
 

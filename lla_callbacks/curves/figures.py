@@ -60,7 +60,7 @@ def curve_figure(along: Along, *, title: str = "", metric: str | None = None) ->
         ValueError: If there is no such metric.
     """
     name = metric or next(iter(along.metrics), None)
-    heights = (2.5,) if name is None else (1.7, 1.2)
+    heights = [2.5] if name is None else [1.7, 1.2]
     figure, grid = sheet(heights, left=0.74, above=0.08 if name is None else 0.22, inner=0.12)
     if name is not None:
         # Above the first panel there is no caption.
@@ -223,7 +223,7 @@ def barrier_figure(
     head = []
     if finite.size:
         ends = [in_short(float(v), 0.0) for v in (finite.min(), finite.max())]
-        i, j = np.unravel_index(np.nanargmax(values), values.shape)
+        i, j = divmod(int(np.nanargmax(values)), n)
         head = [(f"barrier {ends[0]}" if n == 2 else f"barriers {ends[0]} to {ends[1]}", INK)]
         if n > 2:
             head.append((f"largest: {names[i]} – {names[j]}", FOOTER))

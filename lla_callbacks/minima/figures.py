@@ -234,7 +234,7 @@ def shift_figure(shift: Shift, names: Sequence[str], *, title: str = "") -> Figu
         axes.scatter(accuracy[few], values[few], facecolors="white", **look)
         seen = values[np.isfinite(values)]
         if seen.size and seen.min() > 0 and seen.max() > 20 * seen.min():
-            low, high = padded(*(math.log10(float(v)) for v in (seen.min(), seen.max())), 0.1)
+            low, high = padded(math.log10(float(seen.min())), math.log10(float(seen.max())), 0.1)
             set_log_axis(axes, 10.0**low, 10.0**high, height)
         else:
             axes.margins(y=0.1)

@@ -29,8 +29,8 @@ from lla_callbacks.report.sheet import (
 )
 from lla_callbacks.report.style import DOWN, FOOTER, INK, PALE, UP, edges, hatched, padded
 from lla_callbacks.report.words import in_short, written
+from lla_callbacks.slices.axis_figures import set_log_axis
 from lla_callbacks.slices.fields import counted, facts_of
-from lla_callbacks.slices.log_axis import set_log_axis
 from lla_callbacks.slices.scales import tick_values
 
 # Decades that a linear axis still shows.

@@ -20,8 +20,8 @@ from lla_callbacks.minima.words import correlation_in_words, ratio_in_words
 from lla_callbacks.report.sheet import KEY, bar, caption, key, sheet
 from lla_callbacks.report.style import DOWN, FOOTER, INK, MODES, PALE, UP, padded, round_ticks
 from lla_callbacks.report.words import in_short, power, written
+from lla_callbacks.slices.axis_figures import set_log_axis
 from lla_callbacks.slices.landscape_figures import basin_figure
-from lla_callbacks.slices.log_axis import set_log_axis
 from lla_callbacks.slices.scales import tick_values
 
 COLORS = (UP, DOWN, "#2f855a", "#805ad5", "#c53030", "#4a5568")
@@ -114,7 +114,7 @@ def _moved(path: RelaxationPath) -> list[tuple[str, str]]:
 
 def _mark_log_steps(axes: Axes, last: int) -> None:
     """Make a step axis linear from 0 to 1 and logarithmic beyond, with powers of ten."""
-    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xscale("symlog", linthresh=1, linscale=0.5)
     axes.set_xlim(0, max(last, 1))
     exponents = range(math.floor(math.log10(max(last, 1)) + 1e-9) + 1)
     axes.xaxis.set_major_locator(FixedLocator([0.0, *(10.0**k for k in exponents)]))

@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from lla_callbacks.report.sheet import KEY, TICKS, caption, sheet
 from lla_callbacks.report.style import INK, PALE, UP, edges, hatched, padded, round_ticks
 from lla_callbacks.report.words import in_short
+from lla_callbacks.slices.axis_figures import set_log_axis
 from lla_callbacks.slices.fields import counted, facts_of
-from lla_callbacks.slices.log_axis import set_log_axis
 from lla_callbacks.slices.slices import Line
 
 METRIC = "#2f855a"

@@ -46,10 +46,10 @@ def _take_from_elsewhere(app: Any, page: str, source: list[str]) -> None:
     text = (ROOT / ELSEWHERE[page]).read_text(encoding="utf-8")
 
     def seen_from_here(link: re.Match[str]) -> str:
-        target = link[1]
-        return f"]({PAGE_OF.get(target, target.removeprefix('docs/'))})"
+        target, place = link[1], link[2] or ""
+        return f"]({PAGE_OF.get(target, target.removeprefix('docs/'))}{place})"
 
-    source[0] = re.sub(r"\]\(([^)#:]+)\)", seen_from_here, text)
+    source[0] = re.sub(r"\]\(([^)#:]+)(#[^)]*)?\)", seen_from_here, text)
 
 
 def setup(app: Any) -> None:

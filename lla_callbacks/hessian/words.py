@@ -94,7 +94,7 @@ def _gap_lines(m: HessianMeasurement) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, reason in m.gaps.items():
         reasons.setdefault(reason, []).append(name)
-    lines = [f"  no {', '.join(names):<17}{reason}" for reason, names in reasons.items()]
+    lines = [f"  no {', '.join(names):<16} {reason}" for reason, names in reasons.items()]
     if lines and m.self_check is not None and m.self_check.trouble:
         return [*lines, f"  {m.self_check.remedy}"]
     remedies = {gap_remedy(m.engine_reason, reason) for reason in reasons} - {""}

@@ -84,6 +84,7 @@ def test_a_run_that_ended_early_says_nothing_of_the_far_end() -> None:
     assert early.num_steps < 40
     assert all(math.isnan(early.criteria[name]) for name in FAR_END)
     assert "eig_rtol=0.05 ended a run after" in early.gaps["criteria of the far end"]
+    assert "no criteria of the far end eig_rtol=0.05" in early.summary()
     assert "c_t" in early.summary()
     # So are the layers' distances, which rest on whole spectra.
     layered = measure_hessian(module, BATCH, eig_rtol=0.05, num_layer_steps=20, **settings)

@@ -11,10 +11,10 @@ from lla_callbacks.callbacks.sizing import PLANNED, POINTS, targets
 
 # By how much a run of unknown length grows from one measurement to the next.
 GROWTH = 1.1
-# Of what turns out to be left over, what more points may take.
-SPENDABLE = 0.7
 # Seconds that such a run is taken to last, at least, when sizes are chosen.
 NOMINAL = 600.0
+# Of what turns out to be left over, what more points may take.
+SPENDABLE = 0.7
 
 
 @dataclass
@@ -94,7 +94,6 @@ class Pace:
         else:
             self.cost = (self.cost + seconds) / 2
         self.seen += 1
-        self.waits = True
 
     def reached(self, account: Account) -> bool:
         """Return whether a target was passed since the last time; then it is dropped.

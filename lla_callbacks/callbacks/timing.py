@@ -111,6 +111,9 @@ class Timing:
         pace, account = self.pace, self.account
         if not (pace.waits and pace.planned) or account.unplanned:
             return
+        if processes.size > 1 and account.batches & (account.batches - 1):
+            # An exchange: at batches that are the same in all processes, whatever their clocks say.
+            return
         pace.waits = False
         if self.is_bounded and not self.schedule.is_given and not self._ending:
             count = processes.first(pace.affordable(account, self.name))
@@ -142,6 +145,8 @@ class Timing:
         """Note that a measurement begins."""
         if not moment.light:
             self.last_step = moment.step
+            # In all processes, also where one of them fails to keep what it measured.
+            self.pace.waits = True
         if moment.last:
             # What was put aside for it is spent now.
             self._ending = True

@@ -3,6 +3,7 @@
 import math
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -24,6 +25,7 @@ from lla_callbacks.callbacks.sizing import (
     spectrum_ladder,
     targets,
 )
+from lla_callbacks.objective.moment import Moment
 
 from .modules import Plain, differences, events, fit, loader, outcome, plain_loss, steps
 
@@ -502,3 +504,26 @@ def test_a_stall_does_not_tell_the_pace_of_a_run(monkeypatch: pytest.MonkeyPatch
         account.tick(lambda: batch / 1000)  # noqa: B023
     assert account.seconds_a_batch == pytest.approx(0.01)
     assert account.expected == pytest.approx(2.0 + 9.0)
+
+
+def test_points_are_added_by_an_exchange_that_no_clock_or_failure_moves() -> None:
+    """All processes exchange at the same batch, after each measurement that began."""
+    timing = HessianMonitor().timing
+    timing.join([])
+    timing.pace.planned, timing.pace.cost = True, 0.1
+    timing.account.unplanned.clear()
+    asked: list[int] = []
+
+    def first(count: int) -> int:
+        asked.append(timing.account.batches)
+        return count
+
+    processes: Any = SimpleNamespace(size=2, first=first)
+    timing.spread(processes)
+    assert asked == []
+    # A measurement that began, and of which this process kept nothing.
+    timing.begins(Moment(3))
+    for batches in range(5, 20):
+        timing.account.batches = batches
+        timing.spread(processes)
+    assert asked == [8]

@@ -1,10 +1,9 @@
 """Run by test_injected.py: two processes, of which one fails at one place after the other.
 
-python -m tests.callbacks.ddp_injected FOLDER CASE
+python -m tests.callbacks.ddp_injected FOLDER CASE..., of which ``injected`` is the last
 """
 
 import sys
-import time
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -77,7 +76,6 @@ class Places(pl.Callback):
             "eigenvectors": (choice, "curved_directions", 0),
             "coordinates": (choice, "centred", 1),
         }
-        self.seconds = {}
 
     def inject(self):
         for name, (where, what, rank) in self.all.items():
@@ -102,7 +100,6 @@ class Places(pl.Callback):
         self.now = "the start"
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.began = time.monotonic()
         if batch_idx == 1:
             self.now = "a batch"
         elif batch_idx == 2:
@@ -112,17 +109,7 @@ class Places(pl.Callback):
             self.now = self.order[number] if number < len(self.order) else ""
 
 
-class After(pl.Callback):
-    def __init__(self, places):
-        self.places = places
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.places.seconds[self.places.now] = time.monotonic() - self.places.began
-
-
-def main():
-    folder, case = Path(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
+def train(folder, case):
     places = Places()
     spectrum = HessianMonitor(num_steps=2, num_probes=2, **CHEAP)
     slices = LossLandscapeMonitor(
@@ -137,7 +124,7 @@ def main():
             accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
             max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=folder,
-            callbacks=[] if case == "without" else [places, spectrum, slices, After(places)],
+            callbacks=[] if case == "without" else [places, spectrum, slices],
         )  # fmt: skip
         module = Net()
         trainer.fit(module)
@@ -146,10 +133,15 @@ def main():
         "missing": {step: sorted(report.missing) for step, report in slices.history},
         "stability": {step: r.criteria["stability"] for step, r in spectrum.history},
         "order": getattr(places, "order", []),
-        "seconds": places.seconds,
         "warnings": [str(w.message) for w in seen if "leaves a gap" in str(w.message)],
     }
     torch.save(found, folder / f"{case}_{trainer.global_rank}.pt")
+
+
+def main():
+    torch.set_num_threads(1)
+    for case in sys.argv[2:]:
+        train(Path(sys.argv[1]), case)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -46,8 +46,12 @@ def part(folder, name, epochs, checkpoint=None, devices=2, watcher=None):
     return watcher
 
 
-if __name__ == "__main__":
+def main():
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     for case in sys.argv[2:]:
         part(folder, case, *{"first": (1,), "second": (2, folder / "first.ckpt")}.get(case, (2,)))
+
+
+if __name__ == "__main__":
+    main()

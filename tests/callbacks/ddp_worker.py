@@ -1,4 +1,7 @@
-"""One of two processes that train with a callback of ours: ``ddp_worker.py RANK PORT FOLDER``."""
+"""Run by test_regularizer_ddp.py: trains in two processes, regularized or poisoned.
+
+python -m tests.callbacks.ddp_worker FOLDER CASE...
+"""
 
 import logging
 import os
@@ -10,8 +13,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lla_callbacks import HessianTraceRegularizer, ModeConnection, PoisonedLoss
 from tests.callbacks.by_hand import Double, half_loader
@@ -113,20 +114,22 @@ def connect(folder, rank):
 
 
 def main() -> None:
-    rank, port, folder = sys.argv[1:]
-    os.environ |= {
-        "LOCAL_RANK": rank, "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port
-    }  # fmt: skip
+    folder, *cases = sys.argv[1:]
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    found = {}
-    for name, (strategy, trainer, module, settings) in RUNS.items():
-        found[name] = train(strategy, trainer, dict(module), settings, folder, int(rank))
-    found["connection"] = connect(folder, int(rank))
-    for name, (strategy, trainer, module) in POISONED.items():
-        poison = PoisonedLoss(0.4, poison_batches())
-        found[name] = train(strategy, trainer, dict(module), {}, folder, int(rank), poison)
-    torch.save(found, Path(folder) / f"rank{rank}.pt")
+    for name in cases:
+        if name == "connection":
+            found = connect(folder, rank)
+        elif name in POISONED:
+            strategy, trainer, module = POISONED[name]
+            poison = PoisonedLoss(0.4, poison_batches())
+            found = train(strategy, trainer, dict(module), {}, folder, rank, poison)
+        else:
+            strategy, trainer, module, settings = RUNS[name]
+            found = train(strategy, trainer, dict(module), settings, folder, rank)
+        torch.save(found, Path(folder) / f"{name}_{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def train(folder, strategy):
     return found
 
 
-if __name__ == "__main__":
+def main():
     torch.set_num_threads(1)
     target = Path(sys.argv[1])
     for name in sys.argv[2:]:
@@ -78,3 +78,7 @@ if __name__ == "__main__":
             result = train(target, name)
         result["warnings"] = [str(w.message) for w in caught if "come back" in str(w.message)]
         torch.save(result, target / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,6 @@
 """Two real processes that train, regularized or poisoned, against loops by hand in float64."""
 
-import os
-import socket
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,9 +21,10 @@ from .by_hand import (
 )
 from .ddp_worker import POISONED, RUNS
 from .poison_by_hand import poison_batches, train_with_poison
+from .two_processes import GROUP, in_two
 
 # One pair of processes for all of them.
-pytestmark = pytest.mark.xdist_group("regularizer")
+pytestmark = pytest.mark.xdist_group(GROUP)
 GRADIENTS = {
     "static graph, exact": exact,
     "difference": difference,
@@ -41,30 +37,11 @@ GRADIENTS = {
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """What both processes end with: rank to run to name to tensor."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    worker = Path(__file__).with_name("ddp_worker.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(port), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][-2000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    """What both processes end with, run by run: rank to name to tensor."""
+    cases = [*RUNS, "connection", *POISONED]
+    found = in_two(tmp_path_factory.mktemp("ddp"), "tests.callbacks.ddp_worker", cases)
+    assert found.codes == [0, 0], found.output
+    return {case: found(case) for case in cases}
 
 
 def limited(module, batches, step):
@@ -110,13 +87,13 @@ def test_two_processes_are_the_loop_by_hand(weights, name):
         Double(**{k: v for k, v in RUNS[name][2].items() if k != "manual"}).named_parameters()
     )
     for rank in range(2):
-        found = weights[rank][name]
+        found = weights[name][rank]
         assert found.keys() == reference.keys()
         for key, value in found.items():
             # Differences divide rounding by a squared step of about 4e-3.
             limit = 1e-9 if name == "difference" else 1e-12
             assert float((value - reference[key].detach()).abs().max()) < limit, key
-    moved = max(float((weights[0][name][k] - p.detach()).abs().max()) for k, p in start.items())
+    moved = max(float((weights[name][0][k] - p.detach()).abs().max()) for k, p in start.items())
     assert moved > 1e-2
 
 
@@ -132,7 +109,7 @@ def test_two_processes_train_the_curve_of_a_loop_by_hand(weights):
         clip=0.1,
     )  # fmt: skip
     for rank in range(2):
-        for found, bend in zip(weights[rank]["connection"], expected, strict=True):
+        for found, bend in zip(weights["connection"][rank], expected, strict=True):
             for name, value in found.items():
                 assert float((value - bend[f"inner.{name}"]).abs().max()) < 1e-12
 
@@ -164,5 +141,5 @@ def test_two_processes_share_out_the_poison(weights, name):
     )
     for rank in range(2):
         for key, value in reference.named_parameters():
-            found = weights[rank][name][key]
+            found = weights[name][rank][key]
             assert float((found - value.detach()).abs().max()) < 1e-12, (rank, key)

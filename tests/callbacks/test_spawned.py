@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,10 +13,10 @@ from lla_callbacks.callbacks import spawned
 from lla_callbacks.callbacks.spawned import Home, Parcel
 
 from .modules import monitor
-from .two_processes import ROOT, environment
+from .two_processes import GROUP, environment, run
 
-# One start of Python and two more for its processes.
-pytestmark = pytest.mark.xdist_group("spawned")
+# One process, which starts two others.
+pytestmark = pytest.mark.xdist_group(GROUP)
 # As a script trains, and as a notebook does.
 STRATEGIES = ["ddp_spawn", "ddp_notebook"]
 
@@ -27,12 +25,11 @@ STRATEGIES = ["ddp_spawn", "ddp_notebook"]
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spawned")
     (folder / "tmp").mkdir()
-    command = [sys.executable, "-m", "tests.callbacks.spawn_worker", str(folder), *STRATEGIES]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(TMPDIR=str(folder / "tmp")), capture_output=True,
-        text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    variables = environment(TMPDIR=str(folder / "tmp"))
+    codes, output = run(
+        [folder / "output.txt"], "tests.callbacks.spawn_worker", [folder, *STRATEGIES], [variables]
+    )
+    assert codes == [0], output
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in STRATEGIES}
 
 

@@ -1,18 +1,28 @@
-"""Two real processes for the tests: one start of Python for all the cases of a file.
+"""Processes for the tests, forked from one that has imported what all of them need.
 
-Python, torch and Lightning take seconds to start, twice for each pair, and a case takes a tenth
-of one. Tests that share a pair belong to one ``xdist_group``, so that it runs once.
+Python, torch and Lightning take five seconds of a processor to import, a case a tenth of one. The
+standard library's server of forks imports them once; as long as it has not trained, what it forks
+is as good as a new process. Tests that need it belong to one ``xdist_group``, so that there is
+one server, and each pair runs once.
 """
 
+import importlib
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[2]
+# So long may a pair take that shares its cores with others, and a wait of gloo takes longer.
+PATIENCE = 900
+GROUP = "processes"
+_FORKED = multiprocessing.get_context("forkserver")
+_WORKERS = ["ddp_injected", "ddp_resume", "ddp_slices", "ddp_worker", "parallel_worker"]
+_FORKED.set_forkserver_preload([f"tests.callbacks.{name}" for name in _WORKERS])
 
 
 def free_port():
@@ -37,24 +47,49 @@ class Pair:
         return [torch.load(file, weights_only=True) for file in files]
 
 
-def in_two(folder, module, cases, timeout=300):
-    """Run ``python -m module FOLDER CASE...`` as two processes, as torchrun would."""
-    outputs = [folder / f"output_{rank}.txt" for rank in (0, 1)]
-    shared = environment(NODE_RANK="0", MASTER_ADDR="127.0.0.1")
-    command = [sys.executable, "-m", module, str(folder), *cases]
-    processes = []
-    for rank, output in enumerate(outputs):
-        mine = {**shared, "LOCAL_RANK": str(rank)}
-        with output.open("w") as file:
-            processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=mine, stdout=file, stderr=file)
-            )
+def run(outputs, module, arguments, environments):
+    """Run ``python -m module ARGUMENTS`` once in each environment, all at a time.
+
+    Returns:
+        The exit codes, None for what had to be ended, and the last of what was printed.
+    """
+    processes = [
+        _FORKED.Process(target=_main, args=(module, list(map(str, arguments)), variables, output))
+        for variables, output in zip(environments, outputs, strict=True)
+    ]
     try:
-        codes = [process.wait(timeout=timeout) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = [None, None]
+        for process in processes:
+            process.start()
+        waiting, patience = {process.sentinel: process for process in processes}, PATIENCE
+        while waiting and (ended := connection.wait(waiting, patience)):
+            if any([waiting.pop(sentinel).exitcode for sentinel in ended]):
+                patience = 60  # for one that waits for one that failed
+        codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-    return Pair(folder, codes, "\n".join(output.read_text()[-3000:] for output in outputs))
+            process.join()
+            process.close()
+    return codes, "\n".join(Path(output).read_text()[-3000:] for output in outputs)
+
+
+def in_two(folder, module, cases):
+    """Run ``python -m module FOLDER CASE...`` as two processes, as torchrun would."""
+    shared = environment(NODE_RANK="0", MASTER_ADDR="127.0.0.1")
+    environments = [{**shared, "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    outputs = [str(folder / f"output_{rank}.txt") for rank in (0, 1)]
+    return Pair(folder, *run(outputs, module, [folder, *cases], environments))
+
+
+def _main(module, arguments, variables, output):
+    with open(output, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    found = importlib.import_module(module)
+    sys.argv = [found.__file__, *arguments]
+    found.main()
+    sys.stdout.flush()

@@ -24,7 +24,7 @@ LEAST_BATCHES = 4
 LEAST_SECONDS = 1.0
 LATEST = 0.1
 # How far a run goes, at most, until the next look at how far it is.
-LOOK = 0.001
+LOOK = 0.004
 
 # Batches by which a stretch of a run tells its pace.
 LEAST_STRETCH = 4
@@ -57,6 +57,7 @@ class Account:
         findings: What is known of a loss, by the settings that it depends on.
         members: All monitors, in the order of the callbacks.
         said: What they have told, so that each thing is told once.
+        resting: Wakes those that Lightning does not call while nothing can be due.
     """
 
     def __init__(self) -> None:
@@ -72,6 +73,7 @@ class Account:
         self.findings: dict[Any, Any] = {}
         self.members: list[str] = []
         self.said = Said()
+        self.resting: list[Callable[[], None]] = []
         self.fraction = math.nan
         self.batches = 0
         self.is_idle = False
@@ -135,11 +137,12 @@ class Account:
             fraction: Returns how far the run is, from 0 to 1, NaN where nobody knows. It is asked
                 for every batch of a run that has not been planned, and then now and then.
         """
+        if self.passes():
+            return
         self.batches += 1
         doubled = not self.batches & (self.batches - 1)
-        self.is_idle = not (self.unplanned or doubled) and self.batches < self._next_look
-        if self.is_idle:
-            return
+        while self.resting:
+            self.resting.pop()()
         self.fraction = done = fraction()
         if doubled:
             self._doubled.append((self.training, done, self.batches))
@@ -149,10 +152,19 @@ class Account:
         if math.isnan(done):
             self._next_look = self.batches + 1
             return
-        # Of what is done a thousandth, so that targets are met within that.
+        # Of the run a small part, so that targets are met within that.
         self._next_look = self.batches + max(1, int(self.batches * LOOK / max(done, LOOK)))
         if not self._marks or done >= self._marks[-1][1] + 1 / _MARKS:
             self._marks.append((self.training, done))
+
+    def passes(self) -> bool:
+        """Count a batch after which nothing can be due, if the next one is such a batch."""
+        number = self.batches + 1
+        doubled = not number & (number - 1)
+        self.is_idle = not (self.unplanned or doubled) and number < self._next_look
+        if self.is_idle:
+            self.batches = number
+        return self.is_idle
 
     @property
     def seconds_a_batch(self) -> float:

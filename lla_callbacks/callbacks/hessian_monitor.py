@@ -262,11 +262,15 @@ class HessianMonitor(Watching):
         super().on_train_start(trainer, pl_module)
         self._seen_light = trainer.global_step
 
+    @property
+    def _looks_at_each_batch(self) -> bool:
+        return self.tracks
+
     @booked
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def _batch_ended(self, trainer: Any, pl_module: Any, batch_idx: int, *, leads: bool) -> None:
+        super()._batch_ended(trainer, pl_module, batch_idx, leads=leads)
+        if not self.tracks:
+            return
         step = step_of(trainer)
         before, self._seen_light = self._seen_light, trainer.global_step
         if (

@@ -84,9 +84,12 @@ class Timing:
     @property
     def is_idle(self) -> bool:
         """Whether nothing can be due after this batch: most batches of a long run."""
-        return (
-            self.account.is_idle and self.is_bounded and not self.schedule.is_given and not self.due
-        )
+        return self.account.is_idle and self.may_rest
+
+    @property
+    def may_rest(self) -> bool:
+        """Whether nothing can be due but by the account."""
+        return self.is_bounded and not self.schedule.is_given and not self.due
 
     def after_batch(self, global_step: int, step: int, *, complete: bool) -> None:
         """Note what falls due after a batch.

@@ -27,13 +27,14 @@ from lla_callbacks.callbacks.monitor_parts import HasParts
 from lla_callbacks.callbacks.own_loader import refuse_shared
 from lla_callbacks.callbacks.records import check_fit
 from lla_callbacks.callbacks.refusals import refuse_shards
+from lla_callbacks.callbacks.resting import Resting
 from lla_callbacks.callbacks.telling import rank_zero_warn
 from lla_callbacks.objective.moment import Moment
 from lla_callbacks.objective.training_step import check_replayable
 
 
 @without_idle_hooks
-class Watching(HasParts):
+class Watching(Resting, HasParts):
     """A callback that measures quantities of the held objective, and leaves training unchanged.
 
     It knows the order of things, its parts the rest. Trouble becomes a warning and a gap.
@@ -120,6 +121,8 @@ class Watching(HasParts):
     ) -> None:
         held, seen = self.subject.held, self.timing.batch_samples
         if (held.complete and seen and not self._watching) or is_barebones(trainer):
+            # For the rest of the run.
+            self._rest_from("on_train_batch_start", trainer)
             return
         if not seen and batch is not None:
             self.sink.guarded("holding a batch", self.planner.foretell, trainer, batch)
@@ -129,16 +132,27 @@ class Watching(HasParts):
                 self._fire_start(trainer, pl_module)
         self._look("before_step", trainer, pl_module)
 
-    @booked
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        # What comes before the account is opened is all that happens after most batches.
         if is_barebones(trainer):
             return
+        timing, account = self.timing, self.timing.account
+        leads = account.members[0] == self.name
+        rests = timing.may_rest and not self._watching and not self._looks_at_each_batch
+        if rests and (account.passes() if leads else account.is_idle):
+            if not leads and self._rest_from("on_train_batch_end", trainer):
+                account.resting.append(self._wake_up)
+            return
+        self._batch_ended(trainer, pl_module, batch_idx, leads=leads)
+
+    @booked
+    def _batch_ended(self, trainer: Any, pl_module: Any, batch_idx: int, *, leads: bool) -> None:
         if self._watching:
             self._look("after_step", trainer, pl_module)
         timing, account = self.timing, self.timing.account
-        if account.members[0] == self.name:
+        if leads:
             account.tick(partial(fraction_done, trainer, batch_idx))
         if timing.is_idle:
             return
@@ -210,8 +224,21 @@ class Watching(HasParts):
 
     # -- a run --------------------------------------------------------------------------
 
+    @property
+    def _looks_at_each_batch(self) -> bool:
+        """Whether something may be due after any batch, whatever the account says."""
+        return False
+
+    @classmethod
+    def _resting_class(cls) -> type:
+        return Watching
+
+    def _wake_up(self) -> None:
+        self._wake("on_train_batch_end")
+
     def _begin(self, trainer: Any) -> None:
         """Start anew, among the processes that there are."""
+        self._wake()
         self.timing.reset()
         self.subject.reset(trainer)
         for record in self.records:
@@ -225,6 +252,7 @@ class Watching(HasParts):
 
     def _forget(self) -> None:
         """Drop what belongs to a finished run and would keep its module alive."""
+        self._wake()
         self.subject.forget()
         for record in self.records:
             record.quantity.end()

@@ -3,6 +3,10 @@
 Run: ``python docs/benchmarks/shards.py [--hidden 2886] [--processes 1 2 4] [--depths 2 8]``. Each
 process holds a network of 50 million parameters (DDP) or its shards (FSDP2) and measures its
 Hessian at two Lanczos depths. What the peak grows by from one depth to the other is basis.
+
+Differences take two gradients a product, and some fifty more to find their step, each of them
+gathered and summed layer by layer: ``--kinds "FSDP2, differences" --depths 3 6 --probes 1 --rounds
+1`` leaves out what the peak does not depend on.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lla_callbacks.hessian.measures import measure
 from lla_callbacks.hessian.settings import HessianSettings
+from lla_callbacks.linalg import difference
 from lla_callbacks.linalg.shards import Everyone
 from lla_callbacks.objective.objective import Objective, trainable
 
@@ -59,8 +64,11 @@ def resident(name: str) -> float:
     return int(found[1]) / 1024
 
 
-def work(rank: int, size: int, port: int, kind: str, hidden: int, depths: list[int]) -> None:
+def work(rank: int, size: int, port: int, kind: str, asked: argparse.Namespace) -> None:
     """Measure in one process and print its peaks."""
+    hidden = asked.hidden
+    if asked.rounds is not None:
+        difference.MOST_ROUNDS, difference.POWER_STEPS = asked.rounds, 0
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
@@ -70,9 +78,9 @@ def work(rank: int, size: int, port: int, kind: str, hidden: int, depths: list[i
     batches = [tuple(torch.randn(2, 4, hidden, generator=source)) for _ in range(4)]
     share = Everyone(torch.device("cpu"))
     rows = []
-    for depth in depths:
+    for depth in asked.depths:
         objective = Objective(module, batches, loss, engine=KINDS[kind], check=False)
-        settings = HessianSettings(num_steps=depth, num_probes=2)
+        settings = HessianSettings(num_steps=depth, num_probes=asked.probes)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
         before, began = resident("VmRSS"), time.perf_counter()
@@ -86,7 +94,7 @@ def work(rank: int, size: int, port: int, kind: str, hidden: int, depths: list[i
     text = (
         f"| {kind} | {size} | {rank} | {dim / 1e6:.1f} | {before:,.0f} | {high_peak:,.0f} | "
         f"{slope:,.0f} | {slope / mib:.3f} | {rest / mib:.2f} | {last[0]:.9g} | {last[1]:.9g} | "
-        f"{seconds:.0f} s |"
+        f"{found.num_matvecs} | {seconds:.0f} s |"
     )
     for turn in range(size):
         torch.distributed.barrier()
@@ -100,20 +108,20 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2886)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--depths", type=int, nargs=2, default=[2, 8])
+    parser.add_argument("--probes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="of the search for a step; without it: all")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     chosen = parser.parse_args()
     # Whatever is freed goes back to the system, so that peaks are of what is held.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     print(
         "| case | processes | rank | million parameters | MiB before | peak MiB | MiB a basis "
-        "vector | in vectors | rest in vectors | lambda_max | trace | time |"
+        "vector | in vectors | rest in vectors | lambda_max | trace | products | time |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for k, kind in enumerate(chosen.kinds):
         for size in chosen.processes:
-            torch.multiprocessing.spawn(
-                work, (size, 29650 + 10 * k + size, kind, chosen.hidden, chosen.depths), size
-            )
+            torch.multiprocessing.spawn(work, (size, 29650 + 10 * k + size, kind, chosen), size)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from lla_callbacks.callbacks.compat import (
 )
 from lla_callbacks.linalg.space import whole
 from lla_callbacks.objective.objective import trainable
+from lla_callbacks.penalty.flat_shards import FlatPart, flat_parts, flat_units
 from lla_callbacks.penalty.noise import Displacement
 
 
@@ -41,6 +42,9 @@ class NoisePenalty:
         self._displacement: Displacement | None = None
         self._known: tuple[Any, ...] = ()
         self._module: Any = None
+        # What FSDP1 has wrapped, and which entries of each parameter this process has.
+        self._flat: Any = None
+        self._parts: dict[int, FlatPart] = {}
         self._sigma, self._index, self._armed = 0.0, 0, False
         # Of a pair of steps that is logged: penalty estimates and losses.
         self._logging = self._stepped = False
@@ -57,6 +61,8 @@ class NoisePenalty:
         """Take the Trainer's steps between move and return, from now on."""
         self.end()
         self._module = module
+        self._flat = trainer.strategy.model if flat_units(trainer.strategy.model) else None
+        self._look_at_parts()
         self._around = AroundSteps(trainer, module, self)
 
     def end(self) -> None:
@@ -65,7 +71,7 @@ class NoisePenalty:
             self._around.remove()
         if self._displacement is not None:
             self._displacement.forget()
-        self._around = self._displacement = self._module = None
+        self._around = self._displacement = self._module = self._flat = None
         self._known, self._pair, self._armed, self._logging = (), [], False, False
 
     def arm(
@@ -84,7 +90,10 @@ class NoisePenalty:
         known = tuple((name, id(parameters[name]), parameters[name].shape) for name in names)
         if known != self._known:
             chosen = {name: parameters[name] for name in names}
-            self._displacement = Displacement(chosen, seed=self._seed, relative=self._relative)
+            parts = {n: self._parts[id(p)] for n, p in chosen.items() if id(p) in self._parts}
+            self._displacement = Displacement(
+                chosen, seed=self._seed, relative=self._relative, parts=parts
+            )
             self._known = known
         self._sigma, self._index, self._armed = math.sqrt(2 * strength), index, True
         self._losses, self._seconds, self._stepped = [], 0.0, False
@@ -98,7 +107,17 @@ class NoisePenalty:
         """Expect nothing more of this batch."""
         if self._around is not None:
             self._around.put_back()
+            self._look_at_parts()
         self._armed = False
+
+    def _look_at_parts(self) -> None:
+        """Let parameters that FSDP1 has gathered for an evaluation be pieces again."""
+        if self._flat is None:
+            return
+        try:
+            self._parts = flat_parts(self._flat)
+        except ValueError as error:
+            raise MisconfigurationException(f"{self._kind}(estimator='noise'): {error}") from error
 
     # -- what is asked of it around a step --------------------------------------------------
 

@@ -47,23 +47,53 @@ def refuse_surroundings(
             raise MisconfigurationException(f"{kind}: {error}") from error
     if moves_shards:
         if flattens_parameters(trainer, module):
-            raise MisconfigurationException(
-                f"{kind} moves parameters where they are, and {type(trainer.strategy).__name__} "
-                "keeps shards of its own making. Train with ModelParallelStrategy and "
-                "torch's fully_shard (FSDP2), strategy='ddp', or in one process."
-            )
+            refuse_flat(kind, trainer, module)
         return
     if shards_parameters(trainer, module):
         raise MisconfigurationException(
             f"{kind} moves whole parameters, and {type(trainer.strategy).__name__} shards "
             "them. Train with strategy='ddp' or in one process, or give estimator='noise' with a "
-            "strength and layers of your own."
+            f"strength and layers of your own{_elsewhere(trainer)}."
         )
     if takes_iterator(module):
         raise MisconfigurationException(
             f"{kind} needs each batch before its step, and a training_step that takes "
             "dataloader_iter fetches its own. Let it take (batch, batch_idx)."
         )
+
+
+def refuse_flat(kind: str, trainer: Any, module: Any) -> None:
+    """Raise if noise cannot move the shards of a strategy that has them in its own way.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    name = type(trainer.strategy).__name__
+    if "DeepSpeed" in name:
+        raise MisconfigurationException(
+            f"{kind}(estimator='noise') moves parameters where they are, and {name} keeps shards "
+            "of its own making. Train with ModelParallelStrategy and torch's fully_shard "
+            "(FSDP2), strategy='ddp', or in one process."
+        )
+    if not getattr(trainer.strategy, "kwargs", {}).get("use_orig_params", True):
+        raise MisconfigurationException(
+            f"{kind}(estimator='noise') draws its noise by parameter, which "
+            f"{name}(use_orig_params=False) hides. Leave use_orig_params at True, Lightning's "
+            "default, or train with ModelParallelStrategy and torch's fully_shard (FSDP2)."
+        )
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{kind}(estimator='noise') moves weights to and fro inside a manual step, and {name} "
+            "has gathered them for all of it. Use automatic optimization, or "
+            "ModelParallelStrategy and torch's fully_shard (FSDP2)."
+        )
+
+
+def _elsewhere(trainer: Any) -> str:
+    """Return where noise can move shards, if it cannot here."""
+    if "DeepSpeed" not in type(trainer.strategy).__name__:
+        return ""
+    return " under ModelParallelStrategy with torch's fully_shard (FSDP2)"
 
 
 def refuse_training(

@@ -21,6 +21,7 @@ from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
 from lla_callbacks.objective.loss import Loss, Statistics, load_statistics
 from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.parts import Parameters, chosen_names
+from lla_callbacks.objective.policy import policy_dtype
 from lla_callbacks.objective.precision import HALF, Precision, autocast_inside, check_precision
 from lla_callbacks.objective.randomness import (
     RANDOM_NOTE,
@@ -88,6 +89,8 @@ class HeldLoss:
         self.arithmetic = arithmetic
         # That of autocast regions which the loss opens itself, once one was seen.
         self.inner_arithmetic: torch.dtype | None = None
+        # That of sharded parts, where it is not the weights'.
+        self.policy = policy_dtype(module)
         self.batch_size = batch_size
         self.findings = findings or Findings()
         self.batches = list(batches)
@@ -126,18 +129,25 @@ class HeldLoss:
         return self.findings.proof.keep_hooks or is_sharded(self.module)
 
     @property
+    def coarse(self) -> torch.dtype | None:
+        """Dtype in which the loss computes where that has fewer digits than the weights."""
+        return self.arithmetic or self.inner_arithmetic or self.policy
+
+    @property
     def eps(self) -> float:
         """Relative rounding of the arithmetic."""
-        found = self.arithmetic or self.inner_arithmetic
+        found = self.coarse
         precision = ParameterSpace(self.variables).precision
         return max(torch.finfo(d).eps for d in (precision, found) if d is not None)
 
     @property
     def arithmetic_name(self) -> str:
         """The precision of the computation, in words."""
-        found = self.arithmetic or self.inner_arithmetic
+        found, name = self.coarse, "autocast"
+        if found is not None and found not in (self.arithmetic, self.inner_arithmetic):
+            name = "MixedPrecisionPolicy"
         if found is not None:
-            return f"{str(found).removeprefix('torch.')} autocast"
+            return f"{str(found).removeprefix('torch.')} {name}"
         return str(ParameterSpace(self.variables).precision).removeprefix("torch.")
 
     def without_skipped(self, action: Callable[[], Result]) -> Result:

@@ -281,7 +281,7 @@ class Objective(HeldLoss):
         return ("exact", "difference") if self.engine == "auto" else (self.engine,)
 
     def _finished(self, operator: LossOperator) -> LossOperator:
-        found = self.arithmetic or self.inner_arithmetic
+        found = self.coarse
         if found is not None:
             operator.eps = max(operator.eps, torch.finfo(found).eps)
         operator.room = self.plan.room

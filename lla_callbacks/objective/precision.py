@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.objective.checks import one_of
+from lla_callbacks.objective.policy import put_aside
 from lla_callbacks.objective.sharded import is_sharded
 
 Precision = Literal["float32", "training"]
@@ -34,7 +35,8 @@ def at_precision(
 
     Copies take the places of half-precision parameters and buffers, and the originals, to the
     bit and as the same objects, come back on leaving: optimizers and wrappers notice nothing.
-    float32 and float64 stay as they are, and with ``"training"`` everything does.
+    float32 and float64 stay as they are, and with ``"training"`` everything does. A
+    ``MixedPrecisionPolicy`` of FSDP2 has no effect meanwhile, but for ``"training"``.
 
     Args:
         module: The module.
@@ -51,7 +53,10 @@ def at_precision(
             "Keep float32 parameters, with MixedPrecisionPolicy for training.",
         )
     wide = {dtype: torch.float32 for dtype in HALF} if precision == "float32" else {}
-    with _at_dtypes(module, wide, {} if copies is None else copies):
+    with (
+        put_aside(module, full=precision == "float32"),
+        _at_dtypes(module, wide, {} if copies is None else copies),
+    ):
         yield
 
 

@@ -15,7 +15,7 @@ def is_sharded(module: nn.Module) -> bool:
     Gradients then exist only by ``backward()``, and only once: torch 2.13 gives neither
     ``autograd.grad`` nor a second derivative (``torch.distributed.fsdp.fully_shard``).
     """
-    return any(_units(module))
+    return any(units(module))
 
 
 def sharded_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -39,7 +39,7 @@ def reshard(module: nn.Module) -> None:
 
     After a forward pass the outermost part keeps them for the backward pass.
     """
-    for unit in _units(module):
+    for unit in units(module):
         unit.reshard()
 
 
@@ -50,10 +50,10 @@ def resharded(module: nn.Module) -> Iterator[Callable[[], None]]:
     Without a backward pass the outermost part keeps them. Who then took them for the module's
     parameters would read memory that the next evaluation frees.
     """
-    units = _units(module)
+    parts = units(module)
 
     def forget() -> None:
-        for unit in units:
+        for unit in parts:
             unit.reshard()
 
     forget()
@@ -63,7 +63,8 @@ def resharded(module: nn.Module) -> Iterator[Callable[[], None]]:
         forget()
 
 
-def _units(module: nn.Module) -> list[Any]:
+def units(module: nn.Module) -> list[Any]:
+    """Return the parts of a module that ``fully_shard`` was applied to."""
     return [
         m
         for m in module.modules()

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.probes import EIGHT_SIGNS, signs_between
-from lla_callbacks.linalg.space import is_spread, local_part, whole
+from lla_callbacks.linalg.space import local_part, whole
 from lla_callbacks.penalty.elsewhere import Elsewhere
+from lla_callbacks.penalty.flat_shards import FlatPart, root_mean_squares, summed
+from lla_callbacks.penalty.places import held_places, summed_over
 
 # Parts that torch's and Lightning's wrappers put into the names of parameters: a wrapped network
 # draws what the bare one draws.
@@ -39,12 +41,19 @@ class Displacement:
         parameters: By name; distributed tensors are moved in place, each process its own part.
         seed: Fixes the signs, together with the keys.
         relative: Whether steps are in units of each tensor's root mean square.
+        parts: Of parameters that FSDP1 has flattened, which entries of the whole they are.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], *, seed: int = 0, relative: bool = False
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        seed: int = 0,
+        relative: bool = False,
+        parts: Mapping[str, FlatPart] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
+        self._parts = {name: parts[name] for name in parameters if name in parts} if parts else {}
         self.relative = relative
         self._seed = seed
         self._names = [_bare(name) for name in parameters]
@@ -54,7 +63,9 @@ class Displacement:
         self._drawn: tuple[tuple[int, ...] | None, list[Tensor]] = (None, [])
         self._distance = 0.0
         self._key: tuple[int, ...] = ()
-        self._groups = _grouped(list(self.parameters.values()))
+        self._groups = _grouped(
+            list(self.parameters.values()), [self._parts.get(name) for name in self.parameters]
+        )
         longest = max((g.num_words for g in self._groups), default=0)
         device = next(iter(self.parameters.values())).device
         self._ramp = torch.arange(longest, device=device).mul_(_signed(_GOLDEN))
@@ -71,7 +82,11 @@ class Displacement:
         if not place.is_away:
             place.leave(list(self.parameters.values()))
             if self.relative:
-                self._scales = [whole(_rms(p.detach())) for p in self.parameters.values()]
+                cut = root_mean_squares(self.parameters, self._parts)
+                self._scales = [
+                    cut[name] if name in cut else whole(_rms(p.detach()))
+                    for name, p in self.parameters.items()
+                ]
         self._distance, self._key = distance, tuple(key)
         self._write([True] * len(place.starts))
         place.arrive()
@@ -143,11 +158,12 @@ class Displacement:
         if not self.relative:
             return
         shares = self._shares(gradients, self._distance)
-        parameters = self.parameters.values()
-        for g, w, share, rms in zip(gradients, parameters, shares, self._scales, strict=True):
+        items = zip(gradients, self.parameters.items(), shares, self._scales, strict=True)
+        for g, (name, w), share, rms in items:
             if g is not None and share is not None:
+                numel = self._parts[name].numel if name in self._parts else w.numel()
                 # shares hold s z . g, which is zero where s is.
-                factor = torch.where(rms > 0, whole(share) / (w.numel() * rms.square()), 0.0)
+                factor = torch.where(rms > 0, whole(share) / (numel * rms.square()), 0.0)
                 local_part(g).add_(local_part(w.detach()) * factor)
 
     def signs(self, key: Sequence[int]) -> dict[str, Tensor]:
@@ -193,12 +209,24 @@ class Displacement:
                 known = sums[piece.position]
                 sums[piece.position] = share if known is None else known + share
         found: list[Tensor | None] = []
-        for p, g, local in zip(self.parameters.values(), gradients, sums, strict=True):
+        cut = self._shares_of_parts(sums)
+        items = zip(self.parameters.items(), gradients, sums, strict=True)
+        for (name, p), g, local in items:
+            if name in cut:
+                found.append(cut[name])
+                continue
             if g is None:
                 found.append(None)
                 continue
-            found.append(_summed_over(p, local_part(p).new_zeros(()) if local is None else local))
+            found.append(summed_over(p, local_part(p).new_zeros(()) if local is None else local))
         return found
+
+    def _shares_of_parts(self, sums: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Return shares of flat parts, summed: a process that has no gradient has no entry."""
+        own = dict(zip(self.parameters, sums, strict=True))
+        zeros = {n: self.parameters[n].detach().new_zeros(()) for n in self._parts}
+        values = [zero if (share := own[n]) is None else share for n, zero in zeros.items()]
+        return dict(zip(self._parts, summed(values, list(self._parts.values())), strict=True))
 
 
 class _Piece(NamedTuple):
@@ -270,7 +298,7 @@ class _Group:
         return bits.to(torch.int8).mul_(2).sub_(1)
 
 
-def _grouped(tensors: Sequence[Tensor]) -> list[_Group]:
+def _grouped(tensors: Sequence[Tensor], parts: Sequence[FlatPart | None]) -> list[_Group]:
     """Cut large tensors into pieces of rows, and put small ones together."""
     groups: list[_Group] = []
     waiting: list[_Piece] = []
@@ -282,10 +310,10 @@ def _grouped(tensors: Sequence[Tensor]) -> list[_Group]:
             groups.append(_Group(list(waiting), like))
         waiting.clear()
 
-    for position, tensor in enumerate(tensors):
+    for position, (tensor, part) in enumerate(zip(tensors, parts, strict=True)):
         local = local_part(tensor)
         most = PIECE if local.device.type == "cpu" else PIECE_ON_DEVICE
-        for piece in _cut(position, tensor, local, most):
+        for piece in _cut(position, tensor, local, most, part):
             size = math.prod(piece.shape)
             scattered = piece.indices is not None
             changes = like is None or (like.dtype, like.device) != (local.dtype, local.device)
@@ -298,7 +326,9 @@ def _grouped(tensors: Sequence[Tensor]) -> list[_Group]:
     return groups
 
 
-def _cut(position: int, tensor: Tensor, local: Tensor, most: int) -> Iterator[_Piece]:
+def _cut(
+    position: int, tensor: Tensor, local: Tensor, most: int, part: FlatPart | None
+) -> Iterator[_Piece]:
     """Yield a tensor in pieces of at most so many entries, where it has rows enough."""
     if not local.numel():
         return
@@ -308,11 +338,16 @@ def _cut(position: int, tensor: Tensor, local: Tensor, most: int) -> Iterator[_P
     rest = tuple(local.shape[1:])
     width = math.prod(rest)
     lead = max(1, most // width)
-    held = _held(tensor)
+    held = held_places(tensor)
     strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim)]
     for start in range(0, len(local), lead):
         rows = slice(start, min(start + lead, len(local)))
         shape = (rows.stop - rows.start, *rest)
+        if part is not None:
+            places = None if part.places is None else [part.places[rows]]
+            first = 0 if places else part.first + start
+            yield _Piece(position, rows, shape, first, places)
+            continue
         if held is None:
             yield _Piece(position, rows, shape, start * width, None)
             continue
@@ -325,44 +360,6 @@ def _cut(position: int, tensor: Tensor, local: Tensor, most: int) -> Iterator[_P
             yield _Piece(
                 position, rows, shape, 0, [i * s for i, s in zip(index, strides, strict=True)]
             )
-
-
-def _held(tensor: Tensor) -> list[Tensor] | None:
-    """Return which places along each dimension this process has; ``None``: all of them."""
-    if not is_spread(tensor):
-        return None
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    found = []
-    for dim, size in enumerate(tensor.shape):
-        along = [_along_first(p, dim) for p in placements]
-        places = torch.arange(size, device=local_part(tensor).device)
-        whole_one = DTensor.from_local(places, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        found.append(whole_one.redistribute(mesh, along).to_local())
-    return found
-
-
-def _along_first(placement: Any, dim: int) -> Any:
-    """Return the placement of one dimension's places, as a vector, beside that of a tensor."""
-    from torch.distributed.tensor import Replicate
-
-    if not (hasattr(placement, "dim") and placement.dim == dim):
-        return Replicate()
-    if hasattr(placement, "split_factor"):
-        return type(placement)(0, split_factor=placement.split_factor)
-    return type(placement)(0)
-
-
-def _summed_over(like: Tensor, local: Tensor) -> Tensor:
-    """Return a share of this process as a tensor whose whole is the sum over processes."""
-    if not is_spread(like):
-        return local
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    kinds = [Partial() if hasattr(p, "dim") else Replicate() for p in placements]
-    return DTensor.from_local(local, mesh, kinds, run_check=False)
 
 
 def _bare(name: str) -> str:

@@ -376,7 +376,8 @@ def facts_of(
         seed,
         objective.num_samples,
         space.dim,
-        str(space.precision).removeprefix("torch."),
+        # Autocast is off here; what sharded parts compute in may be coarser than their weights.
+        str(objective.policy or space.precision).removeprefix("torch."),
         method,
         num_points,
         time.perf_counter() - began,

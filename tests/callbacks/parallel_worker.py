@@ -8,10 +8,12 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from pytorch_lightning.plugins.precision import FSDPPrecision
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -93,6 +95,8 @@ class Sharded(Net):
             nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 2)
         ).double()
 
+    how: ClassVar[dict] = {}
+
     def configure_model(self):
         from torch.distributed.fsdp import fully_shard
 
@@ -100,8 +104,73 @@ class Sharded(Net):
         # The last layer is the outermost part's own, which stays gathered after a forward pass.
         for layer in self.net[:-1]:
             if isinstance(layer, nn.Linear):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(self.net, mesh=mesh)
+                fully_shard(layer, mesh=mesh, **self.how)
+        fully_shard(self.net, mesh=mesh, **self.how)
+
+
+class Halves(Sharded):
+    """Weights in float32, which training gathers, and whose gradients it sums, in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.float()
+
+    @property
+    def how(self):
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        return {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)}
+
+
+class OnCPU(FSDPStrategy):
+    """FSDP1 on a CPU, which torch can do and Lightning lets nobody ask for.
+
+    In float64, which its precision plugin does not offer.
+    """
+
+    def _setup_model(self, model):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+    @property
+    def precision_plugin(self):
+        if self._precision_plugin is None:
+            self._precision_plugin = FSDPPrecision("32-true")
+            self._precision_plugin._desired_input_dtype = torch.float64
+        return self._precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin):
+        pass
+
+
+class Flat(Sharded):
+    """Cut up by FSDP1: the first layer alone, the others in the outermost part."""
+
+    def configure_model(self):
+        pass
+
+    def val_dataloader(self):
+        return self.train_dataloader()
+
+    def validation_step(self, batch, batch_idx):
+        # Leaves the outermost part gathered.
+        self.net(batch[0])
+
+    def on_train_end(self):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(self.trainer.model, writeback=False):
+            self.whole = {
+                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+                for name, p in self.named_parameters()
+            }
+
+
+def first_layer(module, recurse, nonwrapped_numel):
+    """Say which module FSDP1 is to wrap."""
+    return recurse or getattr(module, "in_features", None) == 3
 
 
 class TensorParallel(Sharded):
@@ -179,6 +248,8 @@ class Killed:
 
 def strategy_of(case):
     ddp = {"process_group_backend": "gloo"}
+    if case.startswith("flat"):
+        return OnCPU(auto_wrap_policy=first_layer, **ddp)
     if case.startswith("fsdp"):
         size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
         return ModelParallelStrategy(**size, save_distributed_checkpoint=False, **ddp)
@@ -194,8 +265,10 @@ def strategy_of(case):
 
 
 def module_of(case):
-    kinds = {"fsdp": Sharded, "tensor": TensorParallel}
+    kinds = {"fsdp": Sharded, "flat": Flat, "tensor": TensorParallel}
     kind = kinds.get(case.partition("_")[0], Net)
+    if case.startswith("fsdp_policy"):
+        return Halves()
     return Net(unused=True) if case == "unused" else kind()
 
 
@@ -205,9 +278,16 @@ def watcher_of(case):
     if "noise" in case:
         # Strong enough for a wrong sign to be seen.
         return HessianTraceRegularizer(0.02, estimator="noise", relative="relative" in case)
+    if case == "fsdp_policy_slices":
+        return LossLandscapeMonitor(
+            **SLICES | {"planes": ["random"], "lines": ["gradient"], "num_rays": 0}
+        )
     if case.endswith("slices"):
         return LossLandscapeMonitor(**SLICES, convexity_points=3 if case[0] == "t" else 0)
     settings = dict(SETTINGS)
+    if case == "fsdp_policy":
+        # Each gradient is gathered and summed layer by layer: first and last measurement alone.
+        settings |= {"every_n_train_steps": 1000, "num_steps": 4, "num_probes": 2}
     if case == "fsdp":
         # Batches of unequal sizes, and one process has none in the last round.
         settings |= {"num_samples": 36, "num_layer_steps": 3, "num_layer_probes": 3}
@@ -263,7 +343,8 @@ def train(folder, case):
             torch.save({"refused": str(error)}, folder / f"{case}_{trainer.global_rank}.pt")
             return
     found = {
-        "weights": {n: _whole(p) for n, p in module.state_dict().items()},
+        "weights": getattr(module, "whole", None)
+        or {n: _whole(p) for n, p in module.state_dict().items()},
         "random": torch.get_rng_state(),
         "logged": {t: float(v) for t, v in trainer.callback_metrics.items() if "regularizer" in t},
         "warnings": [str(w.message) for w in seen if "leaves a gap" in str(w.message)],
@@ -296,6 +377,7 @@ def train(folder, case):
             "kh05": r.criteria["kh05"],
             "stability": r.criteria["stability"],
             "engine": r.engine,
+            "precision": r.precision,
             "reason": r.engine_reason,
             "layers": {name: m.trace for name, m in r.layers.items()},
             "gaps": dict(r.gaps),

@@ -36,10 +36,11 @@ FAILURES = {
 }
 DDP = ["ddp", "static", "views", "unused"]
 WHOLE = ["without", *DDP, "layers", "difference", "tracking", "budget", *FAILURES]
-NOISE = [f"{kind}_noise{more}" for kind in ("tensor", "fsdp") for more in ("", "_relative")]
+NOISE = [f"{kind}_noise{more}" for kind in ("tensor", "fsdp", "flat") for more in ("", "_relative")]
 SHARDED = [
     "tensor_without", "tensor", "tensor_slices",
     "fsdp_without", "fsdp_exact", "fsdp", "fsdp_fails", "fsdp_slices", *NOISE,
+    "fsdp_policy_without", "fsdp_policy", "fsdp_policy_slices",
 ]  # fmt: skip
 WORKER = "tests.callbacks.parallel_worker"
 
@@ -196,6 +197,39 @@ def test_fsdp2_measures_by_differences_as_one_process(sharded):
         assert torch.equal(one["random"], other["random"])
 
 
+def in_float32(both):
+    """Return the bare network with the weights of two processes, and their batches."""
+    module = Sharded().float()
+    module.load_state_dict(both[0]["weights"])
+    return module, [(x.float(), y) for x, y in held()]
+
+
+def test_a_policy_of_half_precision_has_no_effect_on_a_measurement(sharded):
+    both = sharded("fsdp_policy")
+    assert both[0]["reports"][10] == both[1]["reports"][10]
+    assert list(both[0]["reports"]) == [0, 10]
+    last = both[0]["reports"][10]
+    assert (last["engine"], last["precision"], last["gaps"]) == ("difference", "float32", {})
+    module, batches = in_float32(both)
+    report = measure_hessian(module, batches, loss=loss_of, num_steps=4, num_probes=2)
+    assert last["loss"] == pytest.approx(report.loss, rel=1e-6)
+    # What differences in float32 are worth; bfloat16 is off by 1e-2 and more.
+    assert last["trace"] == pytest.approx(report.trace, rel=1e-3)
+    assert last["lambda_max"] == pytest.approx(float(report.lambda_max), rel=1e-3)
+    slices = sharded("fsdp_policy_slices")
+    found = {n.partition("/")[2]: v for n, v in slices[0]["slices"].items() if n.startswith("10/")}
+    three = centred(1.0, 3)
+    plane = loss_plane(
+        module, batches, alphas=three, betas=three, loss=loss_of, vectors="entry", evaluation="loop"
+    )
+    torch.testing.assert_close(found["plane_random"], plane.loss, rtol=1e-6, atol=0)
+    # Training is in bfloat16 before and after, to the bit.
+    for case in (both, slices):
+        for one, other in zip(case, sharded("fsdp_policy_without"), strict=True):
+            assert differences(one["weights"], other["weights"]) == []
+            assert torch.equal(one["random"], other["random"])
+
+
 def test_a_measurement_that_fails_under_fsdp2_leaves_training_alone(sharded):
     both, bare = sharded("fsdp_fails"), sharded("fsdp_without")
     assert 0 in both[0]["reports"]
@@ -238,18 +272,18 @@ class AsOne(Sharded):
 
 @pytest.mark.parametrize("case", NOISE)
 def test_each_process_moves_its_part_by_the_noise_of_one_process(sharded, case):
-    """Shards of rows under FSDP2, of rows and of columns under tensor parallelism."""
+    """Shards of rows under FSDP2, of rows and of columns otherwise, flat pieces under FSDP1."""
     source = torch.Generator().manual_seed(7)
     x = torch.randn(36, 3, generator=source, dtype=torch.float64)
     y = (x.sum(1) > 0).long()
     rows = [list(range(i, i + 4)) for i in range(0, 36, 4)]
-    if case.startswith("fsdp"):
+    if not case.startswith("tensor"):
         # Process r trains on samples r, r + 2, ... and the last batch is of two samples.
         each = [range(r, 36, 2) for r in (0, 1)]
         rows = [list(each[r][i : i + 4]) for i in range(0, 18, 4) for r in (0, 1)]
     batches = [(x[r], y[r]) for r in rows] * 2
     gradient = partial(noise, relative="relative" in case)
-    together = 2 if case.startswith("fsdp") else 1
+    together = 1 if case.startswith("tensor") else 2
     module = train_by_hand(AsOne(), batches, gradient, lambda step: 0.02, together)
     both = sharded(case)
     for each in both:
@@ -310,12 +344,23 @@ def test_strategies_with_shards_of_their_own_are_refused_with_the_remedy(strateg
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_noise_refuses_shards_that_it_cannot_move(strategy):
-    callback = HessianTraceRegularizer(1e-3, estimator="noise")
-    if strategy == "ModelParallelStrategy":
-        callback.setup(Stub(strategy), Net(), "fit")
-        callback = HessianTraceRegularizer(1e-3)
-    with pytest.raises(MisconfigurationException, match=rf"{strategy}.*(FSDP2|estimator='noise')"):
-        callback.setup(Stub(strategy), Net(), "fit")
+    callback, trainer, net = HessianTraceRegularizer(1e-3, estimator="noise"), Stub(strategy), Net()
+    if strategy == "DeepSpeedStrategy":
+        with pytest.raises(MisconfigurationException, match=rf"{strategy}.*\(FSDP2\), strategy="):
+            callback.setup(trainer, net, "fit")
+    else:
+        callback.setup(trainer, net, "fit")
+    if strategy == "FSDPStrategy":
+        net.automatic_optimization = False
+        with pytest.raises(MisconfigurationException, match="Use automatic optimization, or"):
+            callback.setup(trainer, net, "fit")
+        trainer.strategy.kwargs = {"use_orig_params": False}
+        with pytest.raises(MisconfigurationException, match="Leave use_orig_params at True"):
+            callback.setup(trainer, net, "fit")
+    # The others move whole parameters, and name who does not.
+    way = r" under ModelParallel.*\(FSDP2\)" if strategy == "DeepSpeedStrategy" else ""
+    with pytest.raises(MisconfigurationException, match=rf"{strategy}.*'noise' with .*own{way}\.$"):
+        HessianTraceRegularizer(1e-3).setup(trainer, Net(), "fit")
 
 
 def test_monitors_that_move_whole_parameters_refuse_spread_ones():

@@ -75,7 +75,7 @@ def batch_loss(
         # From where random streams stand: the dropout mask of the step that follows.
         # The weights are put back by who moves them.
         with (
-            preserved(module, seed=None, check_weights=False) as copier,
+            preserved(module, seed=None, check_weights=False, loss=inner) as copier,
             torch.set_grad_enabled(gradients),
         ):
             return inner(module, fresh(batch[0], module.device, copier=copier))

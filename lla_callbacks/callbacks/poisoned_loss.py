@@ -245,7 +245,7 @@ class PoisonedLoss(ComesHome):
         gradients: list[Tensor | None] = []
         # Weights do not move here, and copying them at every step would cost.
         with (
-            preserved(module, seed=key, check_weights=False) as copier,
+            preserved(module, seed=key, check_weights=False, loss=inner) as copier,
             torch.set_grad_enabled(differentiate),
             eager(),
             no_checkpoints(reentrant_only=True),

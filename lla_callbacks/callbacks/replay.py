@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import copy_context
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lla_callbacks.callbacks.compat import (
     training_precision_context,
 )
 from lla_callbacks.objective.evaluation import Loss
+from lla_callbacks.objective.muting import no_output
 from lla_callbacks.objective.training_step import mute, present_place, replay_training_step
 
 
@@ -37,7 +39,12 @@ def trainer_loss(
     def evaluate(module: nn.Module, batch: Any) -> Tensor:
         # The user's own loss may log as well, through a method of the module.
         mute(module)
-        with muted_loggers(trainer), surroundings(trainer):
+        # Context variables are the step's own there.
+        found: Tensor = copy_context().run(evaluate_inside, module, batch)
+        return found
+
+    def evaluate_inside(module: nn.Module, batch: Any) -> Tensor:
+        with muted_loggers(trainer), surroundings(trainer), no_output():
             if loss is not None:
                 return loss(module, batch)
             number = batch_idx if isinstance(batch_idx, int) else batch_idx[present_place()]

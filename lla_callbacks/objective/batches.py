@@ -38,7 +38,13 @@ def first_samples(
 def tensors_of(batch: Any) -> list[Tensor]:
     """Return every tensor in a batch of nested containers, in order."""
     found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        # Put together anew, which some classes of tuples are particular about.
+        return tensor
+
+    apply_to_collection(batch, Tensor, note, allow_frozen=True)
     return found
 
 

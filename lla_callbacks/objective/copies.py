@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import logging
 import types
 import weakref
 from collections import deque
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lla_callbacks.objective.functions_of_the_user import copy_of_function
+from lla_callbacks.objective.functions_of_the_user import copy_of_cached, copy_of_function
 from lla_callbacks.objective.precision import widened_half
 from lla_callbacks.objective.reconstruction import reconstructed
 from lla_callbacks.objective.rules import (
@@ -35,6 +36,7 @@ from lla_callbacks.objective.stand_ins import (
     is_logger,
     muted,
     renewed,
+    silent_logger,
 )
 from lla_callbacks.objective.tensor_copies import Storages
 from lla_callbacks.objective.weak_copies import (
@@ -62,6 +64,7 @@ class Copier:
 
     Attributes:
         classes: Of the user's objects that were copied.
+        functions: That were met, copied or not.
         replaced: Names of what stand-ins took the places of.
         refusals: See above.
         with_workers: Whether loaders with workers are copied too; a step's are not.
@@ -80,6 +83,7 @@ class Copier:
         self.refusals: list[RefusedError] = [] if refusals is None else refusals
         self.classes: set[type] = set()
         self.replaced: list[str] = []
+        self.functions: list[Any] = []
         self.widen = widen
         self.on_tensor: Callable[[Tensor], Tensor] | None = None
         self.storages_of(lambda memo: ())
@@ -107,7 +111,7 @@ class Copier:
         new = Copier.__new__(Copier)
         new.__dict__.update(self.__dict__)
         new.memo = self.memo.copy()
-        new.classes, new.replaced, new._alive = set(), [], []
+        new.classes, new.replaced, new.functions, new._alive = set(), [], [], []
         new.storages_of(self._pairs)
         return new
 
@@ -140,6 +144,8 @@ class Copier:
             return value
         elif kind is Muted or is_logger(kind):
             found = muted(value)
+        elif issubclass(kind, logging.Logger):
+            found = silent_logger(value)
         elif issubclass(kind, np.ndarray):
             found = self._array(value, path)
         elif kind in LOCKS:
@@ -316,6 +322,7 @@ class Copier:
         return value if copied is owner else getattr(copied, value.__name__)
 
     def _function(self, value: Any, path: Path) -> Any:
+        self.functions.append(value)
         return copy_of_function(value, self, path)
 
     # -- objects ----------------------------------------------------------------------------
@@ -378,6 +385,6 @@ _EXACT: dict[type, _Rule] = {
     weakref.WeakSet: copy_of_container,
     weakref.WeakKeyDictionary: copy_of_container,
     weakref.WeakValueDictionary: copy_of_container,
-    type(functools.lru_cache(maxsize=1)(print)): lambda copier, value, path: value,
+    type(functools.lru_cache(maxsize=1)(print)): copy_of_cached,
     type(builtins.len): Copier._builtin,
 }

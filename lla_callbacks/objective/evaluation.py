@@ -235,6 +235,7 @@ def evaluating(
                 training=objective.training,
                 check_weights=check_weights,
                 widen=objective.widens,
+                loss=objective.loss,
             )
         )
         # Compiled modules run eagerly, so that they have the values that their curvature is of.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dis
+import functools
+import gc
 import types
 from functools import lru_cache
 from typing import Any
@@ -83,4 +85,76 @@ def writes_cells(code: types.CodeType) -> bool:
     return False
 
 
+def copy_of_cached(copier: Any, value: Any, path: Any) -> Any:
+    """Return what ``functools.lru_cache`` made of a function, with a copy of what it remembers."""
+    copied = _Cached(value, copier, path)
+    copier.keep(value, copied)
+    return copied
+
+
+class _Cached:
+    """Answers from a cache's results, and keeps new ones to itself.
+
+    Args:
+        cached: Made by ``functools.lru_cache``; it is not called.
+        copier: The :class:`~lla_callbacks.objective.copies.Copier`, of results too.
+        path: Where it was reached.
+    """
+
+    def __init__(self, cached: Any, copier: Any, path: Any) -> None:
+        functools.update_wrapper(self, cached)
+        # Past the cache.
+        self.__wrapped__ = cached.__wrapped__
+        self._found = _remembered(cached)
+        self._typed = cached.cache_parameters()["typed"]
+        self._copier, self._path = copier, path
+        self.cache_info, self.cache_parameters = cached.cache_info, cached.cache_parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        key = _key(args, kwargs, typed=self._typed)
+        if key not in self._found:
+            self._found[key] = self.__wrapped__(*args, **kwargs)
+        return self._copier.copy(self._found[key], self._path)
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        return self if owner is None else types.MethodType(self, owner)
+
+    def cache_clear(self) -> None:
+        """Forget all."""
+        self._found = {}
+
+
+def _remembered(cached: Any) -> dict[Any, Any]:
+    """Return a cache's results by keys as :func:`_key` makes them.
+
+    The cache is in C, and shows what it holds to the garbage collector alone: each key followed
+    by its result, and its own mark between positional and other arguments.
+    """
+    number = cached.cache_info().currsize
+    if not number:
+        return {}
+    held = gc.get_referents(cached)
+    stores = [h for h in held if type(h) is dict and h is not cached.__dict__ and len(h) == number]
+    found = {}
+    for key, value in stores[0].items() if stores else ():
+        if cached.cache_parameters()["maxsize"] is not None:
+            places = [i for i, h in enumerate(held[:-1]) if h is key]
+            if not places:
+                continue
+            value = held[places[0] + 1]
+        if type(key) is tuple:
+            key = tuple(_MARK if type(part) is object else part for part in key)
+        found[key if type(key) is tuple else (key,)] = value
+    return found
+
+
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any], *, typed: bool) -> tuple[Any, ...]:
+    """Return what a call is known by, as ``functools.lru_cache`` has it."""
+    key = args
+    for i, (name, value) in enumerate(kwargs.items()):
+        key += (name, value) if i else (_MARK, name, value)
+    return key + tuple(map(type, (*args, *kwargs.values()))) if typed else key
+
+
+_MARK = object()
 _OF_DECORATORS = frozenset({"__wrapped__"})

@@ -274,7 +274,7 @@ class HeldLoss:
         unknown = self.findings.proof.quiet is None
         reshard(self.module)
         with (
-            preserved(self.module, seed=stream(self.seed, place), widen=self.widens) as copier,
+            self._preserved(place) as copier,
             torch.set_grad_enabled(gradients),
         ):
             set_mode(self.module, self.mode, dropout=self.dropout, training=self.training)
@@ -300,6 +300,10 @@ class HeldLoss:
         # Something was drawn: what it was for is found out, and the pass made again.
         self.learn_randomness(batch, statistics, place)
         return self.evaluate(batch, statistics, context, use, place)
+
+    def _preserved(self, place: int) -> AbstractContextManager[Copier]:
+        seed = stream(self.seed, place)
+        return preserved(self.module, seed=seed, widen=self.widens, loss=self.loss)
 
     def _check_finite(self, loss: Tensor, place: int) -> None:
         value = float(loss.detach())
@@ -341,8 +345,7 @@ class HeldLoss:
 
         @contextmanager
         def ready() -> Iterator[Callable[[], object]]:
-            seed = stream(self.seed, place)
-            with preserved(self.module, seed=seed, widen=self.widens) as copier:
+            with self._preserved(place) as copier:
                 set_mode(self.module, self.mode, dropout=self.dropout, training=self.training)
                 if self.mode == "batch" and not self.dropout:
                     silencer(self.module, names)()

@@ -1,13 +1,21 @@
-"""Silence for ``self.log`` under all of its names."""
+"""Silence for ``self.log`` under all of its names, and for whatever else a replay would write."""
 
 from __future__ import annotations
 
+import builtins
+import inspect
+import io
+import logging
+import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from lla_callbacks.objective.interrupts import shielded
@@ -50,3 +58,97 @@ def _functions(kind: type) -> tuple[FunctionType, ...]:
 
 def _silence(*args: Any, **kwargs: Any) -> None:
     """Stand in for what logs."""
+
+
+@contextmanager
+def no_output() -> Iterator[None]:
+    """Within this context the calling thread prints nothing, logs nothing, and writes no files.
+
+    Files that are opened for writing are in memory, and forgotten; what is read is what is on
+    disk. A debugger in the user's code prints.
+    """
+    real, save, thread, root = io.open, torch.save, threading.get_ident(), logging.root
+    stdout, disabled = sys.stdout, root.disabled
+
+    def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        writes = isinstance(mode, str) and set(mode) & set("wax+")
+        if not writes or isinstance(file, int) or threading.get_ident() != thread:
+            return real(file, mode, *args, **kwargs)
+        return _in_memory(real, file, mode, *args, **kwargs)
+
+    def saved(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+        # It writes files past Python.
+        silent = isinstance(f, (str, os.PathLike)) and threading.get_ident() == thread
+        save(obj, io.BytesIO() if silent else f, *args, **kwargs)
+
+    try:
+        sys.stdout = _Quiet(stdout, thread)
+        root.disabled = True
+        builtins.open = io.open = opened
+        torch.save = saved
+        yield
+    finally:
+        torch.save = save
+        builtins.open = io.open = real
+        root.disabled = disabled
+        sys.stdout = stdout
+
+
+def _in_memory(real: Any, file: Any, mode: str, *args: Any, **kwargs: Any) -> Any:
+    """Return a file in memory that stands for one on disk."""
+    content = b""
+    if "r" in mode or "a" in mode:
+        try:
+            with real(file, "rb") as there:
+                content = there.read()
+        except FileNotFoundError:
+            if "r" in mode:
+                raise
+    elif "x" in mode and os.path.exists(file):
+        raise FileExistsError(file)
+    memory = io.BytesIO(content)
+    if "a" in mode:
+        memory.seek(0, io.SEEK_END)
+    if "b" in mode:
+        memory.name = file
+        return memory
+    names = ("buffering", "encoding", "errors", "newline")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return io.TextIOWrapper(memory, **{k: v for k, v in given.items() if k in names[1:]})
+
+
+class _Quiet(io.TextIOBase):
+    """A standard output that lets nothing through but a debugger's words.
+
+    Args:
+        real: The output.
+        thread: Whose words are kept back.
+    """
+
+    def __init__(self, real: Any, thread: int) -> None:
+        self._real, self._thread = real, thread
+
+    def write(self, text: str) -> int:
+        """Take a text."""
+        if threading.get_ident() != self._thread or _is_debugged():
+            return int(self._real.write(text) or 0)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what was let through."""
+        self._real.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def _is_debugged() -> bool:
+    frame: Any = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[-1] in _DEBUGGERS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_DEBUGGERS = frozenset({"bdb", "pdb", "debugger", "pudb", "pydevd"})

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import types
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,8 +11,9 @@ from torch import nn
 
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.interrupts import shielded
+from lla_callbacks.objective.outside import Outside
 from lla_callbacks.objective.precision import HALF
-from lla_callbacks.objective.rules import ATOMS
+from lla_callbacks.objective.rules import ATOMS, LIBRARIES
 from lla_callbacks.objective.watching import Watch, all_unchanged, watch
 
 # Kept by guards of their own.
@@ -24,10 +23,6 @@ _TORCH_KEYS = frozenset(nn.Module().__dict__)
 _DICTIONARIES = frozenset(
     key for key, value in nn.Module().__dict__.items() if isinstance(value, (dict, set))
 )
-_LIBRARIES = frozenset({
-    "torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy",
-    "transformers", "peft", "lla_callbacks", *sys.stdlib_module_names,
-})  # fmt: skip
 # What a class defines, and does not count with.
 _DEFINITIONS = (
     types.FunctionType, types.BuiltinFunctionType, classmethod, staticmethod, property, type,
@@ -40,12 +35,14 @@ class Namespaces:
 
     Args:
         module: The module, as it is now; it is not changed yet.
+        loss: The user's own, whose globals are kept as well.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, loss: Any = None) -> None:
         self._modules = [_Namespace(m) for m in module.modules()]
         self._classes = [_Class(kind) for kind in _classes_of(module)]
         self._known = {c.kind for c in self._classes}
+        self._outside = Outside(self._known, (loss,))
 
     @shielded
     def put_copies(self, copier: Copier) -> None:
@@ -56,13 +53,19 @@ class Namespaces:
             namespace.put_copies(copier)
         for kind in self._classes:
             kind.put_copies(copier)
-        # Classes of the user's objects come to light while these are copied.
-        while new := {k for k in copier.classes if _is_of_the_user(k)} - self._known:
+        self._outside.put_copies(copier)
+        # Classes of the user's objects, and functions, come to light while these are copied.
+        while True:
+            kinds = copier.classes | self._outside.kinds
+            new = {k for k in kinds if _is_of_the_user(k)} - self._known
             self._known |= new
             found = [_Class(kind) for kind in new]
             self._classes += found
             for kind in found:
                 kind.put_copies(copier)
+                self._outside.add_class(kind.kind)
+            if not (self._outside.put_new(copier) or new):
+                break
 
     @shielded
     def restore(self) -> None:
@@ -71,6 +74,7 @@ class Namespaces:
             namespace.restore()
         for kind in self._classes:
             kind.restore()
+        self._outside.restore()
 
     def watch(self) -> Callable[[], bool] | None:
         """Return what tells whether all attributes are as they are now.
@@ -81,7 +85,11 @@ class Namespaces:
         found = [part.watch() for part in self._modules]
         found += [kind.watch() for kind in self._classes]
         watched = [w for w in found if w is not None]
-        return all_unchanged(watched) if len(watched) == len(found) else None
+        outside = self._outside.watch()
+        if len(watched) < len(found) or outside is None:
+            return None
+        attributes = all_unchanged(watched)
+        return lambda: attributes() and outside()
 
 
 class _Namespace:
@@ -213,6 +221,5 @@ def _classes_of(module: nn.Module) -> Iterable[type]:
     return {base for kind in kinds for base in kind.__mro__ if _is_of_the_user(base)}
 
 
-@lru_cache(maxsize=1024)
 def _is_of_the_user(kind: type) -> bool:
-    return str(kind.__module__).split(".")[0] not in _LIBRARIES
+    return str(kind.__module__).split(".")[0] not in LIBRARIES

@@ -33,6 +33,7 @@ def repeatable(
     training: Mapping[nn.Module, bool] | None,
     check_weights: bool = True,
     widen: bool = False,
+    loss: Any = None,
 ) -> Iterator[Repetition]:
     """Within this context a module can be evaluated many times; yields what resets it.
 
@@ -47,14 +48,15 @@ def repeatable(
         training: How each submodule stands during training, where that is known.
         check_weights: See :func:`~lla_callbacks.objective.state.preserved`.
         widen: Likewise.
+        loss: Likewise.
     """
     with (
         resharded(module) as forget_gathered,
-        preserved(module, seed=seed, check_weights=check_weights, widen=widen) as outer,
+        preserved(module, seed=seed, check_weights=check_weights, widen=widen, loss=loss) as outer,
     ):
         set_mode(module, mode, dropout=dropout, training=training)
         keep_processes_apart(module)
-        yield Repetition(module, seed, forget_gathered, outer)
+        yield Repetition(module, seed, forget_gathered, outer, loss)
 
 
 class Repetition:
@@ -69,14 +71,20 @@ class Repetition:
         seed: Where the random streams start.
         forget_gathered: Lets parameters in shards be forgotten.
         outer: The guard's copier.
+        loss: The user's own.
     """
 
     def __init__(
-        self, module: nn.Module, seed: int, forget_gathered: Callable[[], None], outer: Copier
+        self,
+        module: nn.Module,
+        seed: int,
+        forget_gathered: Callable[[], None],
+        outer: Copier,
+        loss: Any,
     ) -> None:
         self._seed = seed
         self._forget_gathered = forget_gathered
-        self._attributes = Namespaces(module)
+        self._attributes = Namespaces(module, loss)
         self._tensors = _Tensors(module)
         self._template = copier_for(module, refusals=outer.refusals)
         # A scripted module keeps its mode elsewhere, where no forward pass changes it.

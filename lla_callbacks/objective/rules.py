@@ -5,12 +5,12 @@ from __future__ import annotations
 import enum
 import io
 import itertools
-import logging
 import queue
 import sys
 import threading
 import types
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ _ATOMIC = (
     "torch.cuda", "torch.distributed", "torch.autograd", "torch.classes", "torch.nn.utils",
     "inspect",
 )  # fmt: skip
+_DEFINITIONS = (types.FunctionType, type, types.ModuleType)
+_STREAMS = ("stdout", "stderr", "stdin", "__stdout__", "__stderr__", "__stdin__")
 # A new lock is as good as a copy: nobody else holds it.
 LOCKS: dict[type, Callable[[], Any]] = {
     type(threading.Lock()): threading.Lock,
@@ -45,12 +47,56 @@ _REFUSED: tuple[type, ...] = (
     *(k for k in vars(itertools).values() if isinstance(k, type)),
 )  # fmt: skip
 
+# What stands for nothing at all.
+MISSING: Any = object()
+LIBRARIES = frozenset({
+    "torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy",
+    "transformers", "peft", "lla_callbacks", *sys.stdlib_module_names,
+})  # fmt: skip
+# Packages whose objects may hold state of a step's; of others, nothing is known.
+_OF_STATE = frozenset({
+    "builtins", "collections", "random", "itertools", "queue", "io", "array", "argparse", "types",
+    "threading", "functools", "weakref", "logging", "multiprocessing", "concurrent", "sqlite3",
+    "socket", "csv", "thread", "torch", "numpy", "torchmetrics",
+})  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def is_of_the_user(module: str) -> bool:
+    """Return whether a module, by its name, is no library's and not installed."""
+    top = module.split(".")[0]
+    if top in LIBRARIES:
+        return False
+    package = sys.modules.get(top)
+    files = [getattr(package, "__file__", None) or "", *getattr(package, "__path__", ())]
+    return not any("site-packages" in file or "dist-packages" in file for file in files)
+
+
+def may_change(value: Any) -> bool:
+    """Return whether a global may be some state of a step's: no function, no class, no constant.
+
+    Objects of installed packages stay what they are but for modules, tensors and generators:
+    some must not be copied, and others cost too much.
+    """
+    kind = type(value)
+    if value is MISSING or kind in ATOMS or kind is object or isinstance(value, _DEFINITIONS):
+        return False
+    if kind is types.MethodType:
+        return may_change(value.__self__)
+    if issubclass(kind, (nn.Module, torch.Tensor)) or is_shadowed(kind) or is_logger(kind):
+        return True
+    module = str(kind.__module__)
+    top = module.split(".")[0].lstrip("_")
+    if top in ("torch", "numpy") and callable(value):
+        return False
+    return top in _OF_STATE or is_of_the_user(module)
+
 
 def is_atomic(value: Any, kind: type) -> bool:
     """Return whether something is no state of the user's: classes, enums, torch's own handles."""
-    if isinstance(value, (type, enum.Enum, np.generic, logging.Logger, np.dtype)):
+    if kind is object or isinstance(value, (type, enum.Enum, np.generic, np.dtype)):
         return True
-    if value is sys.stdout or value is sys.stderr or value is sys.stdin:
+    if any(value is getattr(sys, name, None) for name in _STREAMS):
         return True
     if issubclass(kind, nn.Module):
         return kind.__module__.startswith(_ATOMIC_MODULES)

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.difference import first_derivative
-from lla_callbacks.linalg.errors import MeasurementError, described, is_out_of_memory
+from lla_callbacks.linalg.errors import (
+    MeasurementError,
+    NonFiniteError,
+    described,
+    is_out_of_memory,
+)
 from lla_callbacks.linalg.space import ParameterSpace
 
 # Rounding differs between the two sums; a coupling of samples differs by far more.
@@ -55,6 +60,12 @@ def check_split(
     expected = value_of(evaluate, whole)
     try:
         found = sum(value_of(evaluate, p) * share for p, share in zip(parts, shares, strict=True))
+    except NonFiniteError as error:
+        raise MeasurementError(
+            f"a part of {name} has no finite loss, and the whole has: the loss is no mean over "
+            "samples (a mean over what is not padded or ignored, of which a part has nothing).",
+            _REMEDY,
+        ) from error
     except MeasurementError:
         raise
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from pathlib import PurePath
 from typing import Any
 
@@ -158,9 +159,17 @@ def muted(logger: Any) -> Any:
     return logger if type(logger) is Muted else Muted(logger)
 
 
+def silent_logger(logger: logging.Logger) -> logging.Logger:
+    """Return a logger of Python's that says nothing, and answers as the original."""
+    silent = object.__new__(type(logger))
+    silent.__dict__.update(logger.__dict__)
+    silent.disabled = True
+    return silent
+
+
 def is_logger(kind: type) -> bool:
-    """Return whether a class is a logger of Lightning's, known by its methods."""
-    return all(hasattr(kind, name) for name in ("log_metrics", "log_hyperparams", "experiment"))
+    """Return whether a class is, by its methods, Lightning's logger or TensorBoard's writer."""
+    return any(all(hasattr(kind, name) for name in names) for names in _LOGGERS)
 
 
 def _note(stand_in: Any) -> RefusedError:
@@ -182,6 +191,7 @@ def _refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
     raise _note(self)
 
 
+_LOGGERS = (("log_metrics", "log_hyperparams", "experiment"), ("add_scalar", "flush", "close"))
 # What inspection and copying ask of any object.
 _HARMLESS = frozenset({"__reduce_ex__", "__bool__", "__repr__", "__hash__", "__doc__"})
 # What a muted logger may hand out: nothing that could be written to.

@@ -36,23 +36,26 @@ _DROPPING = frozenset(
 
 @contextmanager
 def preserved(
-    module: nn.Module, *, seed: int | None, check_weights: bool = True, widen: bool = False
+    module: nn.Module,
+    *,
+    seed: int | None,
+    check_weights: bool = True,
+    widen: bool = False,
+    loss: Any = None,
 ) -> Iterator[Copier]:
     """Restore the module and every random stream on leaving, whatever happened inside.
 
-    Kept: random streams of python, numpy, torch's CPU and every initialised CUDA device
-    (inside, all start from ``seed``, or with ``None`` from where they stand, so that two
-    passes agree); buffers and frozen parameters (copies are swapped in, which take memory only
-    once they are written, so that the originals keep value, identity and version); attributes
-    of every submodule and of its class, whatever they hold, each object copied once, so that
-    references stay references; gradients (parked) and hooks on them (not called);
-    ``requires_grad``; train and eval modes; the gradient mode. The Trainer is a shadow, whose
-    loggers and ``self.log``, by whatever name, take everything and do nothing.
+    Kept: random streams of python, numpy, torch's CPU and every initialised CUDA device (inside,
+    all start from ``seed``, or with ``None`` from where they stand: two passes agree); buffers and
+    frozen parameters (copies are swapped in, which take memory only once they are written, so
+    that the originals keep value, identity and version); attributes of every submodule and of its
+    class, globals and closures that their methods use, whatever they hold, each object copied
+    once, so that references stay references; gradients (parked) and hooks on them (not called);
+    ``requires_grad``; modes; the gradient mode. The Trainer is a shadow, whose loggers and
+    ``self.log``, by any name, take all and do nothing.
 
     What cannot be copied (open files, generators, queues, loaders with workers) is replaced by
-    a stand-in that refuses to be used. Not kept, since they cannot be seen: globals, what files
-    hold, what closures hold that no attribute leads to.
-
+    a stand-in that refuses to be used. Not kept: what installed packages keep to themselves.
     SIGINT and SIGTERM wait while any of this is changed or put back.
 
     Args:
@@ -60,16 +63,15 @@ def preserved(
         seed: Where random streams start inside.
         check_weights: Whether trainable weights are kept and checked too; without it, a
             caller that moves them puts them back, and saves a copy.
-        widen: Whether half-precision tensors among the attributes become float32, as the
-            weights have.
+        widen: Whether half-precision attributes become float32, as the weights have.
+        loss: What is called inside, whose globals are kept too.
 
     Yields:
-        The copier, which batches are to be copied by, so that objects that a batch and the
-        module share are still the same.
+        The copier for batches too: what they share with the module is to stay shared.
 
     Raises:
-        MeasurementError: If the trainable weights were changed inside. They are restored,
-            but what was computed is not a function of them. Or if a stand-in was used.
+        MeasurementError: If the trainable weights were changed inside (they are restored, but
+            what was computed is no function of them), or if a stand-in was used.
     """
     with held_back(), ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -80,7 +82,7 @@ def preserved(
             stack.enter_context(_unchanged_weights(module))
         stack.enter_context(_preserved_frozen_parameters(module, copier))
         stack.enter_context(_preserved_buffers(module, copier))
-        stack.enter_context(_preserved_attributes(module, copier))
+        stack.enter_context(_preserved_attributes(module, copier, loss))
         stack.enter_context(_preserved_gradients(module, copier))
         stack.enter_context(no_gradient_hooks(module))
         stack.enter_context(no_logging(module))
@@ -265,8 +267,8 @@ def _cuda_states() -> list[Tensor]:
 
 @contextmanager
 @shielded
-def _preserved_attributes(module: nn.Module, copier: Copier) -> Iterator[None]:
-    namespaces = Namespaces(module)
+def _preserved_attributes(module: nn.Module, copier: Copier, loss: Any) -> Iterator[None]:
+    namespaces = Namespaces(module, loss)
     try:
         # The copies go live, so that the originals come back untouched.
         namespaces.put_copies(copier)

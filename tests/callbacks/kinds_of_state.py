@@ -747,3 +747,103 @@ def write_to_logger(module, batch):
 
 
 kind("loggers", lambda m: None, write_to_logger, settings={"logger": CSVLogger})
+
+
+# -- what no attribute leads to -----------------------------------------------------------------
+
+GENERATOR, NUMPY, DRAWS = torch.Generator(), np.random.RandomState(0), []
+AVERAGE, TEACHER, ENDLESS = torch.zeros(1), nn.Linear(3, 2), numbers()
+TOTAL = 0
+
+
+def begin_globals(module):
+    global TOTAL, ENDLESS
+    TOTAL, ENDLESS = 0, numbers()
+    GENERATOR.manual_seed(1)
+    NUMPY.seed(1)
+    DRAWS.clear()
+    AVERAGE.zero_()
+    nn.init.ones_(TEACHER.weight)
+    nn.init.zeros_(TEACHER.bias)
+    called.__dict__.clear()
+    remembered.cache_clear()
+    remembered_few.cache_clear()
+    with_a_default.__defaults__[0].clear()
+    ELSEWHERE.__dict__.pop("calls", None)
+    ELSEWHERE.held.clear()
+
+
+def count_a_global(module, batch):
+    global TOTAL
+    TOTAL += 1
+    return TOTAL
+
+
+def move_teacher(module, batch):
+    with torch.no_grad():
+        TEACHER.weight.mul_(0.9)
+    return TEACHER(batch[0]).sum()
+
+
+def called():
+    called.calls = getattr(called, "calls", 0) + 1
+    return called.calls
+
+
+@functools.cache
+def remembered(size):
+    return torch.rand(size)
+
+
+@functools.lru_cache(maxsize=4)
+def remembered_few(size, scale=1.0):
+    return scale * torch.rand(size, generator=GENERATOR)
+
+
+def with_a_default(held=[]):  # noqa: B006 - the kind of state is meant
+    held.append(1)
+    return len(held)
+
+
+# A module of the user's own, as `import elsewhere` has it.
+ELSEWHERE = types.ModuleType("elsewhere")
+exec("held = []\ndef put(x):\n    held.append(x)\n    return len(held)", ELSEWHERE.__dict__)
+
+
+def count_elsewhere(module, batch):
+    ELSEWHERE.calls = getattr(ELSEWHERE, "calls", 0) + 1
+    return ELSEWHERE.calls + ELSEWHERE.put(1)
+
+
+def outside(name, advance, **more):
+    kind(name, begin_globals, advance, **more)
+
+
+outside("global list", lambda m, b: DRAWS.append(b[0].mean()) or sum(DRAWS))
+outside("global number", count_a_global)
+outside("global generator", lambda m, b: torch.rand(1, generator=GENERATOR))
+outside("global generator of numpy", lambda m, b: NUMPY.rand())
+outside("global tensor in place", lambda m, b: AVERAGE.add_(b[0].mean()).sum())
+outside("global module, moved", move_teacher)
+outside("global generator function", lambda m, b: next(ENDLESS), refused="ENDLESS ")
+outside("attribute of a global function", lambda m, b: called())
+outside("default of a global function", lambda m, b: with_a_default())
+outside("lru_cache of random numbers", lambda m, b: remembered(2).sum())
+outside("lru_cache, bounded", lambda m, b: remembered_few(2, scale=2.0).sum())
+outside("another module of the user's", count_elsewhere)
+
+
+def class_that_closes_over():
+    total, held = 0, []
+
+    class Closed:
+        def advance(self):
+            nonlocal total
+            total += 1
+            held.append(1)
+            return total + len(held)
+
+    return Closed()
+
+
+kind("closure of a class", *attribute(class_that_closes_over, lambda s: s.advance()))

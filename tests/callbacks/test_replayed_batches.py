@@ -1,5 +1,7 @@
 """Batches of the user's own classes, changed in place by a step that is replayed."""
 
+import logging
+import pathlib
 import re
 import types
 import warnings
@@ -10,9 +12,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 from torch.utils.data import DataLoader
 
 from lla_callbacks import HessianTraceRegularizer, LossLandscapeMonitor
+from lla_callbacks.objective.muting import no_output
 
 from .modules import data, differences, fit, monitor, outcome, small_net, steps
 
@@ -53,7 +57,13 @@ def in_a_namespace(rows):
     return types.SimpleNamespace(batch=Batch(rows))
 
 
+def packed(rows):
+    return pack_sequence([x for x, *_ in rows]), torch.stack([y for _, y, _ in rows])
+
+
 def found_in(batch):
+    if isinstance(batch, tuple):  # the inputs are packed sequences
+        return Batch(list(zip(unpack_sequence(batch[0]), batch[1], strict=True)))
     while not isinstance(batch, Batch):
         batch = (
             batch[0] if isinstance(batch, list) else getattr(batch, "data", vars(batch))["batch"]
@@ -88,7 +98,7 @@ def landscape(**settings):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("collate", [in_an_object, in_a_list, in_a_mapping, in_a_namespace])
+@pytest.mark.parametrize("collate", [in_an_object, in_a_list, in_a_mapping, in_a_namespace, packed])
 @pytest.mark.parametrize("make", [monitor, landscape])
 def test_a_batch_that_the_step_changes_is_a_new_one_each_time(tmp_path, make, collate):
     def run(watcher):
@@ -184,3 +194,54 @@ def test_a_muted_logger_answers_as_the_real_one(tmp_path, own):
         warnings.filterwarnings("error", message="HessianMonitor")
         fit(tmp_path, watcher, Step, logger=logger)
     assert steps(watcher) == [0, 2, 4]
+
+
+class Chatty(Changing):
+    """Tells of each step in every way there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.teller = logging.getLogger("chatty")
+
+    def training_step(self, batch, batch_idx):
+        print("step", batch_idx)
+        self.print("again", batch_idx)
+        self.teller.warning("step %d", batch_idx)
+        logging.getLogger().warning("root %d", batch_idx)
+        path = pathlib.Path(self.trainer.default_root_dir) / "steps.txt"
+        with open(path, "a") as file:
+            file.write(f"{batch_idx}\n")
+        count = path.with_name("count.txt")
+        number = int(count.read_text()) if count.exists() else 0
+        count.write_text(str(number + 1))
+        torch.save(batch_idx, path.with_name("last.pt"))
+        loss = cross_entropy(self.net(batch[0]), batch[1])
+        return loss * (1 + 0.1 * number)
+
+
+@pytest.mark.parametrize("make", [monitor, landscape])
+def test_what_a_step_prints_and_writes_is_there_once(tmp_path, capsys, caplog, make):
+    def run(watcher, name):
+        folder = tmp_path / name
+        folder.mkdir()
+        found = outcome(fit(folder, watcher, Chatty))
+        texts = {p.name: p.read_text() for p in folder.glob("*.txt")}
+        said = [r.getMessage() for r in caplog.records if r.name in ("chatty", "root")]
+        caplog.clear()
+        texts["last"] = torch.load(folder / "last.pt")
+        return found, texts, said, capsys.readouterr().out
+
+    plain = run(None, "plain")
+    watcher = make(every_n_train_steps=2, num_samples=1)
+    watched = run(watcher, "watched")
+    assert differences(plain[0], watched[0]) == []
+    assert watched[1:] == plain[1:]
+    assert plain[1] == {"steps.txt": "0\n1\n2\n3\n", "count.txt": "4", "last": 3}
+    assert steps(watcher) == [0, 2, 4]
+
+
+def test_a_debugger_in_a_replayed_step_is_heard(capsys):
+    with no_output():
+        print("silent")
+        exec("print('heard')", {"__name__": "pdb"})
+    assert capsys.readouterr().out == "heard\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -175,7 +176,8 @@ def test_what_puts_a_module_back_is_skipped_only_where_nothing_was_written(
 
 
 @pytest.mark.parametrize(
-    "attribute", [object(), [object()], torch.zeros(2), [1] * (MOST_ENTRIES + 1), np.zeros(2)]
+    "attribute",
+    [SimpleNamespace(), [object()], torch.zeros(2), [1] * (MOST_ENTRIES + 1), np.zeros(2)],
 )
 def test_attributes_that_may_change_inside_are_copied_each_time(
     attribute: Any, monkeypatch: pytest.MonkeyPatch

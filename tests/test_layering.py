@@ -139,6 +139,7 @@ STANDARD = (
     "abc",
     "collections",
     "contextlib",
+    "ctypes",
     "dataclasses",
     "functools",
     "hashlib",

@@ -53,7 +53,6 @@ OF_LIGHTNING = {
 }
 # Private members of other libraries, which no rule forbids.
 OF_TORCH = {
-    "_sequence_nr",
     "_add_batch_dim",
     "_backward_hooks",
     "_C",
@@ -64,6 +63,8 @@ OF_TORCH = {
     "_data_address",
     "_checkpoint_without_reentrant_generator_impl",
     "_foreach_add_",
+    "_op",
+    "_schema",
     "_storage_Use_Count",
     "_foreach_copy_",
     "_foreach_lerp_",
@@ -139,11 +140,9 @@ STANDARD = (
     "abc",
     "collections",
     "contextlib",
-    "ctypes",
     "dataclasses",
     "functools",
     "hashlib",
-    "itertools",
     "math",
     "types",
     "typing",

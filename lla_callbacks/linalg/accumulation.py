@@ -9,7 +9,7 @@ arithmetic, where n is small, and their sums in float64, which costs nothing tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def total(vector: Tensor) -> float:
 
 def coordinates(rows: Tensor, vector: Tensor) -> Tensor:
     """Return ``rows @ vector`` for rows ``(k, n)``: shape ``(k,)``, float64, on the CPU."""
-    pairs = zip(widened(_pieces(rows), vector.dtype), _pieces(vector), strict=True)
+    pairs = zip(_pieces(rows), _pieces(vector), strict=True)
     return _together([part @ x for part, x in pairs], len(rows))
 
 
@@ -59,60 +59,39 @@ def orthogonalised(
     counted: Sequence[slice] | None = None,
     added: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, float]:
-    """Return what :func:`orthogonalise` leaves of a vector, and what it returns."""
-    left = vector.clone()
-    return left, *orthogonalise(rows, left, counted=counted, added=added)
+    """Return a vector with its part along orthonormal rows taken out twice, by Gram-Schmidt.
 
-
-def orthogonalise(
-    rows: Tensor,
-    vector: Tensor,
-    scale: float = 1.0,
-    *,
-    counted: Sequence[slice] | None = None,
-    added: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, float]:
-    """Take a vector's part along orthonormal rows out of it, where it stands, by Gram-Schmidt.
-
-    Twice; the second time is done while a piece is at hand, so that the rows are read three times
-    and not four.
+    The second time is done while a piece is at hand, so that the rows are read three times and
+    not four.
 
     Args:
-        rows: Orthonormal but for the scale, shape ``(k, n)``; of another dtype, perhaps.
+        rows: Orthonormal, shape ``(k, n)``.
         vector: Shape ``(n,)``.
-        scale: Norm of the rows.
         counted: Ranges of entries that count in inner products, ascending; ``None``: all.
         added: Adds up inner products ``(k,)`` over the processes that hold the pieces of longer
             rows and vectors.
 
     Returns:
-        The coefficients of what was taken out, shape ``(k,)``, float64 on the CPU; and the norm of
-        what is left, NaN where it is a piece.
+        What is left, shape ``(n,)``; the coefficients of what was taken out, shape ``(k,)``,
+        float64 on the CPU; and the norm of what is left, NaN where it is a piece.
     """
-    kept = [
+    left = vector.clone()
+    parts = [
         (part, x, counts)
-        for where, counts in _ranges(vector.numel(), counted)
-        for part, x in zip(_pieces(rows[:, where]), _pieces(vector[where]), strict=True)
+        for where, counts in _ranges(left.numel(), counted)
+        for part, x in zip(_pieces(rows[:, where]), _pieces(left[where]), strict=True)
     ]
-
-    def parts(*, all_of_them: bool = True) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        chosen = [triple for triple in kept if all_of_them or triple[2]]
-        wide = widened((part for part, _, _ in chosen), vector.dtype)
-        for part, (_, x, counts) in zip(wide, chosen, strict=True):
-            yield part, x, counts
-
-    products = [part @ x for part, x, _ in parts(all_of_them=False)]
-    first = _together(products, len(rows), added) / scale
-    taken, corrections = (first / scale).to(vector), []
-    for part, x, counts in parts():
+    first = _together([part @ x for part, x, counts in parts if counts], len(rows), added)
+    taken, corrections = first.to(vector), []
+    for part, x, counts in parts:
         x.addmv_(part.T, taken, alpha=-1)
         if counts:
             corrections.append(part @ x)
-    second = _together(corrections, len(rows), added) / scale
-    taken = (second / scale).to(vector)
-    for part, x, _ in parts():
+    second = _together(corrections, len(rows), added)
+    taken = second.to(vector)
+    for part, x, _ in parts:
         x.addmv_(part.T, taken, alpha=-1)
-    return first + second, norm(vector) if added is None else math.nan
+    return left, first + second, norm(left) if added is None else math.nan
 
 
 def _ranges(size: int, counted: Sequence[slice] | None) -> list[tuple[slice, bool]]:
@@ -145,19 +124,3 @@ def _together(
     else:
         mine = torch.zeros(count, dtype=torch.float64)
     return mine if added is None else added(mine)
-
-
-def widened(pieces: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield tensors of about one shape in some dtype, each valid until the next one.
-
-    Others than those of that dtype go through one buffer. A new tensor for each would be scattered
-    over the heap by whatever small is made in between: a whole basis, widened, was seen to stay.
-    """
-    buffer: Tensor | None = None
-    for piece in pieces:
-        if piece.dtype == dtype:
-            yield piece
-            continue
-        if buffer is None or buffer.shape != piece.shape:
-            buffer = torch.empty(piece.shape, dtype=dtype, device=piece.device)
-        yield buffer.copy_(piece)

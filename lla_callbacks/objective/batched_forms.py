@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from lla_callbacks.objective.twice_differentiable import elementary_normalization
 
 _functorch: Any = torch._C._functorch
+# Fewer outputs or classes than this are gone through the other way round (measured with 2 and 10:
+# a layer in a third of the time, the loss in a third).
+NARROW = 16
 # Of cross entropy.
 _DEFAULTS = {
     "weight": None, "size_average": None, "ignore_index": -100, "reduce": None,
@@ -37,14 +40,23 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return F.linear(input, weight, bias)
     with torch._C.DisableTorchFunction():
         weight = _stacked(weight, 0)
-        count = weight.shape[0]
+        count, width, _ = weight.shape
         x = _stacked(input, count)
-        flat = x.reshape(count, -1, x.shape[-1])
+        flat = x if x.ndim == 3 else x.reshape(count, -1, x.shape[-1])
+        if bias is not None:
+            bias = _stacked(bias, count)
+        if width < NARROW and x.ndim == 3:
+            # A product of few columns is slower than one of few rows.
+            if bias is None:
+                found = torch.bmm(weight, flat.mT)
+            else:
+                found = torch.baddbmm(bias[:, :, None], weight, flat.mT)
+            return _batched(found.mT, level)
         if bias is None:
             found = torch.bmm(flat, weight.mT)
         else:
-            found = torch.baddbmm(_stacked(bias, count)[:, None], flat, weight.mT)
-        return _batched(found.view(*x.shape[:-1], weight.shape[1]), level)
+            found = torch.baddbmm(bias[:, None], flat, weight.mT)
+        return _batched(found if x.ndim == 3 else found.view(*x.shape[:-1], width), level)
 
 
 def _cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -63,6 +75,11 @@ def _cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> 
     with torch._C.DisableTorchFunction():
         logits = _stacked(input, 0)
         count, size, classes = logits.shape
+        if classes < NARROW:
+            # Along the first dimension, where numbers of all samples go through at once.
+            flat = logits.movedim(2, 0).reshape(classes, count * size)
+            chosen = flat.log_softmax(0).gather(0, target.repeat(count)[None])
+            return _batched(chosen.view(count, size).mean(1).neg(), level)
         flat = logits.reshape(count * size, classes)
         each = F.cross_entropy(flat, target.repeat(count), reduction="none")
         return _batched(each.view(count, size).mean(1), level)
@@ -83,8 +100,9 @@ def _stacked(tensor: Tensor, count: int) -> Tensor:
     """Return what a tensor is for all points, the points first."""
     if not _is_batched(tensor):
         return tensor.expand(count, *tensor.shape)
-    found: Tensor = _functorch.get_unwrapped(tensor).movedim(_functorch.maybe_get_bdim(tensor), 0)
-    return found
+    place = _functorch.maybe_get_bdim(tensor)
+    found: Tensor = _functorch.get_unwrapped(tensor)
+    return found.movedim(place, 0) if place else found
 
 
 def _batched(tensor: Tensor, level: int | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lla_callbacks.objective.batches import copies_of, tensors_of
 from lla_callbacks.objective.checkpoints import no_checkpoints
 from lla_callbacks.objective.checks import function_of, shown, tag_of
+from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.held_loss import HeldLoss
 from lla_callbacks.objective.loss import Loss as Loss
 from lla_callbacks.objective.loss import Predict as Predict
@@ -109,13 +110,9 @@ class Evaluator:
 
     def _mean(self, values: list[Tensor]) -> float:
         """Return the mean over samples, added up as doubles in the order of the batches."""
-        counts = self.objective.counts
-        total = sum(counts)
-        # One wait for the device in all.
         if len(values) == 1:
             return float(values[0].item())
-        numbers = _numbers(values)
-        return float(sum(n / total * v for n, v in zip(counts, numbers, strict=True)))
+        return self.means(values)[0]
 
     def run(self, i: int, statistics: Statistics = ()) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the loss of batch ``i`` and, if metrics want them, predictions and targets."""
@@ -143,12 +140,42 @@ class Evaluator:
             outputs = [self._guarded(i, _first_entry_through, statistics)]
         return loss, (outputs[0].detach(), target)
 
+    def start(self, i: int) -> Copier:
+        """Put the module into its starting state and return what copies batch ``i``."""
+        copier = self._reset(stream(self.objective.seed, self.objective.place(i)))
+        self._silence()
+        self._reset.watch()
+        return copier
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether passes so far wrote nothing that has to be copied anew."""
+        return self._reset.is_watched
+
+    @property
+    def settled(self) -> Callable[[Copier], bool]:
+        """What looks after a pass; see :meth:`Repetition.settled`."""
+        return self._reset.settled
+
+    def without_dropout(self) -> AbstractContextManager[object]:
+        """Return the context in which functional dropout does nothing, as far as there is any."""
+        return self._no_dropout or _NOTHING
+
+    def means(self, values: Sequence[float | Tensor]) -> list[float]:
+        """Return the mean over samples of each row of losses, which has one for each batch."""
+        counts = self.objective.counts
+        total = sum(counts)
+        # One wait for the device in all.
+        numbers = iter(_numbers(values))
+        if len(counts) == 1:
+            return list(numbers)
+        rows = range(len(values) // len(counts))
+        return [float(sum(n / total * next(numbers) for n in counts)) for _ in rows]
+
     def _guarded(self, i: int, function: Callable[[Any, Any], Any], statistics: Statistics) -> Any:
         """Call a function of (module, batch) from the starting state."""
         place = self.objective.place(i)
-        copier = self._reset(stream(self.objective.seed, place))
-        self._silence()
-        self._reset.watch()
+        copier = self.start(i)
         if statistics:
             load_statistics(statistics)
         module = self.objective.module
@@ -300,10 +327,12 @@ def _first_entry_through(module: nn.Module, batch: Any) -> Any:
         ) from error
 
 
-def _numbers(values: list[Tensor]) -> list[float]:
-    numbers = [v.detach().reshape(()) for v in values]
+def _numbers(values: Sequence[float | Tensor]) -> list[float]:
+    tensors = [v.detach().reshape(()) for v in values if isinstance(v, Tensor)]
+    if len(tensors) < len(values) or not tensors:
+        return [float(v) for v in values]
     found: list[float] = torch.stack(
-        [v.float() if v.dtype != torch.float64 else v for v in numbers]
+        [v.float() if v.dtype != torch.float64 else v for v in tensors]
     ).tolist()
     return found
 

@@ -70,6 +70,8 @@ class Offsets:
         self._row: tuple[float, ...] | None = None
         self._start = list(self._saved)
         self._own: dict[int, Tensor] = {}
+        # What moves, in one, once many points are asked for at once.
+        self._together: tuple[list[int], Tensor, list[Tensor]] | None = None
 
     def place(self, point: Sequence[float]) -> None:
         """Write the weights of a point into the parameters."""
@@ -115,17 +117,26 @@ class Offsets:
 
     def stack(self, points: Tensor) -> dict[str, Tensor]:
         """Return the weights of several points that move, one more dimension in front."""
+        if self._together is None:
+            self._together = self._in_one()
+        moved, start, parts = self._together
+        value = start.repeat(len(points), 1)
+        for k, part in enumerate(parts):
+            value.addcmul_(points[:, k, None].to(value.device, value.dtype), part)
+        split = torch.split(value, [self._saved[i].numel() for i in moved], dim=1)
+        return {
+            self.space.names[i]: part.view(-1, *self._saved[i].shape).to(self._saved[i].dtype)
+            for i, part in zip(moved, split, strict=True)
+        }
+
+    def _in_one(self) -> tuple[list[int], Tensor, list[Tensor]]:
+        """Return which tensors move, what they are, flat, and the directions of these."""
         moved = sorted({i for moves in self._moves for i in moves}) or [0]
-        stacked = {}
-        for i in moved:
-            value = self._saved[i].flatten()[None]
-            for k, parts in enumerate(self._parts):
-                if i in self._moves[k]:
-                    c = points[:, k, None].to(value.device, value.dtype)
-                    value = torch.addcmul(value, c, parts[i].flatten()[None])
-            value = value.expand(len(points), -1)
-            stacked[self.space.names[i]] = value.reshape(-1, *self._saved[i].shape)
-        return stacked
+
+        def flat(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([tensors[i].reshape(-1) for i in moved])[None]
+
+        return moved, flat(self._saved), [flat(parts) for parts in self._parts]
 
     def statistics(self, point: Sequence[float]) -> Statistics | None:
         """Return None: the module's own running statistics."""

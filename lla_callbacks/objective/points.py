@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lla_callbacks.linalg.sharing import Alone, Share, fail_together
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.bare_passes import BarePasses
 from lla_callbacks.objective.batched import BatchedEvaluator
 from lla_callbacks.objective.checks import one_of, positive, settle
 from lla_callbacks.objective.evaluation import Evaluator, Predict, evaluating
@@ -25,8 +26,10 @@ Evaluation = Literal["auto", "loop", "vmap"]
 # A pass of fewer seconds than this is bound by launching its operations, and only then does
 # batching points pay (docs/benchmarks/planes.md); a processor launches faster than a device.
 LAUNCH_BOUND, LAUNCH_BOUND_ON_CPU = 0.002, 0.00025
-# Many points at once that take so much longer than alone are not tried again.
-HOPELESS = 1.5
+# Points that are evaluated alone first.
+TRIAL = 4
+# Points that are evaluated from one start and then looked at together: so many, or for so long.
+MOST_TOGETHER, LONGEST_TOGETHER = 32, 0.5
 # Seconds between two calls of `keep`.
 KEEP_EVERY = 5.0
 
@@ -186,6 +189,10 @@ class _Visit:
         # for.
         self._on_cpu = self.evaluate.objective.device.type == "cpu"
         self._clock = time.thread_time if self._on_cpu else time.perf_counter
+        # Points from one start, next time; 0: each has its own.
+        self._together = 1
+        self._tries = 3
+        self._passes: BarePasses | None = None
 
     def all(self, mine: Sequence[int], exact: Sequence[int]) -> str:
         """Evaluate points in this order and return how."""
@@ -196,7 +203,7 @@ class _Visit:
         batched = self._batched(waiting)
         while waiting and not self._late():
             if batched is None:
-                self._one(waiting.pop(0))
+                self._several(waiting)
                 continue
             chunk = waiting[: batched.size]
             began = self._clock()
@@ -209,8 +216,7 @@ class _Visit:
                 batched = None
                 continue
             batched.learn(len(chunk), self._clock() - began)
-            waiting = waiting[len(chunk) :]
-            self._book(chunk, found)
+            self._take(waiting, chunk, found)
         return "loop" if batched is None else "vmap"
 
     def _batched(self, waiting: list[int]) -> BatchedEvaluator | None:
@@ -233,12 +239,12 @@ class _Visit:
             return None
         # The points of this measurement count: nothing is evaluated twice, but the chunk
         # that is compared with the loop.
-        trial, waits = waiting[:4], []
-        for i in trial:
-            began = self._clock()
-            self._one(i)
-            waits.append(self._clock() - began)
-            waiting.remove(i)
+        left = len(waiting) - TRIAL
+        trial, waits = waiting[:TRIAL], []
+        while len(waiting) > left and not self._late():
+            before, began = len(waiting), self._clock()
+            self._several(waiting)
+            waits.append((self._clock() - began) / (before - len(waiting)))
         # What else the machine does meanwhile only makes it longer.
         alone = min(waits)
         bound = LAUNCH_BOUND_ON_CPU if self._on_cpu else LAUNCH_BOUND
@@ -247,24 +253,63 @@ class _Visit:
         try:
             batched = BatchedEvaluator(self.evaluate, self.family)
             batched.fit(len(waiting))
-            if not batched.agrees(self.points[trial], self.table[trial]):
+            # The loop's own points go along in the first pass, to be found again.
+            chunk = waiting[: max(1, batched.size - len(trial))]
+            found = batched(self.points[trial + chunk])
+            if not batched.agrees(found[: len(trial)], self.table[trial]):
                 return None
-            # The second pass has twice as many points, and memory that is warm.
-            for _ in range(2):
-                chunk = waiting[: batched.size]
-                began = self._clock()
-                found = batched(self.points[chunk])
-                together = self._clock() - began
-                self._book(chunk, found)
-                del waiting[: len(chunk)]
-                batched.learn(len(chunk), together)
-                if together < alone * len(chunk):
-                    return batched
-                if not waiting or together > HOPELESS * alone * len(chunk):
-                    return None
+            self._take(waiting, chunk, found[len(trial) :])
+            chunk = waiting[: batched.size]
+            if not chunk:
+                return None
+            began = self._clock()
+            found = batched(self.points[chunk])
+            together = self._clock() - began
+            self._take(waiting, chunk, found)
+            batched.learn(len(chunk), together)
+            return batched if together < alone * len(chunk) else None
         except Exception:  # noqa: BLE001 - vmap knows not every operation; the loop does
             return None
         return None
+
+    def _several(self, waiting: list[int]) -> None:
+        """Evaluate the first points of a list and take them away, one at least."""
+        bare = self._bare()
+        if bare is not None:
+            chunk = waiting[: self._together]
+            self._together = min(2 * self._together, MOST_TOGETHER)
+            losses, right = bare.losses(self._placed(chunk))
+            if losses:
+                done = chunk[: len(losses)]
+                self._take(waiting, done, torch.tensor(losses, dtype=torch.float64)[:, None])
+            if right:
+                return
+            # Something is written, drawn or wrong here: each from its own start from now on.
+            self._together = 0
+        if waiting:
+            self._one(waiting.pop(0))
+
+    def _bare(self) -> BarePasses | None:
+        """Return passes without a start of their own each, where they may do."""
+        if not self._together or self.family.space.is_spread:
+            return None
+        if self._passes is None:
+            own = self.family.statistics([0.0] * self.points.shape[1]) is not None
+            self._passes = None if own else BarePasses.of(self.evaluate)
+            # Before the first row it is not known yet.
+            self._tries -= 1
+            if self._passes is None and self._tries == 0:
+                self._together = 0
+        return self._passes
+
+    def _placed(self, chunk: Sequence[int]) -> Iterator[int]:
+        """Place points one after another, as long as there is time."""
+        began = time.monotonic()
+        for k, i in enumerate(chunk):
+            if k and (time.monotonic() - began > LONGEST_TOGETHER or self._late()):
+                return
+            self.family.place(self._coordinates[i])
+            yield i
 
     def _one(self, i: int) -> None:
         point = self._coordinates[i]
@@ -272,6 +317,11 @@ class _Visit:
         self._table[i] = self.evaluate.row(self.family.statistics(point))
         self._done[i] = True
         self._tell(1)
+
+    def _take(self, waiting: list[int], chunk: Sequence[int], found: Tensor) -> None:
+        """Book the first points of a list and take them away."""
+        self._book(chunk, found)
+        del waiting[: len(chunk)]
 
     def _book(self, chunk: Sequence[int], found: Tensor) -> None:
         self.table[chunk], self.done[chunk] = found, True

@@ -36,8 +36,6 @@ FLOOR = 0.02
 SAFETY = 4.0
 # Share of a product up to which a deviation that would have been seen counts as seen.
 TELLING = 0.2
-# Depth by which it is judged whether memory is tight, the default one.
-USUAL_STEPS = 24
 # Functions whose derivative jumps, by the beginning of their nodes' names.
 _KINKED = (
     "Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hard", "Soft" "shrink", "Clamp",
@@ -72,8 +70,7 @@ class _Recorder(SymmetricOperator):
 
     def _matmat(self, columns: Tensor) -> Tensor:
         product = self._hessian.product(columns, range(len(self._hessian.space.tensors)))
-        # Whoever asks may use the product up.
-        self.pairs.append((columns[:, 0].clone(), product[:, 0].clone()))
+        self.pairs.append((columns[:, 0].clone(), product[:, 0]))
         return product
 
 
@@ -88,13 +85,10 @@ def prove_products(objective: Objective, hessian: LossOperator) -> Products:
         hessian: The operator, of either engine.
     """
     recorder = _Recorder(hessian)
-    lanczos(recorder, hessian.rademacher(generator(objective.seed)), 2, keep_product=False)
+    lanczos(recorder, hessian.rademacher(generator(objective.seed)), 2)
+    hessian.remember(recorder.pairs)
     # A Lanczos run of one step is a matrix of one row, or as good as one.
     checks = [_symmetry(hessian, recorder.pairs)] if len(recorder.pairs) > 1 else []
-    if hessian.keeps_half(USUAL_STEPS):
-        # Where memory is tight a run rounds its basis and has another second vector.
-        del recorder.pairs[1:]
-    hessian.remember(recorder.pairs)
     if hessian.engine != "exact":
         return Products(tuple(checks), "", 0.0)
     if hessian.matrix != "hessian":
@@ -188,7 +182,7 @@ def _difference(
             step /= SHRINK
             continue
         objective.findings.learn(kinks=kinks)
-        difference = (ahead - behind).div_(2 * step)
+        difference = (ahead - behind) / (2 * step)
         slope, product_norm = size_of(plain), size_of(product)
         size = max(size_of(difference), product_norm)
         if size * step <= 10 * hessian.eps * slope or not size:
@@ -197,13 +191,13 @@ def _difference(
             outcome: Any = "passed" if agrees else "not decided"
             return Check("product", outcome, 0.0, 0.0), spent
         # The differences to either side are two steps; in the middle, their changes cancel.
-        sides = size_of(ahead.sub_(plain).add_(behind.sub_(plain)))
+        sides = size_of((ahead - plain) - (plain - behind))
         apart = sides / (2 * step * size)
         # Kinks that are many blur to a curvature of their own, which both sides agree on: what
         # is seen of it is its scatter.
         scatter = math.sqrt(1 + 10 * kinks * step / weights)
         bound = SAFETY * apart * scatter + FLOOR
-        error = size_of(difference.sub_(product)) / size
+        error = size_of(difference - product) / size
         words = (
             f"a product is {error:.0%} off from differences of gradients, which agree with each "
             f"other to {apart:.1%}"

@@ -133,6 +133,22 @@ class Repetition:
             if self._unchanged is None:
                 self.num_changed = MOST_CHANGES
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether passes so far changed no attribute, and a change would be seen."""
+        return self._unchanged is not None and self._unchanged()
+
+    def settled(self, copier: Copier) -> bool:
+        """Put back what a pass wrote into tensors; return whether it wrote nothing else.
+
+        Args:
+            copier: What the pass was reset by.
+        """
+        if self._unchanged is None or not self._unchanged():
+            return False
+        self._tensors.reset(copier)
+        return True
+
 
 class _Tensors:
     """Buffers and frozen parameters of every submodule, put back by value.

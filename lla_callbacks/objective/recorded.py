@@ -1,0 +1,212 @@
+"""A computation noted as its operations, and done again without the Python that led there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+# Of which the input need not be kept.
+_IN_PLACE: dict[Any, Any] = {
+    _aten.relu.default: _aten.relu_.default,
+    _aten.tanh.default: _aten.tanh_.default,
+    _aten.sigmoid.default: _aten.sigmoid_.default,
+}
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within this context the operations that torch carries out are noted.
+
+    Those of a ``vmap`` are noted as they are on all points.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self._calls.append((func, args, kwargs or {}, found))
+        return found
+
+    def program(self, inputs: Sequence[Tensor], output: Tensor) -> Program | None:
+        """Return what computes the output anew, from other inputs of the same shapes.
+
+        ``None`` if that cannot be: random numbers are drawn, something is written that is there
+        before and after, or numbers are read that depend on the inputs.
+        """
+        slots = {id(t): k for k, t in enumerate(inputs)}
+        steps: list[_Step] = []
+        written: set[int] = set()
+        read: set[int] = set()
+        for func, args, kwargs, found in self._calls:
+            taken = {id(t) for t in _tensors((*args, *kwargs.values()))} & slots.keys()
+            kind = _kind_of(func)
+            if kind.draws:
+                return None
+            changed = _tensors([_get(args, kwargs, k, name) for k, name in kind.written])
+            if not taken:
+                # The same each time, as long as nobody else writes it.
+                written |= {_memory(t) for t in changed}
+                continue
+            if any(id(t) not in slots for t in changed):
+                return None
+            constants = [t for t in _tensors((*args, *kwargs.values())) if id(t) not in slots]
+            read |= {_memory(t) for t in constants}
+            made = [found] if isinstance(found, Tensor) else found
+            if not isinstance(made, (list, tuple)) or not all(type(t) is Tensor for t in made):
+                return None
+            for t in made:
+                slots.setdefault(id(t), len(slots))
+            steps.append(_Step(func, args, kwargs, found, slots, kind.fresh))
+        if id(output) not in slots or written & read:
+            return None
+        return Program(steps, len(slots), slots[id(output)])
+
+
+class _Step:
+    """One operation, with places in a list in the place of tensors that depend on the inputs."""
+
+    def __init__(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: Any,
+        slots: dict[int, int],
+        fresh: bool,
+    ) -> None:
+        self.func = self.call = func
+        self.args = list(args)
+        self.kwargs = dict(kwargs)
+        self.places: list[tuple[Any, Any, int]] = []
+        for target in (self.args, self.kwargs):
+            self._note(target, slots)
+        self.one = isinstance(found, Tensor)
+        self.made = [slots[id(t)] for t in ([found] if self.one else found)]
+        self.taken = {slot for _, _, slot in self.places}
+        self.dropped: list[int] = []
+        # Whether what it makes has memory of its own.
+        self.fresh = fresh
+
+    def _note(self, target: Any, slots: dict[int, int]) -> None:
+        keys = list(target) if isinstance(target, dict) else range(len(target))
+        for key in keys:
+            value = target[key]
+            if isinstance(value, Tensor):
+                if id(value) in slots:
+                    self.places.append((target, key, slots[id(value)]))
+                    # Not held, but for the moment of the call.
+                    target[key] = None
+            elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+                target[key] = list(value)
+                self._note(target[key], slots)
+
+
+class Program:
+    """Operations in order; see :meth:`Recorder.program`."""
+
+    def __init__(self, steps: list[_Step], size: int, output: int) -> None:
+        self._steps = steps
+        self._size = size
+        self._output = output
+        last: dict[int, int] = {}
+        # Which tensor's memory each one's is, as far as that is its own.
+        roots: dict[int, int] = {}
+        owned: set[int] = set()
+        for k, step in enumerate(steps):
+            for slot in (*step.taken, *step.made):
+                last[slot] = k
+            for slot in step.made:
+                if slot in roots:
+                    continue
+                if step.fresh:
+                    roots[slot] = slot
+                    owned.add(slot)
+                else:
+                    roots[slot] = min((roots.get(s, s) for s in step.taken), default=slot)
+        last[output] = len(steps)
+        until: dict[int, int] = {}
+        for slot, k in last.items():
+            root = roots.get(slot, slot)
+            until[root] = max(until.get(root, 0), k)
+        for k, step in enumerate(steps):
+            step.dropped = [s for s in {*step.taken, *step.made} if last[s] == k]
+            if step.func in _IN_PLACE:
+                root = roots.get(next(iter(step.taken)), -1)
+                # What it makes has the memory of its own until the end of that.
+                if root in owned and until[root] == k:
+                    step.func = _IN_PLACE[step.func]
+            # Past the overload's own Python.
+            step.call = step.func._op
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the output for inputs of the recorded shapes."""
+        held: list[Any] = [None] * self._size
+        held[: len(inputs)] = inputs
+        for step in self._steps:
+            for target, key, slot in step.places:
+                target[key] = held[slot]
+            found = step.call(*step.args, **step.kwargs)
+            for target, key, _ in step.places:
+                target[key] = None
+            if step.one:
+                held[step.made[0]] = found
+            else:
+                for slot, t in zip(step.made, found, strict=True):
+                    held[slot] = t
+            for slot in step.dropped:
+                held[slot] = None
+        result: Tensor = held[self._output]
+        return result
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [v for v in value if isinstance(v, Tensor)]
+    return found
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is known of an operation: whether it draws, which arguments it writes, what it makes."""
+
+    draws: bool
+    written: tuple[tuple[int, str], ...]
+    fresh: bool
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(func: Any) -> _Kind:
+    schema = func._schema
+    written = tuple(
+        (k, argument.name)
+        for k, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    fresh = all(found.alias_info is None for found in schema.returns)
+    return _Kind(torch.Tag.nondeterministic_seeded in func.tags, written, fresh)
+
+
+def _get(args: tuple[Any, ...], kwargs: dict[str, Any], k: int, name: str) -> Any:
+    return args[k] if k < len(args) else kwargs.get(name)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory, by which it is known under any view."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return id(tensor)

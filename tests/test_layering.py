@@ -89,7 +89,8 @@ OF_TORCH = {
     "_version",
     "_weight_norm",
 }
-OF_OTHERS = {"_axinfo", "_fields", "_make"}  # matplotlib's axes in space, collections.namedtuple
+# matplotlib's axes in space, os.environ, collections.namedtuple
+OF_OTHERS = {"_axinfo", "_data", "_fields", "_make"}
 
 MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.glob("*/*.py"))
 

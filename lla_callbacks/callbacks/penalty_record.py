@@ -9,7 +9,6 @@ import torch
 
 from lla_callbacks.callbacks.compat import loss_scale
 from lla_callbacks.callbacks.telling import rank_zero_warn
-from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.penalty.penalty import Comparison
 from lla_callbacks.report.conform import check_entries, check_finite, check_type
 from lla_callbacks.report.loggers import write_scalars
@@ -52,8 +51,14 @@ def write(trainer: Any, step: int, values: Mapping[str, float]) -> None:
             write_scalars(logger, dict(values), step)
 
 
-def warn_of_skipped(kind: str, error: NonFiniteError, trainer: Any) -> None:
-    """Say, the first time, that a penalty was not finite and is left out."""
+CHANGED = (
+    "other parameters are trained than when the batch started. Set requires_grad in "
+    "on_train_epoch_start, or in a callback that is listed before this one."
+)
+
+
+def warn_of_skipped(kind: str, error: object, trainer: Any) -> None:
+    """Say, the first time, that a penalty is left out, since it is not finite, for instance."""
     settling = " While a gradient scaler settles this is normal."
     rank_zero_warn(
         f"{kind}: a penalty was left out, and training goes on without "

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lla_callbacks.callbacks.compat import loss_scale, unscales_gradients_itself
+from lla_callbacks.objective.objective import trainable
+
 
 def add_gradient(
     loss: Tensor,
@@ -31,12 +34,33 @@ def add_gradient(
             is left out, or are added to it.
     """
     pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    if not pairs:  # the loss depends on none
+        return
     scaled = [g if factor == 1.0 else factor * g for _, g in pairs]
     with torch.enable_grad():
         surrogate = _Surrogate.apply(scaled, *(p for p, _ in pairs))
         if replace:
             loss.detach_()
         loss.add_(surrogate)
+
+
+def add_to_gradients(
+    trainer: Any, module: Any, optimizer: Any, gradients: Iterable[Tensor | None]
+) -> None:
+    """Add gradients to those of the parameters that an optimizer is about to step.
+
+    Args:
+        trainer: Whose processes share them.
+        module: Its trainable parameters are in the order of the gradients.
+        optimizer: The optimizer.
+        gradients: One per parameter, or ``None``.
+    """
+    # The gradients of a fused optimizer are still scaled here.
+    factor = loss_scale(trainer) if unscales_gradients_itself(optimizer) else 1.0
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for p, g in zip(trainable(module).values(), gradients, strict=True):
+        if id(p) in own and p.grad is not None and g is not None:
+            p.grad.add_(trainer.strategy.reduce(g, reduce_op="mean"), alpha=factor)
 
 
 class _Surrogate(torch.autograd.Function):

@@ -13,14 +13,13 @@ from lla_callbacks.callbacks.compat import (
     has_static_graph,
     loss_scale,
     step_of,
-    unscales_gradients_itself,
     uses_mixed_precision,
 )
 from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.moments import is_unsized
 from lla_callbacks.callbacks.noise_penalty import NoisePenalty, announce, check_noise
 from lla_callbacks.callbacks.penalized_loss import Penalized, batch_loss, loss_around
-from lla_callbacks.callbacks.penalty_record import checked_state, warn_of_skipped, write
+from lla_callbacks.callbacks.penalty_record import CHANGED, checked_state, warn_of_skipped, write
 from lla_callbacks.callbacks.refusals import refuse_surroundings, refuse_training
 from lla_callbacks.callbacks.spawned import ComesHome
 from lla_callbacks.callbacks.strength import (
@@ -29,13 +28,14 @@ from lla_callbacks.callbacks.strength import (
     FoundStrength,
     StrengthSchedule,
 )
-from lla_callbacks.callbacks.surrogate import add_gradient
+from lla_callbacks.callbacks.surrogate import add_gradient, add_to_gradients
 from lla_callbacks.callbacks.telling import rank_zero_info
 from lla_callbacks.linalg.errors import NonFiniteError
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.checks import check_loss, number, seed_of, shown
 from lla_callbacks.objective.layers import check_layers
 from lla_callbacks.objective.objective import trainable
+from lla_callbacks.objective.training_step import SkippedBatchError
 from lla_callbacks.penalty.displacement import DisplacedLoss
 from lla_callbacks.penalty.penalty import (
     Comparison,
@@ -218,8 +218,7 @@ class HessianTraceRegularizer(ComesHome):
         self._penalized = Penalized(type(self).__name__, self.layers)
         self._last_logged: int | None = None
         # Whether the backward pass of a step's own loss has run since the fit began.
-        self._went_backward = False
-        self._late = False
+        self._went_backward = self._late = False
         self._forget_batch()
 
     def _forget_batch(self) -> None:
@@ -249,6 +248,7 @@ class HessianTraceRegularizer(ComesHome):
             # Here no graph is alive, so that the weights may move.
             replaces = self._went_backward or not has_static_graph(trainer)
             self._pending = self._penalize(trainer, pl_module, with_task=replaces)
+            self._trained = [*map(id, trainable(pl_module).values())]
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         if self._batch is None or self._noise or not pl_module.automatic_optimization:
@@ -262,6 +262,9 @@ class HessianTraceRegularizer(ComesHome):
                 "evaluates it once."
             )
         pending, self._pending = self._pending, None
+        if pending and self._trained != [*map(id, trainable(pl_module).values())]:
+            pending = None
+            self._leave_out(CHANGED, trainer)
         if pending is None or not pending.contains_task:
             self._went_backward = True
         if pending is None:
@@ -284,14 +287,8 @@ class HessianTraceRegularizer(ComesHome):
         if pl_module.automatic_optimization or self._batch is None:
             return
         found = self._penalize(trainer, pl_module, with_task=False)
-        if found is None:
-            return
-        # The gradients of a fused optimizer are still scaled here.
-        factor = loss_scale(trainer) if unscales_gradients_itself(optimizer) else 1.0
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for p, g in zip(trainable(pl_module).values(), found.gradient, strict=True):
-            if id(p) in own and p.grad is not None and g is not None:
-                p.grad.add_(trainer.strategy.reduce(g, reduce_op="mean"), alpha=factor)
+        if found is not None:
+            add_to_gradients(trainer, pl_module, optimizer, found.gradient)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -325,13 +322,12 @@ class HessianTraceRegularizer(ComesHome):
     def _penalize(self, trainer: Any, module: Any, *, with_task: bool) -> PenaltyGradient | None:
         """Return the penalty's gradient for the present batch; ``None`` if there is none."""
         began, step = time.monotonic(), trainer.global_step
-        searching = self._is_searching
-        strength = self._strength(step)
-        to_log = self._is_to_log(trainer, step)
-        loss = self._loss_around(trainer, module, step)
+        searching, strength = self._is_searching, self._strength(step)
+        to_log, loss = self._is_to_log(trainer, step), None
         # Differences divide rounding by a small step: not under autocast.
         keeps = self.settings.estimator == "perturbation" or not uses_mixed_precision(trainer)
         try:
+            loss = self._loss_around(trainer, module, step)
             found = penalty_gradient(
                 loss,
                 strength,
@@ -341,10 +337,9 @@ class HessianTraceRegularizer(ComesHome):
                 max_ratio=None if searching else self.max_ratio,
                 average=lambda vector: trainer.strategy.reduce(vector, reduce_op="mean"),
             )
-        except NonFiniteError as error:
-            self.skipped += 1
-            if self.skipped == 1:
-                warn_of_skipped(type(self).__name__, error, trainer)
+        except (NonFiniteError, SkippedBatchError) as error:
+            if isinstance(error, NonFiniteError):  # otherwise training skips it too
+                self._leave_out(error, trainer)
             return None
         finally:
             del loss
@@ -367,6 +362,11 @@ class HessianTraceRegularizer(ComesHome):
             write(trainer, step, values)
         return found
 
+    def _leave_out(self, why: object, trainer: Any) -> None:
+        self.skipped += 1
+        if self.skipped == 1:
+            warn_of_skipped(type(self).__name__, why, trainer)
+
     @property
     def _is_searching(self) -> bool:
         return self.strength == "auto" and self._found.strength is None
@@ -378,7 +378,7 @@ class HessianTraceRegularizer(ComesHome):
 
     def _loss_around(self, trainer: Any, module: Any, step: int) -> DisplacedLoss:
         assert self._batch is not None
-        # Rounding in half precision would be taken for curvature while a strength is found.
+        # Half precision would be taken for curvature while a strength is found.
         autocast = self.settings.estimator == "perturbation" and not self._is_searching
         return loss_around(
             trainer, module, self._batch, self.loss, self._penalized,

@@ -65,10 +65,13 @@ def no_output() -> Iterator[None]:
     """Within this context the calling thread prints nothing, logs nothing, and writes no files.
 
     Files that are opened for writing are in memory, and forgotten; what is read is what is on
-    disk. A debugger in the user's code prints.
+    disk. A debugger in the user's code prints. Environment variables are put back.
     """
     real, save, thread, root = io.open, torch.save, threading.get_ident(), logging.root
     stdout, disabled = sys.stdout, root.disabled
+    # Compared in the form that it is kept in, which takes no time.
+    environment: Any = getattr(os.environ, "_data", os.environ)
+    variables = environment.copy()
 
     def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         writes = isinstance(mode, str) and set(mode) & set("wax+")
@@ -88,10 +91,20 @@ def no_output() -> Iterator[None]:
         torch.save = saved
         yield
     finally:
+        if environment != variables:
+            _put_back(variables)
         torch.save = save
         builtins.open = io.open = real
         root.disabled = disabled
         sys.stdout = stdout
+
+
+def _put_back(variables: Any) -> None:
+    """Let the environment be what it was."""
+    before = {os.fsdecode(k): os.fsdecode(v) for k, v in variables.items()}
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update({k: v for k, v in before.items() if os.environ.get(k) != v})
 
 
 def _in_memory(real: Any, file: Any, mode: str, *args: Any, **kwargs: Any) -> Any:

@@ -8,11 +8,13 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.names_in_code import Names, names_in
 from lla_callbacks.objective.rules import MISSING, is_of_the_user, may_change
+from lla_callbacks.objective.tensor_copies import differ
 from lla_callbacks.objective.watching import MOST_ENTRIES, is_plain, snapshot
 
 # Of a LightningModule, what a replay calls by itself; of its other methods, those that are named.
@@ -220,10 +222,15 @@ class _Place:
         value = self.read()
         if value is self.saved:
             return lambda: self.read() is value
-        if not is_plain(value, MOST_ENTRIES):
-            return None
-        content = snapshot(value)
-        return lambda: self.read() is value and value == content
+        if is_plain(value, MOST_ENTRIES):
+            content = snapshot(value)
+            return lambda: self.read() is value and value == content
+        saved = self.saved
+        if _is_comparable(value) and _is_comparable(saved) and value.dtype == saved.dtype:
+            return lambda: (
+                self.read() is value and _is_comparable(value) and not differ(value, saved)
+            )
+        return None
 
 
 class _Entry(_Place):
@@ -318,6 +325,12 @@ class _Attributes(_Place):
         live = self.read()
         live.clear()
         live.update(attributes)
+
+
+def _is_comparable(value: Any) -> bool:
+    """Return whether something is a tensor without a graph, a gradient, or attributes."""
+    plain = type(value) is Tensor and value.layout is torch.strided
+    return plain and not value.requires_grad and not value.__dict__
 
 
 def _functions_in(value: Any) -> Iterator[Any]:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import os
 import queue
 import random
 import threading
@@ -831,6 +832,14 @@ outside("default of a global function", lambda m, b: with_a_default())
 outside("lru_cache of random numbers", lambda m, b: remembered(2).sum())
 outside("lru_cache, bounded", lambda m, b: remembered_few(2, scale=2.0).sum())
 outside("another module of the user's", count_elsewhere)
+
+
+def count_in_environment(module, batch):
+    os.environ["LLA_TEST_COUNT"] = str(int(os.environ.get("LLA_TEST_COUNT", "0")) + 1)
+    return int(os.environ["LLA_TEST_COUNT"])
+
+
+kind("environment variable", lambda m: os.environ.pop("LLA_TEST_COUNT", None), count_in_environment)
 
 
 def class_that_closes_over():

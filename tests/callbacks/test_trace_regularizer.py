@@ -1,6 +1,7 @@
 """The regularizer inside a Trainer, against training loops written out by hand in float64."""
 
 import statistics
+import warnings
 
 import pytest
 import pytorch_lightning as pl
@@ -435,6 +436,40 @@ def test_penalty_that_is_not_finite_is_left_out(tmp_path, monkeypatch, scaled, v
     assert callback.skipped == 2
     hand = by_hand(Double, strength=lambda step: 0 if step in (1, 3) else STRENGTH)
     assert deviation(found, hand) < 1e-12
+
+
+class Skipping(Double):
+    """Returns no loss for one batch."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+
+class Thawing(Double):
+    """Trains other parameters from the third batch on, which nobody knows when it starts."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net[0].requires_grad_(batch_idx < 2)
+
+
+class Constant(Double):
+    """Has a loss that no parameter counts in."""
+
+    def training_step(self, batch, batch_idx):
+        return torch.ones((), requires_grad=True)
+
+
+@pytest.mark.parametrize(("make", "left_out"), [(Skipping, 0), (Thawing, 1), (Constant, 0)])
+@pytest.mark.parametrize("estimator", ["perturbation", "exact"])
+def test_steps_that_skip_or_train_others_go_on(tmp_path, make, left_out, estimator):
+    callback = regularizer(estimator=estimator, layers="all")
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        trainer = fit(tmp_path, callback, make, double_loader)
+    said = [str(w.message) for w in record if "a penalty was left out" in str(w.message)]
+    assert (callback.skipped, len(said)) == (left_out, left_out)
+    assert all("other parameters are trained than when the batch started" in m for m in said)
+    assert trainer.global_step == len(double_loader())
 
 
 def test_scaler_still_sees_what_is_not_finite_in_the_loss(tmp_path):

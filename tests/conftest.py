@@ -21,3 +21,10 @@ def data_folder() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("LLA_DATA names no folder with mnist/ and pretrained/ in it")
     return Path(folder)
+
+
+@pytest.fixture
+def among_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand where "../../x" and "a/b" are files."""
+    (tmp_path / "1" / "2" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "1" / "2")

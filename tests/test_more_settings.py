@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import nn
 import lla_callbacks
 from lla_callbacks import (
     FastGeometricEnsembling,
-    MeasurementError,
     ModeConnection,
     PoisonedLoss,
     aligned,
@@ -31,7 +29,17 @@ from lla_callbacks import (
     reversed_cross_entropy,
 )
 from tests import test_settings
-from tests.test_settings import ACCEPTED, COUNTS, FLAGS, POSITIVE, SAYS, WRONG, X, Y, loss, net
+from tests.test_settings import (
+    ACCEPTED,
+    COUNTS,
+    FLAGS,
+    POSITIVE,
+    X,
+    Y,
+    complaints,
+    loss,
+    net,
+)
 
 BATCHES = [(X, Y)]
 OTHER = nn.Linear(2, 2).double()
@@ -135,43 +143,16 @@ def arguments(owner: str) -> list[str]:
 
 def call(owner: str, **given: Any) -> Any:
     made, settings = OWNERS[owner]
-    return made(**{**settings, **given})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return made(**{**settings, **given})
 
 
-def complaint(owner: str, argument: str, label: str) -> str:
-    where = f"{owner}({argument}={label})"
-    fits = label in taken(owner, argument)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            call(owner, **{argument: WRONG[label]})
-    except (ValueError, TypeError) as error:
-        text = str(error)
-        if fits:
-            return f"{where} is refused: {text}"
-        if (owner, argument, label) in UNFIT:
-            return ""
-        if argument not in text or not any(w in text for w in SAYS):
-            return f"{where} is refused unclearly: {type(error).__name__}: {text}"
-    except MeasurementError as error:
-        return "" if fits or argument in str(error) else f"{where}: {error}"
-    except Exception as error:  # noqa: BLE001 - which is what is tested
-        return f"{where} ends in {type(error).__name__}: {error}"
-    else:
-        if not fits:
-            return f"{where} is taken."
-    return ""
-
-
+@pytest.mark.usefixtures("among_files")
 @pytest.mark.parametrize("owner", OWNERS)
-def test_every_argument_refuses_what_is_wrong_by_its_name(
-    owner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "1" / "2" / "a").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "1" / "2")  # where "../../x" and "a/b" are files
-    found = [complaint(owner, argument, label) for argument in arguments(owner) for label in WRONG]
-    wrong = [text for text in found if text]
-    assert not wrong, "\n".join(wrong)
+def test_every_argument_refuses_what_is_wrong_by_its_name(owner: str) -> None:
+    wrong = complaints(owner, arguments(owner), call, taken, UNFIT)
+    assert not wrong, wrong
 
 
 def test_every_public_callable_is_in_a_table() -> None:

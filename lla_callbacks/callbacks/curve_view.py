@@ -177,7 +177,9 @@ class CurveView:
         if not ready or not self._processes.agree(last or fits or not self.history):
             return
         with account.watching(self.name):
-            self._picture(trainer, module, networks, kind, points, passed)
+            self._picture(
+                trainer, lambda: self._measured(trainer, module, networks, kind, points, passed)
+            )
 
     def _account(self, trainer: Any) -> Account:
         """Return the account of the Trainer's monitors, or an empty one that nobody keeps."""
@@ -193,20 +195,12 @@ class CurveView:
                 return account
         return Account()
 
-    def _picture(
-        self,
-        trainer: Any,
-        module: nn.Module,
-        networks: Networks,
-        kind: Kind,
-        points: Sequence[list[Tensor]],
-        passed: float,
-    ) -> None:
+    def _picture(self, trainer: Any, measure: Callable[[], LossCurve]) -> None:
         """Measure and report, and note what it took."""
         began = time.monotonic()
         found: LossCurve | None = None
         try:
-            found = self._measured(trainer, module, networks, kind, points, passed)
+            found = measure()
         except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
             self._warn(error)
         if found is not None:

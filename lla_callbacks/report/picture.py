@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lla_callbacks.report.shown import Picture, png_of
-from lla_callbacks.report.style import DPI, INK, PALE
+from lla_callbacks.report.style import DPI, INK, bare
 
 # Of several results in one figure.
 SERIES = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#c53030", "#4a5568")
@@ -24,19 +24,8 @@ def picture(
     figure = Picture(figsize=size, dpi=DPI, layout="constrained")
     found = list(figure.subplots(1, columns, squeeze=False).flat)
     for axes in found:
-        plain(axes)
+        bare(axes, labelsize=9)
     return figure, found
-
-
-def plain(axes: Axes) -> None:
-    """Give axes the look of all figures."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(PALE)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
 
 
 def heading(figure: Figure, title: str) -> None:

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from lla_callbacks.report.shown import Picture
-from lla_callbacks.report.style import DPI, FOOTER, INK, PALE, joined
+from lla_callbacks.report.style import DPI, FOOTER, INK, bare, joined
 
 # TensorBoard shows a picture about 330 pixels wide: at this width a point is a pixel there.
 WIDTH = 4.6
@@ -181,15 +181,10 @@ def sheet(
 
 def plain(axes: Axes, left: float, below: float, width: float, height: float) -> None:
     """Give axes their look, and their labels a fixed place, in inches."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(PALE)
-    axes.tick_params(colors=INK, labelsize=TICKS, pad=2, length=3)
+    bare(axes, labelsize=TICKS, pad=2, length=3)
     for axis, place in (
         (axes.xaxis, (0.5, -(below - 0.2) / height)), (axes.yaxis, (-(left - 0.21) / width, 0.5)),
     ):  # fmt: skip
-        axis.label.set_color(INK)
         axis.label.set_fontsize(TICKS + 0.5)
         axis.set_label_coords(*place)
         axis.set_minor_locator(NullLocator())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -38,14 +39,19 @@ def subplots(
     figure = Picture(figsize=size, dpi=DPI, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, width_ratios=widths, height_ratios=heights)
     for axes in grid.flat:
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(PALE)
-        axes.tick_params(colors=INK, labelsize=8)
-        axes.xaxis.label.set_color(INK)
-        axes.yaxis.label.set_color(INK)
+        bare(axes, labelsize=8)
     return figure, list(grid.flat)
+
+
+def bare(axes: Axes, **ticks: Any) -> None:
+    """Give axes the look of all figures; settings are those of their ticks."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(PALE)
+    axes.tick_params(colors=INK, **ticks)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
 
 
 def finish(figure: Figure, title: str, facts: Sequence[str], notes: Sequence[str] = ()) -> None:

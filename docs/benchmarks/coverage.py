@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -229,6 +230,55 @@ class Diagonal(SymmetricOperator):
         return self.values * columns
 
 
+def onward(starts: int = 200, most: int = 60) -> None:
+    """Is a run as sure that goes on from what a shallow one had of an eigenvector?"""
+    print("| outliers, or the spectrum | wanted | from noise | first run's steps | settled by it "
+          "| going on |")  # fmt: skip
+    print("|---|---|---|---|---|---|")
+    bulk = torch.linspace(-0.05, 1, 1000)
+    decay = torch.cat([-torch.logspace(-6, -2, 500).flip(0), torch.logspace(-6, 1, 1000)])
+    spectra = {
+        "3, 3.03, 3.3": torch.cat([bulk, torch.tensor([3.0, 3.03, 3.3])]),
+        "3, 3.1, 3.2": torch.cat([bulk, torch.tensor([3.0, 3.1, 3.2])]),
+        "1e-6 to 10, evenly in the logarithm": decay,
+    }
+    for name, values in spectra.items():
+        operator = Diagonal(values.double().sort().values)
+        for place in (-1, -2):
+            which: str | list[int] = "max" if place == -1 else [-1, place]
+
+            def is_there(run: LanczosRun, place: int = place) -> bool:
+                if place == -1:
+                    return float(run.residuals[-1]) <= 0.01 * float(run.values.abs().max())
+                return run.settled(place, 0.01)
+
+            def is_wrong(run: LanczosRun, place: int = place, operator: Any = operator) -> bool:
+                off = abs(float(run.values[place]) - float(operator.values[place]))
+                return is_there(run, place) and off > float(run.residuals[place])
+
+            def noise(seed: int, operator: Any = operator) -> Tensor:
+                source = generator(seed)
+                return torch.randn(len(operator.values), generator=source, dtype=torch.float64)
+
+            cold = [lanczos(operator, noise(starts + s), most, rtol=0.01, which=which)
+                    for s in range(starts)]  # fmt: skip
+            usual = f"{sum(r.num_steps for r in cold) / starts:.1f}, {sum(map(is_wrong, cold))}"
+            for depth in (5, 8, 12):
+                first = [lanczos(operator, noise(starts + s), depth) for s in range(starts)]
+                warm = []
+                for s, run in enumerate(first):
+                    if not is_there(run):
+                        fresh = noise(2 * starts + s)
+                        start = run.vectors([place % depth])[:, 0] + 0.1 * fresh / fresh.norm()
+                        again = which if place == -1 else [place]
+                        warm.append(lanczos(operator, start, most, rtol=0.01, which=again))
+                mean = sum(run.num_steps for run in warm) / max(1, len(warm))
+                on = f"{mean:.1f}, {sum(map(is_wrong, warm))} of {len(warm)}"
+                done = f"{starts - len(warm)}, {sum(map(is_wrong, first))} wrong"
+                what = "largest" if place == -1 else "second"
+                print(f"| {name} | {what} | {usual} | {depth} | {done} | {on} |")
+
+
 def stability(starts: int = 60) -> None:
     """The largest eigenvalue of a head whose body stands still."""
     print("| | residual 5 % | in its place | residual 2 %, in its place |")
@@ -298,6 +348,7 @@ def main() -> None:
         "simulation": simulation,
         "tracking": tracking,
         "places": places,
+        "onward": onward,
         "stability": stability,
         "depth": depth,
     }

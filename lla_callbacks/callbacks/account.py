@@ -219,6 +219,18 @@ class Account:
         finally:
             self.close()
 
+    @contextmanager
+    def instead(self, name: str, *, asked: bool) -> Iterator[None]:
+        """Book the time in this context to another one than whoever it is booked to now."""
+        self._settle()
+        before = self._open
+        self.open(name, asked=asked)
+        try:
+            yield
+        finally:
+            self.close()
+            self._open, self._since = before, time.monotonic()
+
     @property
     def is_open(self) -> bool:
         """Whether time is being booked at present."""

@@ -32,6 +32,8 @@ class EvaluatedToo(Callback):
         _forget: Callable[[], None]
         _fire: Callable[..., dict[str, float]]
         _last: Callable[[], Any]
+        _went_first: Callable[[str], bool]
+        _let_go_first: Callable[..., None]
         _names: Callable[[], list[str]]
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -83,8 +85,11 @@ class EvaluatedToo(Callback):
                 self.sink.guarded("holding a batch", held.add, batch)
 
     def _finish_evaluation(self, trainer: Any, module: Any, function: str) -> None:
-        if not _runs(trainer, function):
-            return
+        if _runs(trainer, function) and not self._went_first("_evaluate"):
+            self._let_go_first("_evaluate", trainer, module, function)
+            self._evaluate(trainer, module, function)
+
+    def _evaluate(self, trainer: Any, module: Any, function: str) -> None:
         parts, self._parts = self._parts or [self.subject.held], []
         for k, held in enumerate(parts):
             if self.subject.processes.all(bool(held.batches)):

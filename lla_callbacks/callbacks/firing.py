@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lla_callbacks.callbacks.compat import progress, say
+from lla_callbacks.callbacks.handed_on import HandedOn, Source, taken
 from lla_callbacks.callbacks.moments import space_of
 from lla_callbacks.callbacks.records import Record
 from lla_callbacks.callbacks.sink import Sink
@@ -50,6 +51,7 @@ class Firing:
         sink: Where to.
         sizer: How large.
         scalars: Which scalars are logged, as words and names.
+        handed: What other monitors left for these quantities.
 
     Attributes:
         pages: Shows what is no figure: takes the Trainer, a result and the moment.
@@ -64,14 +66,25 @@ class Firing:
         sink: Sink,
         sizer: Sizer,
         scalars: Sequence[str],
+        handed: HandedOn,
     ) -> None:
         self._owner = owner
         self._timing, self._subject, self._records = timing, subject, records
         self._sink, self._sizer, self._scalars = sink, sizer, scalars
+        self._handed = handed
         self.pages: Callable[[Any, Any, Moment], None] | None = None
 
-    def fire(self, trainer: Any, module: nn.Module, moment: Moment) -> dict[str, float]:
-        """Measure and report once; return the scalars, none if it failed."""
+    def fire(
+        self, trainer: Any, module: nn.Module, moment: Moment, others: Sequence[HandedOn] = ()
+    ) -> dict[str, float]:
+        """Measure and report once; return the scalars, none if it failed.
+
+        Args:
+            trainer: The Trainer.
+            module: Its module.
+            moment: Of what.
+            others: Where that may leave something for other monitors.
+        """
         began = time.monotonic()
         timing, sink, asked = self._timing, self._sink, moment
         timing.begins(moment)
@@ -80,7 +93,7 @@ class Firing:
             # Whatever fails in one process, wherever it is, fails in all of them.
             moment, measured = all_or_none(
                 self._subject.processes,
-                lambda: self._measured(trainer, module, asked),
+                lambda: self._measured(trainer, module, asked, others),
                 "a measurement",
             )
         except Exception as error:  # noqa: BLE001 - whatever fails, training must go on
@@ -139,7 +152,9 @@ class Firing:
         if text:
             self._sink.text(trainer, text, moment.step, record.quantity.name)
 
-    def _measured(self, trainer: Any, module: nn.Module, moment: Moment) -> tuple[Moment, Found]:
+    def _measured(
+        self, trainer: Any, module: nn.Module, moment: Moment, others: Sequence[HandedOn]
+    ) -> tuple[Moment, Found]:
         """Return what each quantity found, and the moment with all that is known of it."""
         subject, timing = self._subject, self._timing
         moment = subject.completed(trainer, module, moment)
@@ -151,19 +166,22 @@ class Firing:
         found: Found = []
         troubles: list[Exception] = []
         with ExitStack() as stack:
+            takers = [other for other in others if other.waits(moment) and not moment.light]
+            left: dict[str, Any] = {}
+            if takers or self._handed.is_left:
+                here = Source.of(subject, module, moment)
+                left = self._handed.take(here)
+                here = replace(here, findings=subject.findings)
             objective = subject.objective(trainer, module, moment, stack)
             choice = timing.pace.choice
+            # Those that use what others offer come last.
+            order = sorted(self._records, key=lambda record: bool(record.quantity.takes))
 
             def offer(what: str, *things: Any) -> None:
-                # Those that come later; what is offered and not taken costs nobody.
-                for record in self._records[len(found) + len(troubles) + 1 :]:
-                    take = partial(record.quantity.offered, what, things, moment)
-                    try:
-                        all_or_none(subject.processes, take, "an offer")
-                    except OutOfStepError:
-                        raise
-                    except Exception as error:  # noqa: BLE001 - it makes its own then
-                        forgetful(error)
+                for record in order[len(found) + len(troubles) + 1 :]:
+                    taken(subject.processes, partial(record.quantity.offered, what, things, moment))
+                for other in takers:
+                    other.offer(here, what, things, subject.processes)
 
             tools = Tools(
                 share=subject.processes,
@@ -172,6 +190,7 @@ class Firing:
                 # A smoke test should run every line, not take long.
                 quick=bool(trainer.fast_dev_run),
                 offer=offer,
+                shared=left,
                 size=self._sizer.size(moment, timing, subject),
                 only=choice is not None and choice.count == 1 and not timing.schedule.is_given,
                 step_seconds=(
@@ -179,7 +198,7 @@ class Firing:
                 ),
             )
             moment = replace(moment, tools=tools)
-            for record in self._records:
+            for record in order:
                 measure = partial(_measured_by, record.quantity, objective, moment)
                 try:
                     result = all_or_none(subject.processes, measure, record.quantity.name)
@@ -195,7 +214,7 @@ class Firing:
             raise troubles[0]
         for trouble in troubles:
             self._warn(trouble)
-        return moment, found
+        return moment, [pair for record in self._records for pair in found if pair[0] is record]
 
     def _kept(self, record: Record, result: Any, moment: Moment) -> dict[str, float]:
         """Take note of a result, tell of its gaps, and return its numbers."""

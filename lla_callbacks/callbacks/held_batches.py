@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,11 @@ class HeldBatches:
             for k, (mine, theirs) in enumerate(zip(self.batches, other.batches, strict=False)):
                 if mine is not theirs and is_same(mine, theirs):
                     self.batches[k] = theirs
+
+    def holds(self, batches: Sequence[Any]) -> bool:
+        """Return whether these are the batches that are held, to the bit."""
+        pairs = zip(self.batches, batches, strict=False)
+        return len(batches) == len(self.batches) and all(a is b or is_same(a, b) for a, b in pairs)
 
     @property
     def is_plain(self) -> bool:

@@ -11,6 +11,7 @@ from lla_callbacks.callbacks.compat import (
 )
 from lla_callbacks.callbacks.evaluated import EvaluatedToo
 from lla_callbacks.callbacks.firing import Firing
+from lla_callbacks.callbacks.handed_on import HandedOn, Served
 from lla_callbacks.callbacks.monitor_settings import MonitorSettings
 from lla_callbacks.callbacks.pace import Pace
 from lla_callbacks.callbacks.planner import Planner
@@ -61,7 +62,10 @@ class HasParts(EvaluatedToo, ComesHome, SaysItself):
         )
         self.timing = Timing(owner, self.name, settings.when, sizer.share)
         self.subject = Subject(owner, settings.held, settings.products, self.sink)
-        self.planner = Planner(owner, self.timing, self.subject, sizer, self._all_hold)
+        self.handed = HandedOn(self.timing, self.subject, self.records)
+        self.planner = Planner(
+            owner, self.timing, self.subject, sizer, self._all_hold, self._served
+        )
         self.run = RunState(
             owner, settings, self.timing, self.subject, self.records, self.sink, alone=alone
         )
@@ -73,7 +77,10 @@ class HasParts(EvaluatedToo, ComesHome, SaysItself):
             self.sink,
             sizer,
             settings.output.scalars,
+            self.handed,
         )
+        # Parts of the present hook that are done already, since another monitor waited for them.
+        self._gone_first: set[str] = set()
         # Quantities that look at every step.
         self._watching = [r.quantity for r in self.records if r.quantity.watches]
 
@@ -122,6 +129,10 @@ class HasParts(EvaluatedToo, ComesHome, SaysItself):
     def names(self) -> list[str]:
         """Return the first parts of all tags."""
         return list(dict.fromkeys([self.name, *(r.quantity.name for r in self.records)]))
+
+    def _served(self, samples: int) -> Served:
+        """Return what other monitors leave for this one, on so many samples."""
+        return Served()
 
     def _all_hold(self) -> bool:
         """Return whether every process holds its batches; then each holds those of all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,13 +69,21 @@ class Pace:
     seen: int = 0
     waits: bool = False
 
-    def take(self, choice: Choice, account: Account, name: str) -> None:
-        """Take over a choice, and have its cost put aside."""
+    def take(self, choice: Choice, account: Account, name: str, grid: Sequence[float] = ()) -> None:
+        """Take over a choice, and have its cost put aside.
+
+        Args:
+            choice: The choice.
+            account: Of the run.
+            name: The monitor's.
+            grid: When another one measures, of whose work this one has a part: likewise then.
+        """
         self.planned = True
         self.choice = choice
         self.cost = self.predicted = choice.cost
         self.next_batch = GROWTH * account.batches
-        self.targets = [t for t in targets(choice.count) if not t <= account.fraction]
+        wanted = [t for t in targets(choice.count) if not t <= account.fraction]
+        self.targets = sorted({_nearest(grid, t) for t in wanted}) if grid else wanted
         self.reserve(account, name)
 
     def reserve(self, account: Account, name: str) -> None:
@@ -166,3 +175,7 @@ def share_of(account: Account, name: str) -> float:
     # A run of unknown length is planned for as one of ten minutes; it pays as it grows.
     length = max(account.expected, NOMINAL) if math.isnan(account.fraction) else account.expected
     return PLANNED * limit * length - account.spent[name]
+
+
+def _nearest(grid: Sequence[float], target: float) -> float:
+    return min(grid, key=lambda t: abs(t - target))

@@ -11,9 +11,10 @@ from torch import nn
 
 from lla_callbacks.callbacks.compat import say, step_of
 from lla_callbacks.callbacks.foretold import cost_of, plan_of, too_short
+from lla_callbacks.callbacks.handed_on import Served
 from lla_callbacks.callbacks.pace import Choice, share_of
 from lla_callbacks.callbacks.planning import least_samples, unit_costs
-from lla_callbacks.callbacks.sizers import Sizer
+from lla_callbacks.callbacks.sizers import Means, Sizer
 from lla_callbacks.callbacks.sizing import CALIBRATION_SAMPLES, UnitCosts
 from lla_callbacks.callbacks.subject import Subject
 from lla_callbacks.callbacks.timing import Timing
@@ -41,6 +42,7 @@ class Planner:
         subject: On what.
         sizer: Of its quantities.
         all_hold: Returns whether every process holds its batches.
+        served: Returns what other monitors leave for this one, on so many samples.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class Planner:
         subject: Subject,
         sizer: Sizer,
         all_hold: Callable[[], bool],
+        served: Callable[[int], Served],
     ) -> None:
         self.owner = owner
         self.timing, self.subject, self.sizer = timing, subject, sizer
-        self._all_hold = all_hold
+        self._all_hold, self._served = all_hold, served
 
     @property
     def _full(self) -> float:
@@ -66,7 +69,8 @@ class Planner:
         if timing.is_bounded or timing.count:
             return
         batches = -(-held.samples // timing.batch_samples)
-        timing.foretold = batches * self.sizer.gradients
+        saved = self.sizer.saved(self._served(held.samples).num_steps)
+        timing.foretold = batches * (self.sizer.gradients - saved)
         say(trainer, f"{self.owner}: {cost_of(timing, trainer, timing.foretold)}")
 
     def plan_when_ready(self, trainer: Any, module: nn.Module) -> bool:
@@ -95,7 +99,7 @@ class Planner:
             subject.sink.warn(error, "a measurement")
             costs, least, subject.start_pending, subject.start = None, 1, False, None
         seconds = processes.first(share_of(account, timing.name))
-        self._take(self.sizer.choose(costs, seconds, least, timing, subject))
+        self._take(self.sizer.choose(Means(costs, seconds, least, timing, subject, self._served)))
         return True
 
     def tell(self, trainer: Any) -> None:
@@ -112,7 +116,7 @@ class Planner:
             held = subject.held.batches
             least = about(held[0], subject.settings.batch_size) if held else 1
             least = min(LEAST_AT_END, least)
-            self._take(self.sizer.choose(None, 0.0, least, timing, subject))
+            self._take(self.sizer.choose(Means(None, 0.0, least, timing, subject, self._served)))
             say(trainer, f"{self.owner}: {too_short(timing, self._full)}")
 
     def _take(self, choice: Choice) -> None:
@@ -122,7 +126,8 @@ class Planner:
         # Monitors of one loss on the same batches ask only once what is to be known of it.
         same = subject.same_findings(choice.samples)
         subject.findings = account.findings.setdefault(same, subject.findings)
-        self.timing.pace.take(choice, account, self.timing.name)
+        grid = self._served(choice.samples).targets
+        self.timing.pace.take(choice, account, self.timing.name, grid)
 
     def _unit_costs(self, trainer: Any, module: nn.Module) -> tuple[UnitCosts, int]:
         """Return what a gradient takes, measured by the first monitor that asks, and the least."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lla_callbacks.callbacks.handed_on import Served
 from lla_callbacks.callbacks.pace import Choice
 from lla_callbacks.callbacks.sizing import (
     POINTS,
@@ -23,10 +24,11 @@ from lla_callbacks.callbacks.sizing import (
 from lla_callbacks.callbacks.subject import Subject
 from lla_callbacks.callbacks.timing import Timing
 from lla_callbacks.hessian.quantity import Spectrum
+from lla_callbacks.objective.costs import PRODUCT
 from lla_callbacks.objective.moment import Moment
 from lla_callbacks.report.quantity import Quantity
 from lla_callbacks.slices.landscape import PASSES_A_MAP_POINT, PASSES_A_RAY, LandscapeSettings
-from lla_callbacks.slices.quantity import Slices, needs_products
+from lla_callbacks.slices.quantity import PRODUCTS, Slices, largest_alone, needs_products
 
 # Figures that are planned for at the end.
 NUM_FIGURES = 1
@@ -36,8 +38,47 @@ MOST_FIGURES = 4
 FEWEST = 16
 
 
+@dataclass(frozen=True)
+class Means:
+    """What the sizes of a run's measurements are chosen by.
+
+    Attributes:
+        costs: What a gradient and a product take; ``None``: unknown, take the least.
+        seconds: What all measurements and figures of the run may take.
+        least: Fewest samples.
+        timing: Of the monitor.
+        subject: What it holds.
+        served: Returns what other monitors leave for this one, on so many samples.
+    """
+
+    costs: UnitCosts | None
+    seconds: float
+    least: int
+    timing: Timing
+    subject: Subject
+    served: Callable[[int], Served] = lambda samples: Served()
+
+    @property
+    def held(self) -> int:
+        """Samples that are held, the most there can be."""
+        return self.subject.held.num_held
+
+    @property
+    def told(self) -> int | None:
+        """Samples that the user gave, or another monitor chose."""
+        return self.subject.settings.num_samples or self.timing.account.samples
+
+    @property
+    def figures(self) -> float:
+        """Seconds of a quantity's figures at the end."""
+        return NUM_FIGURES * self.timing.pace.figure
+
+
 class Sizer(ABC):
     """Chooses the sizes of a run's measurements.
+
+    Args:
+        quantities: Of what.
 
     Attributes:
         share: In which proportion the monitor plans with what the account has, beside others.
@@ -47,29 +88,25 @@ class Sizer(ABC):
     share = 1.0
     plans_last = False
 
+    def __init__(self, quantities: Sequence[Quantity]) -> None:
+        self._quantities = quantities
+
     @property
-    @abstractmethod
     def gradients(self) -> float:
         """What a measurement of the default size takes, in gradients of its samples, about."""
+        return sum(quantity.gradients for quantity in self._quantities)
+
+    def depth(self, timing: Timing) -> int:
+        """Return how deep a Lanczos run of the whole Hessian each measurement has, 0 for none."""
+        return 0
+
+    def saved(self, num_steps: int) -> float:
+        """Return how many of the gradients another monitor's run of such a depth saves."""
+        return 0.0
 
     @abstractmethod
-    def choose(
-        self,
-        costs: UnitCosts | None,
-        seconds: float,
-        least: int,
-        timing: Timing,
-        subject: Subject,
-    ) -> Choice:
-        """Choose the sizes of a run's measurements, and return what they are.
-
-        Args:
-            costs: What a gradient and a product take; ``None``: unknown, take the least.
-            seconds: What all measurements and figures of the run may take.
-            least: Fewest samples.
-            timing: Of the monitor.
-            subject: What it holds.
-        """
+    def choose(self, means: Means) -> Choice:
+        """Choose the sizes of a run's measurements, and return what they are."""
 
     def size(self, moment: Moment, timing: Timing, subject: Subject) -> Mapping[str, Any]:
         """Return the settings of a measurement that were chosen, by name."""
@@ -79,25 +116,11 @@ class Sizer(ABC):
 class SamplesSizer(Sizer):
     """Chooses the number of samples alone: of a quantity's own settings it knows nothing."""
 
-    def __init__(self, quantities: Sequence[Quantity]) -> None:
-        self._quantities = quantities
-
-    @property
-    def gradients(self) -> float:
-        """Of all quantities together."""
-        return sum(quantity.gradients for quantity in self._quantities)
-
-    def choose(
-        self,
-        costs: UnitCosts | None,
-        seconds: float,
-        least: int,
-        timing: Timing,
-        subject: Subject,
-    ) -> Choice:
+    def choose(self, means: Means) -> Choice:
         """Choose as many points of a curve as fit at all, then as many samples."""
-        held = subject.held.num_held
-        told = subject.settings.num_samples or timing.account.samples
+        costs, seconds, least, held, told = (
+            means.costs, means.seconds, means.least, means.held, means.told,
+        )  # fmt: skip
         sizes = [min(max(told or held, least), held)]
         while not told and sizes[-1] > max(1, least):
             sizes.append(max(sizes[-1] // 2, least))
@@ -116,8 +139,8 @@ class SamplesSizer(Sizer):
                     points, samples, fits = p, n, True
                     break
         price = 0.0 if costs is None else cost(samples)
-        figures = NUM_FIGURES * timing.pace.figure
-        return Choice(samples, points, price, figures, fits, f"{samples} samples", fits)
+        words = f"{samples} samples"
+        return Choice(samples, points, price, means.figures, fits, words, fits)
 
 
 class SpectrumSizer(Sizer):
@@ -132,31 +155,21 @@ class SpectrumSizer(Sizer):
     share = 0.65
 
     def __init__(self, quantity: Spectrum, *, num_steps: bool, num_probes: bool) -> None:
+        super().__init__([quantity])
         self._quantity = quantity
         self._steps, self._probes = num_steps, num_probes
 
-    @property
-    def gradients(self) -> float:
-        """Of the default size."""
-        return self._quantity.gradients
-
-    def choose(
-        self,
-        costs: UnitCosts | None,
-        seconds: float,
-        least: int,
-        timing: Timing,
-        subject: Subject,
-    ) -> Choice:
+    def choose(self, means: Means) -> Choice:
         """Choose the best size for as many points of the curve as fit at all."""
+        costs, seconds = means.costs, means.seconds
         settings = self._quantity.settings
         ladder = fitting(
             spectrum_ladder(),
-            samples=subject.settings.num_samples,
+            samples=means.subject.settings.num_samples,
             num_steps=settings.num_steps if self._steps else None,
             num_probes=settings.num_probes if self._probes else None,
-            least_samples=least,
-            most_samples=subject.held.num_held,
+            least_samples=means.least,
+            most_samples=means.held,
         )
         size, fits, cost, draws = replace(ladder[-1], points=1), False, 0.0, False
         if costs is not None:
@@ -164,8 +177,13 @@ class SpectrumSizer(Sizer):
             cost = costs.spectrum(size)
             draws = has_room_to_draw(seconds, cost, size.points, MOST_FIGURES, costs.figure)
         words = f"{size.samples} samples ({size.num_steps} Lanczos steps, {size.num_probes} probes)"
-        figures = NUM_FIGURES * timing.pace.figure
+        figures = means.figures
         return Choice(size.samples, size.points, cost, figures, fits, words, draws, asdict(size))
+
+    def depth(self, timing: Timing) -> int:
+        """Return the depth that was chosen, or the user's."""
+        choice = timing.pace.choice
+        return choice.size["num_steps"] if choice else self._quantity.settings.num_steps
 
     def size(self, moment: Moment, timing: Timing, subject: Subject) -> Mapping[str, Any]:
         """Return depth and probes."""
@@ -188,49 +206,42 @@ class SlicesSizer(Sizer):
     plans_last = True
 
     def __init__(self, quantity: Slices, given: Mapping[str, bool]) -> None:
+        super().__init__([quantity])
         self._quantity = quantity
         self._given = given
 
-    @property
-    def gradients(self) -> float:
-        """Of the default size."""
-        return self._quantity.gradients
+    def saved(self, num_steps: int) -> float:
+        """Return the products that need not be done again."""
+        alone = largest_alone(self._quantity.settings)
+        return PRODUCT * min(PRODUCTS, num_steps) if alone else 0.0
 
-    def choose(
-        self,
-        costs: UnitCosts | None,
-        seconds: float,
-        least: int,
-        timing: Timing,
-        subject: Subject,
-    ) -> Choice:
+    def choose(self, means: Means) -> Choice:
         """Choose the best size that fits once; how often it fits follows."""
-        held, ladder = subject.held.num_held, self._ladder()
-        given = subject.settings.num_samples
-        samples = given or timing.account.samples or held
+        costs, least, held, told = means.costs, means.least, means.held, means.told
+        samples = min(max(told or held, least), held)
+        served = means.served(samples)
+        ladder = self._ladder(served.num_steps)
         size, count, fits, cost = ladder[-1], 1, False, 0.0
         if costs is not None:
             # Alone, it lowers the number of samples before pictures get coarse.
             while True:
-                samples = min(max(samples, least), held)
                 size, count, fits = choose_slices(
-                    seconds, costs, ladder, samples, figures=NUM_FIGURES
-                )
+                    means.seconds, costs, ladder, samples, figures=NUM_FIGURES,
+                    meets=bool(served.targets),
+                )  # fmt: skip
                 coarse = ladder.index(size) > len(ladder) // 2
-                told = given or timing.account.samples
                 if told or not coarse or samples <= max(least, FEWEST):
                     break
-                samples //= 2
+                samples = max(samples // 2, least)
             cost = costs.slices(size, samples)
         else:
+            given = means.subject.settings.num_samples
             samples = min(max(given or least, least), held)
         s = replace(self._quantity.settings, **self._sized(size))
         parts = [f"planes of {s.plane_points} x {s.plane_points}"] if s.planes else []
         parts += [f"lines of {s.line_points}"] if s.lines else []
         words = f"{samples} samples ({', '.join(parts) or 'radii'})"
-        # Its count rests on their price already.
-        figure = timing.pace.figure
-        return Choice(samples, count, cost, figure, fits, words, True, asdict(size))
+        return Choice(samples, count, cost, means.figures, fits, words, True, asdict(size))
 
     def size(self, moment: Moment, timing: Timing, subject: Subject) -> Mapping[str, Any]:
         """Return points and lines; fewer at the end, where less is left than was planned."""
@@ -242,7 +253,7 @@ class SlicesSizer(Sizer):
             # Whatever was spent since the plan was made, this one pays for.
             aside = sum(timing.account.reserved.values())
             seconds = subject.processes.first(timing.account.room(timing.name) - aside)
-            ladder = self._ladder()
+            ladder = self._ladder(size.at_hand)
             ladder = ladder[ladder.index(size) :] if size in ladder else ladder
             size = choose_slices(
                 max(seconds, 0.0), costs, ladder, subject.held.num_held, figures=NUM_FIGURES
@@ -257,18 +268,25 @@ class SlicesSizer(Sizer):
             "lines": s.lines if given["lines"] or not s.planes else tuple(s.lines[: size.lines]),
         }
 
-    def _ladder(self) -> list[SlicesSize]:
-        """Return the sizes of these slices, from the best to the least."""
+    def _ladder(self, at_hand: int) -> list[SlicesSize]:
+        """Return the sizes of these slices, from the best to the least.
+
+        Args:
+            at_hand: Products that another monitor has done for the largest eigenvalue's direction;
+                of others nobody knows whether they are found by so many.
+        """
         found: list[SlicesSize] = []
         for size in SLICES:
             s: LandscapeSettings = replace(self._quantity.settings, **self._sized(size))
+            products = size.products if needs_products(s) else 0
             made = SlicesSize(
                 s.plane_points,
                 s.line_points,
                 len(s.lines),
                 len(s.planes),
-                products=size.products if needs_products(s) else 0,
+                products=products,
                 more=PASSES_A_RAY * s.num_rays + PASSES_A_MAP_POINT * s.convexity_points**2,
+                at_hand=min(products, at_hand) if largest_alone(s) else 0,
             )
             if made not in found:
                 found.append(made)

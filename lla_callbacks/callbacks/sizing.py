@@ -78,7 +78,8 @@ class UnitCosts:
         product = self.of(self.product, self.batch_product, samples)
         passes = size.plane_points**2 * size.planes + size.line_points * size.lines
         passes += size.more + 4
-        found = gradient + size.products * product if size.products else 0.0
+        left = max(0, size.products - size.at_hand)
+        found = gradient + left * product if left else 0.0
         return self.fixed + forward * passes + found
 
 
@@ -115,6 +116,7 @@ class SlicesSize:
         planes: How many planes.
         products: Products that their directions take.
         more: Further passes: rays, points of a map.
+        at_hand: Products of those for directions that another monitor has done already.
     """
 
     plane_points: int
@@ -123,6 +125,7 @@ class SlicesSize:
     planes: int = 1
     products: int = 0
     more: int = 0
+    at_hand: int = 0
 
 
 # From the best to the least: samples, Lanczos steps, probes. The first is a measurement without a
@@ -188,6 +191,7 @@ def choose_slices(
     samples: int,
     *,
     figures: int,
+    meets: bool = True,
 ) -> tuple[SlicesSize, int, bool]:
     """Return the best size that fits once, how often it fits, and whether it fits at all.
 
@@ -197,11 +201,15 @@ def choose_slices(
         ladder: Sizes, from the best to the least.
         samples: Held samples.
         figures: Figures of one measurement.
+        meets: Whether further ones come when the other monitor has measured, too; the one at the
+            end does.
     """
     for size in ladder:
         one = costs.slices(size, samples) + figures * costs.figure
         if one <= seconds:
-            return size, min(POINTS, int(seconds / one)), True
+            alone = costs.slices(replace(size, at_hand=0), samples) + figures * costs.figure
+            more = int((seconds - one) / (one if meets else alone))
+            return size, min(POINTS, 1 + more), True
     return ladder[-1], 1, False
 
 

@@ -283,6 +283,11 @@ class Subject:
             return self.modes
         return {m: m.training for m in module.modules()}
 
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What measurements of one loss have in common, beside the batches and the weights."""
+        return *self.same_findings(0), self.products.jacobian, self.settings.batch_size
+
     def same_findings(self, samples: int) -> tuple[Any, ...]:
         """Return what findings depend on: monitors of one loss on the same batches share them."""
         held, how = self.settings, self.products

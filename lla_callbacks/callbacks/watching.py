@@ -23,28 +23,22 @@ from lla_callbacks.callbacks.foretold import balance_of
 from lla_callbacks.callbacks.hparams_table import show_row
 from lla_callbacks.callbacks.idle_hooks import without_idle_hooks
 from lla_callbacks.callbacks.moments import is_unsized
-from lla_callbacks.callbacks.monitor_parts import HasParts
 from lla_callbacks.callbacks.own_loader import refuse_shared
 from lla_callbacks.callbacks.records import check_fit
 from lla_callbacks.callbacks.refusals import refuse_shards
 from lla_callbacks.callbacks.resting import Resting
+from lla_callbacks.callbacks.shared_work import SharesWork
 from lla_callbacks.callbacks.telling import rank_zero_warn
 from lla_callbacks.objective.moment import Moment
 from lla_callbacks.objective.training_step import check_replayable
 
 
 @without_idle_hooks
-class Watching(Resting, HasParts):
+class Watching(Resting, SharesWork):
     """A callback that measures quantities of the held objective, and leaves training unchanged.
 
     It knows the order of things, its parts the rest. Trouble becomes a warning and a gap.
     """
-
-    def _others(self, trainer: Any) -> list[Watching]:
-        return [c for c in trainer.callbacks if isinstance(c, Watching) and c is not self]
-
-    def _running(self, trainer: Any) -> list[Watching]:
-        return [c for c in self._others(trainer) if c.is_running]
 
     # -- Lightning's hooks --------------------------------------------------------------
 
@@ -119,17 +113,15 @@ class Watching(Resting, HasParts):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
+        done = self._went_first("_meet")
         held, seen = self.subject.held, self.timing.batch_samples
         if (held.complete and seen and not self._watching) or is_barebones(trainer):
             # For the rest of the run.
             self._rest_from("on_train_batch_start", trainer)
             return
-        if not seen and batch is not None:
-            self.sink.guarded("holding a batch", self.planner.foretell, trainer, batch)
-        if not held.complete and self.subject.settings.dataloader is None:
-            self.sink.guarded("holding a batch", self._hold, trainer, pl_module, batch, batch_idx)
-            if self._all_hold():
-                self._fire_start(trainer, pl_module)
+        if not done:
+            self._let_go_first("_meet", trainer, pl_module, batch, batch_idx)
+            self._meet(trainer, pl_module, batch, batch_idx)
         self._look("before_step", trainer, pl_module)
 
     def on_train_batch_end(
@@ -144,8 +136,11 @@ class Watching(Resting, HasParts):
         if rests and (account.passes() if leads else account.is_idle):
             if not leads and self._rest_from("on_train_batch_end", trainer):
                 account.resting.append(self._wake_up)
+            self._gone_first.discard("_after_batch")
             return
         self._batch_ended(trainer, pl_module, batch_idx, leads=leads)
+        if self.handed.is_left and not trainer.is_last_batch:
+            self.handed.let_go()
 
     @booked
     def _batch_ended(self, trainer: Any, pl_module: Any, batch_idx: int, *, leads: bool) -> None:
@@ -154,25 +149,21 @@ class Watching(Resting, HasParts):
         timing, account = self.timing, self.timing.account
         if leads:
             account.tick(partial(fraction_done, trainer, batch_idx))
-        if timing.is_idle:
-            return
-        if timing.is_bounded and not timing.pace.planned:
-            if self.planner.plan_when_ready(trainer, pl_module):
-                self._share_copies(trainer)
-                self.planner.tell(trainer)
-                self._fire_start_if_there_is_room(trainer, pl_module)
-        elif timing.is_bounded and self.subject.start_pending:
-            self._fire_start_if_there_is_room(trainer, pl_module)
-        timing.spread(self.subject.processes)
-        complete = self.subject.held.complete
-        timing.after_batch(trainer.global_step, step_of(trainer), complete=complete)
-        self._fire_if_due(trainer, pl_module)
+        if not (self._went_first("_after_batch") or timing.is_idle):
+            self._let_go_first("_after_batch", trainer, pl_module)
+            self._after_batch(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        # What the end of the last epoch left.
+        self.handed.let_go()
 
     @booked
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if is_barebones(trainer):
             return
-        self._end_epoch(trainer, pl_module, trainer.current_epoch)
+        if not self._went_first("_end_epoch"):
+            self._let_go_first("_end_epoch", trainer, pl_module, trainer.current_epoch)
+            self._end_epoch(trainer, pl_module, trainer.current_epoch)
         if averages_before(trainer, self):
             # When training ends the module has the average already.
             self.subject.keep_final(pl_module)
@@ -180,12 +171,10 @@ class Watching(Resting, HasParts):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if is_barebones(trainer):
             return
-        timing, subject = self.timing, self.subject
-        with timing.watching():
-            if subject.held.complete and step_of(trainer) != timing.last_step:
-                if timing.is_bounded:
-                    self.sink.guarded("a measurement", self.planner.plan_end, trainer)
-                self._fire(trainer, pl_module, subject.final(trainer, pl_module))
+        timing = self.timing
+        if not self._went_first("_end_training"):
+            self._let_go_first("_end_training", trainer, pl_module)
+            self._end_training(trainer, pl_module)
         if timing.count:
             say(trainer, balance_of(timing))
         show_row(self, self._others(trainer), trainer, pl_module, early=False)
@@ -244,6 +233,8 @@ class Watching(Resting, HasParts):
         for record in self.records:
             record.begin()
         self.sink.begin(self.subject.processes.rank)
+        self.handed.let_go()
+        self._find_servants(trainer)
 
     def _join(self, trainer: Any) -> None:
         """Share an account with the monitors that run already, and what they have told."""
@@ -254,6 +245,7 @@ class Watching(Resting, HasParts):
         """Drop what belongs to a finished run and would keep its module alive."""
         self._wake()
         self.subject.forget()
+        self.handed.let_go()
         for record in self.records:
             record.quantity.end()
 
@@ -279,6 +271,15 @@ class Watching(Resting, HasParts):
         return None
 
     # -- on what ------------------------------------------------------------------------
+
+    def _meet(self, trainer: Any, module: nn.Module, batch: Any, number: int) -> None:
+        """Take note of a training batch, and keep it if it is one of those that are held."""
+        if not self.timing.batch_samples and batch is not None:
+            self.sink.guarded("holding a batch", self.planner.foretell, trainer, batch)
+        if not self.subject.held.complete and self.subject.settings.dataloader is None:
+            self.sink.guarded("holding a batch", self._hold, trainer, module, batch, number)
+            if self._all_hold():
+                self._fire_start(trainer, module)
 
     def _hold(self, trainer: Any, module: nn.Module, batch: Any, number: int) -> None:
         """Keep one training batch, and the weights that the first one meets."""
@@ -309,6 +310,30 @@ class Watching(Resting, HasParts):
             for record in self.records:
                 record.quantity.do_without_layers()
             raise
+
+    def _after_batch(self, trainer: Any, module: nn.Module) -> None:
+        """Plan, and measure what is due."""
+        timing = self.timing
+        if timing.is_bounded and not timing.pace.planned:
+            if self.planner.plan_when_ready(trainer, module):
+                self._share_copies(trainer)
+                self.planner.tell(trainer)
+                self._fire_start_if_there_is_room(trainer, module)
+        elif timing.is_bounded and self.subject.start_pending:
+            self._fire_start_if_there_is_room(trainer, module)
+        timing.spread(self.subject.processes)
+        complete = self.subject.held.complete
+        timing.after_batch(trainer.global_step, step_of(trainer), complete=complete)
+        self._fire_if_due(trainer, module)
+
+    def _end_training(self, trainer: Any, module: nn.Module) -> None:
+        """Measure the last weights, unless that is done."""
+        timing, subject = self.timing, self.subject
+        with timing.watching():
+            if subject.held.complete and step_of(trainer) != timing.last_step:
+                if timing.is_bounded:
+                    self.sink.guarded("a measurement", self.planner.plan_end, trainer)
+                self._fire(trainer, module, subject.final(trainer, module))
 
     def _end_epoch(self, trainer: Any, module: nn.Module, epoch: int) -> None:
         self.timing.last_epoch = epoch
@@ -345,6 +370,3 @@ class Watching(Resting, HasParts):
         held, processes = self.subject.held, self.subject.processes
         if self.timing.is_time(step_of(trainer), processes, complete=held.complete):
             self._fire(trainer, module, Moment(step_of(trainer)))
-
-    def _fire(self, trainer: Any, module: nn.Module, moment: Moment) -> dict[str, float]:
-        return self.firing.fire(trainer, module, moment)

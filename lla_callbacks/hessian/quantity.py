@@ -57,6 +57,7 @@ class Spectrum(Quantity):
     result = HessianReport
     reads_shards = True
     few = FEW
+    offers = ("spectrum",)
 
     def __init__(
         self,

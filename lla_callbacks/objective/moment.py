@@ -32,7 +32,8 @@ class Tools:
         step_seconds: Seconds of a training step on the user's own batch; NaN where unknown.
         offer: Offers the others what a quantity has at hand, while it has it: a name, and things.
             ``"spectrum"`` comes with the operator and a Lanczos run on it.
-        shared: What quantities keep of that until it is their turn, by name.
+        shared: What quantities keep of that until it is their turn, by name; also of what those of
+            other monitors offered at the same weights.
     """
 
     share: Share = field(default_factory=Alone)

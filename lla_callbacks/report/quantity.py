@@ -35,6 +35,8 @@ class Quantity(ABC):
         proves_itself: Whether :meth:`measure` has the loss prove itself; else that is done before.
         reads_shards: Whether it can be measured where parameters are spread over processes.
         few: Last parts of the tags that are logged unless more are asked for; none: all are.
+        offers: What others may use that measure at the same moment; see :meth:`offered`.
+        takes: What of that it uses itself. It is measured after those that offer it.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Quantity(ABC):
     proves_itself: ClassVar[bool] = False
     reads_shards: ClassVar[bool] = False
     few: ClassVar[tuple[str, ...]] = ()
+    offers: ClassVar[tuple[str, ...]] = ()
+    takes: tuple[str, ...] = ()
 
     @property
     def settings(self) -> Any:
@@ -69,8 +73,9 @@ class Quantity(ABC):
     def offered(self, what: str, things: Sequence[Any], moment: Moment) -> None:
         """Keep in ``moment.lent.shared`` what can be used of a thing that another has at hand.
 
-        A quantity that comes earlier in the list calls it through ``moment.lent.offer``; so one
-        spectrum run, say, serves both.
+        One that offers it calls this through ``moment.lent.offer``; so one spectrum run, say,
+        serves both. It may belong to another monitor of the same loss: what is kept is then there
+        at the next measurement, if that is at the same weights. Keep what is small.
         """
 
     def scalars(self, result: Any) -> dict[str, float]:

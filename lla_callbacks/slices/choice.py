@@ -25,7 +25,7 @@ from lla_callbacks.slices.directions import (
     normalized,
     random_directions,
 )
-from lla_callbacks.slices.eigenvectors import MOST_STEPS, NAMES, curved_directions
+from lla_callbacks.slices.eigenvectors import MOST_STEPS, NAMES, Known, curved_directions
 from lla_callbacks.slices.trajectory import Path, principal_components
 
 SINGLE = ("random", "random2", *NAMES, "gradient", "update", "adam_m", "adam_v", "pc1", "pc2")
@@ -130,7 +130,7 @@ class DirectionSource:
         path: The path of training on its plane, once its components were asked for.
         listener: Called after products, with their number.
         expected: Names that will be asked for sooner or later.
-        known: Directions that are there already, by name.
+        known: What is known of directions already.
     """
 
     objective: Objective
@@ -146,12 +146,17 @@ class DirectionSource:
     path: Path | None = None
     listener: Callable[[int], object] | None = None
     expected: Sequence[str] = ()
-    known: Mapping[str, Direction] = field(default_factory=dict)
+    known: Known = field(default_factory=Known)
     _failed: Exception | None = None
     _known: dict[str, Direction] = field(default_factory=dict)
+    _agreed: Mapping[str, Direction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._known |= {name: self._same(d) for name, d in self.known.items()}
+        for name, direction in self.known.directions.items():
+            vector = direction.vector.to(self._space().device)
+            self._known[name] = self._same(replace(direction, vector=vector))
+        # In all processes alike, whatever happens later.
+        self._agreed = dict(self._known)
 
     def prepare(self, names: Sequence[Any]) -> None:
         """Compute those of these directions that need derivatives, by one Lanczos run."""
@@ -171,6 +176,7 @@ class DirectionSource:
                         seed=self.seed,
                         num_steps=self.num_steps,
                         listener=self.listener,
+                        start=self.known.start,
                     ),
                 )
             except OutOfStepError:
@@ -197,7 +203,7 @@ class DirectionSource:
     def forget(self) -> None:
         """Drop directions that this process may know and another does not, after trouble."""
         if self.share is not None and self.share.size > 1:
-            self._known.clear()
+            self._known = dict(self._agreed)
             self.path = None
 
     def path_on(self, names: Sequence[Any]) -> Path | None:

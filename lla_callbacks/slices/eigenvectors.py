@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
@@ -22,6 +25,24 @@ _PLACES = {"top1": -1, "top2": -2, "bottom1": 0}
 RTOL = 0.01
 MOST_STEPS = 96
 MOST_STEPS_OF_TOP = 48
+# What a run that goes on from a Ritz vector has of noise: whatever that misses. Only a run for the
+# largest alone does so: for a place, such as the second, up to 26 of 200 were wrong where 11 of a
+# run from noise were (docs/benchmarks/coverage.md).
+NOISE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What somebody else's Lanczos run tells of the directions that are wanted.
+
+    Attributes:
+        directions: Those whose eigenvector it has found, and the gradient, by name.
+        start: What it has of the largest one's, where that alone is wanted and not found: a unit
+            vector, from which a further run goes on.
+    """
+
+    directions: Mapping[str, Direction] = field(default_factory=dict)
+    start: Tensor | None = None
 
 
 def curved_directions(
@@ -31,6 +52,7 @@ def curved_directions(
     seed: int,
     num_steps: int = MOST_STEPS,
     listener: Callable[[int], object] | None = None,
+    start: Tensor | None = None,
 ) -> dict[str, Direction]:
     """Return the directions of the largest, second largest and smallest eigenvalue, and more.
 
@@ -48,6 +70,7 @@ def curved_directions(
         seed: Of the start vector.
         num_steps: Largest depth of the run.
         listener: Called after products, with their number.
+        start: What is known of the largest one's, where it is the only one; see :class:`Known`.
 
     Raises:
         MeasurementError: If the loss or a product is not finite or cannot be had.
@@ -56,13 +79,17 @@ def curved_directions(
 
     def use(hessian: LossOperator) -> dict[str, Direction]:
         hessian.listener = listener
-        return _directions(hessian, wanted, seed, num_steps)
+        return _directions(hessian, wanted, seed, num_steps, start)
 
     return with_hessian(objective, use)[0]
 
 
 def _directions(
-    hessian: LossOperator, wanted: set[str], seed: int, num_steps: int
+    hessian: LossOperator,
+    wanted: set[str],
+    seed: int,
+    num_steps: int,
+    known: Tensor | None,
 ) -> dict[str, Direction]:
     found: dict[str, Direction] = {}
     if "gradient" in wanted:
@@ -70,8 +97,8 @@ def _directions(
     names = [name for name in NAMES if name in wanted]
     if not names:
         return found
-    start = hessian.rademacher(generator(seed, 3))
     alone = names == ["top1"]
+    start = _start(hessian, seed, known if alone else None)
     places = [_PLACES[name] for name in names]
     num_steps = min(num_steps, MOST_STEPS_OF_TOP) if alone else num_steps
     run = lanczos(
@@ -89,25 +116,34 @@ def _directions(
     }
 
 
-def known_directions(
-    hessian: LossOperator, run: LanczosRun, wanted: Sequence[str]
-) -> dict[str, Direction]:
+def known_directions(hessian: LossOperator, run: LanczosRun, wanted: Sequence[str]) -> Known:
     """Return what somebody else's Lanczos run tells of the directions that are wanted.
 
     Those whose eigenvector it has found as surely as a run of :func:`curved_directions` would, and
-    the gradient, which costs nothing; the others are left out.
+    the gradient, which costs nothing. Vectors are where the run's basis is.
 
     Args:
         hessian: The operator, still in use.
         run: A run on it from a random start.
         wanted: Names, among others that have nothing to do with the Hessian.
     """
+    home = run.basis.device
     found: dict[str, Direction] = {}
     if "gradient" in wanted:
         found["gradient"] = _gradient(hessian)
     names = [name for name in NAMES if name in wanted and run.num_steps >= 2]
-    made = _of_run(hessian, run, names).items()
-    return found | {name: direction for name, (direction, settled) in made if settled}
+    made = _of_run(hessian, run, names)
+    found |= {name: direction for name, (direction, settled) in made.items() if settled}
+    left = made["top1"][0].vector.to(home) if names == ["top1"] and "top1" not in found else None
+    return Known({n: replace(d, vector=d.vector.to(home)) for n, d in found.items()}, left)
+
+
+def _start(hessian: LossOperator, seed: int, known: Tensor | None) -> Tensor:
+    """Return a start vector: noise alone, or what is known of an eigenvector and a little of it."""
+    noise = hessian.rademacher(generator(seed, 3))
+    if known is None:
+        return noise
+    return hessian.vectors.cut(known).to(noise) + NOISE / hessian.vectors.norm(noise) * noise
 
 
 def _gradient(hessian: LossOperator) -> Direction:

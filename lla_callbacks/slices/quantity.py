@@ -19,7 +19,7 @@ from lla_callbacks.report.conform import check_entries, check_flat
 from lla_callbacks.report.quantity import Drawn, Quantity
 from lla_callbacks.report.step_words import step_text
 from lla_callbacks.slices.choice import DirectionSource
-from lla_callbacks.slices.eigenvectors import known_directions
+from lla_callbacks.slices.eigenvectors import NAMES, Known, known_directions
 from lla_callbacks.slices.landscape import (
     PASSES_A_MAP_POINT,
     PASSES_A_RAY,
@@ -86,6 +86,8 @@ class Slices(Quantity):
         self.parameters: Parameters = None
         self._settings = settings or LandscapeSettings()
         self.interpolate, self.cap, self.surface = interpolate, cap, surface
+        if not {*NAMES, "gradient"}.isdisjoint(self.settings.wanted):
+            self.takes = ("spectrum",)
         # Asked after every batch.
         self._wants_update = "update" in self.settings.wanted
         self._wants_path = not {"pc1", "pc2"}.isdisjoint(self.settings.wanted)
@@ -129,7 +131,7 @@ class Slices(Quantity):
             weights=[self.path.weights[i] for i in earlier],
             steps=[*(self.path.steps[i] for i in earlier), moment.step],
             share=lent.share,
-            known=lent.shared.get("directions", {}),
+            known=lent.shared.get("directions", Known()),
         )
         found = measure_landscape(
             objective, settings, source, share=lent.share, progress=lent.progress
@@ -254,6 +256,11 @@ class Slices(Quantity):
         self.path.load(path)
         recorded = [*path["weights"], *([self._previous[1]] if self._previous else [])]
         self._dim = len(recorded[0]) if recorded else 0
+
+
+def largest_alone(settings: LandscapeSettings) -> bool:
+    """Return whether the only eigenvector among the directions is that of the largest one."""
+    return {*NAMES} & {*settings.wanted} == {"top1"}
 
 
 def needs_products(settings: LandscapeSettings) -> bool:

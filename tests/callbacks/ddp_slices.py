@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lla_callbacks import LossLandscapeMonitor
+from lla_callbacks import HessianMonitor, LossLandscapeMonitor
+from lla_callbacks.slices import eigenvectors
 
 EVERYTHING = {
     "planes": ["random", "hessian", "trajectory"],
@@ -66,6 +67,18 @@ class FailsOnSecond:
         return cross_entropy(module.net(batch[0]), batch[1])
 
 
+# Deeper than there are parameters: every eigenvector is found.
+BESIDE = {"every_n_train_steps": 8, "num_samples": 16, "num_steps": 60, "num_probes": 2}
+# Lanczos runs that slices made for themselves.
+RUNS: list[int] = []
+_lanczos = eigenvectors.lanczos
+
+
+def _noted(*arguments, **settings):
+    RUNS.append(1)
+    return _lanczos(*arguments, **settings)
+
+
 def train(folder, watcher, name):
     pl.seed_everything(3, verbose=False)
     trainer = pl.Trainer(
@@ -74,7 +87,7 @@ def train(folder, watcher, name):
         strategy=DDPStrategy(process_group_backend="gloo"),
         max_epochs=2,
         logger=TensorBoardLogger(folder, name=name) if watcher else False,
-        callbacks=[watcher] if watcher else [],
+        callbacks=callbacks_of(watcher, name),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -87,7 +100,14 @@ def train(folder, watcher, name):
     return trainer, module
 
 
+def callbacks_of(watcher, case):
+    if watcher is None:
+        return []
+    return [watcher, HessianMonitor(**BESIDE)] if case == "beside" else [watcher]
+
+
 def one(folder, case):
+    RUNS.clear()
     settings = dict(EVERYTHING, every_n_train_steps=8)
     if case == "failing":
         # The failure is to meet an evaluation, not the check that comes first.
@@ -103,6 +123,7 @@ def one(folder, case):
         "steps": [] if watcher is None else [step for step, _ in watcher.history],
         "warnings": [str(w.message) for w in seen if "LossLandscapeMonitor" in str(w.message)],
         "random": torch.get_rng_state(),
+        "runs": len(RUNS),
     }
     for step, report in [] if watcher is None else watcher.history:
         for name, part in report.slices.items():
@@ -114,12 +135,16 @@ def one(folder, case):
             else:
                 found[key] = part.loss
         found[f"{step}/loss"] = report.loss
+        for name, line in report.lines.items():
+            values = [d.eigenvalue or 0.0 for d in line.directions]
+            found[f"{step}/eigenvalue_{name}"] = torch.tensor(values)
     torch.save(found, folder / f"{case}_{trainer.global_rank}.pt")
 
 
 def main():
     folder, *cases = sys.argv[1:]
     torch.set_num_threads(1)
+    eigenvectors.lanczos = _noted
     for case in cases:
         one(Path(folder), case)
 

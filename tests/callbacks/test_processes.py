@@ -22,7 +22,7 @@ from .ddp_slices import EVERYTHING, Net
 from .modules import differences
 from .two_processes import GROUP, in_two
 
-CASES = ["slices", "without", "failing", "budget"]
+CASES = ["slices", "without", "failing", "budget", "beside"]
 pytestmark = pytest.mark.xdist_group(GROUP)
 
 
@@ -74,6 +74,21 @@ def test_slices_are_those_of_one_process_over_all_batches(together):
     three = centred(1.0, 3)
     convex = convexity_map(module, held, loss=loss, alphas=three, betas=three)
     torch.testing.assert_close(first["8/convexity"], convex.ratio, rtol=1e-3, atol=1e-6)
+
+
+def test_both_processes_take_eigenvectors_from_the_monitor_behind(together, found):
+    first, second = found("beside")
+    assert first["warnings"] == second["warnings"] == []
+    assert (first["runs"], second["runs"]) == (0, 0)
+    # At the start twice, since there is no update yet: whatever was found is dropped then.
+    assert together[0]["runs"] == together[1]["runs"] == 3
+    names = [key for key in first if "/" in key]
+    assert differences({k: first[k] for k in names}, {k: second[k] for k in names}) == []
+    # What rests on no eigenvector is the same to the bit; eigenvalues within 1 % of themselves.
+    for name in ("8/loss", "8/plane_random", "8/line_random", "8/line_update"):
+        assert differences({name: first[name]}, {name: together[0][name]}) == []
+    ones, twos = (each["8/eigenvalue_bottom1"] for each in (first, together[0]))
+    torch.testing.assert_close(ones, twos, rtol=0.02, atol=0)
 
 
 def test_training_in_two_processes_is_left_bitwise_unchanged(together, found):

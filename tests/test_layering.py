@@ -23,7 +23,7 @@ LAYERS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Files of a room that draw or write; its numerics know none of them.
 SHOWING = ("figures.py", "arrays.py", "scalars.py", "words.py", "report.py", "results.py",
            "fields.py", "interpolation.py", "pictures.py", "scales.py", "surface_html.py",
-           "functions.py", "quantity.py")  # fmt: skip
+           "judging.py", "refinement.py", "functions.py", "quantity.py")  # fmt: skip
 QUANTITIES = ("hessian", "slices", "penalty", "curves", "minima")
 # Where a library may be imported, beside the layers above it.
 ONLY_IN = {

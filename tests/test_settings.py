@@ -170,6 +170,7 @@ ACCEPTED: dict[str, set[str]] = {
     "alphas": {"None", "list of numbers"},
     "betas": {"None", "list of numbers"},
     "checkpoints": {"list"},
+    "refine": FLAGS,
     "file": {"None", "text", "number as text", "outside", "with slash", "control"},
     "start": set(),
     "end": set(),

@@ -15,6 +15,7 @@ from lla_callbacks.report.files import write_arrays
 from lla_callbacks.slices.basin import Basin
 from lla_callbacks.slices.convexity import Convexity
 from lla_callbacks.slices.directions import Direction
+from lla_callbacks.slices.fine import FineLoss
 from lla_callbacks.slices.networks import Marks
 from lla_callbacks.slices.slices import Line, Plane, SliceFacts
 from lla_callbacks.slices.trajectory import Path as TrainingPath
@@ -32,7 +33,8 @@ def arrays_of(result: Line | Plane | Convexity | Basin) -> dict[str, Any]:
 
     Arrays carry the field's name, metrics as ``metrics/<name>``, conditions as ``facts/<name>``,
     directions as ``directions/<k>/<field>`` without their vectors, which the seed or the network
-    gives again. A path of training is ``path/<field>``.
+    gives again. A path of training is ``path/<field>``, the loss between points
+    ``fine/<field>``.
     """
     arrays: dict[str, Any] = {
         "kind": next(k.__name__ for k in (Line, Plane, Convexity, Basin) if isinstance(result, k))
@@ -54,6 +56,10 @@ def arrays_of(result: Line | Plane | Convexity | Basin) -> dict[str, Any]:
     if route is not None:
         for name, value in vars(route).items():
             arrays[f"path/{name}"] = value.numpy()
+    fine = getattr(result, "fine", None)
+    if fine is not None:
+        for name, value in vars(fine).items():
+            arrays[f"fine/{name}"] = value.numpy() if isinstance(value, Tensor) else value
     marks = getattr(result, "networks", None)
     if marks is not None:
         for name, value in vars(marks).items():
@@ -87,7 +93,16 @@ def load_slice(path: Path) -> tuple[str, dict[str, Any]]:
         }
         fields["path"] = TrainingPath(**parts) if parts else None
         fields["networks"] = _marks(found)
+        fields["fine"] = _fine(found)
     return kind, fields
+
+
+def _fine(found: Mapping[str, np.ndarray]) -> FineLoss | None:
+    parts = {name.removeprefix("fine/"): found[name] for name in _under(found, "fine/")}
+    if not parts:
+        return None
+    loss = torch.from_numpy(parts["loss"])
+    return FineLoss(loss, parts["error"].item(), parts["error_high"].item())
 
 
 def _marks(found: Mapping[str, np.ndarray]) -> Marks | None:

@@ -9,6 +9,7 @@ import numpy as np
 from lla_callbacks.objective.grid import complete_axes
 from lla_callbacks.report.style import MODES
 from lla_callbacks.report.words import written
+from lla_callbacks.slices.fine import FineLoss
 from lla_callbacks.slices.interpolation import refined, subdivided, supported
 from lla_callbacks.slices.pictures import Picture, picture_through
 from lla_callbacks.slices.scales import Scale, scale_of
@@ -32,6 +33,7 @@ class Field:
         name: Of the quantity.
         centre: Value at the present weights; NaN where it is not known.
         notes: What a reader must know of the range.
+        fine: The loss between the points, if interpolated outputs gave it.
     """
 
     x: np.ndarray
@@ -43,6 +45,7 @@ class Field:
     name: str
     centre: float
     notes: tuple[str, ...] = ()
+    fine: FineLoss | None = None
 
     @property
     def finite(self) -> bool:
@@ -76,7 +79,7 @@ class Field:
     def picture(self) -> Picture | None:
         """The surface through positive losses; None of anything else."""
         loss = self.logarithmic and self.name == "loss" and self.finite
-        return picture_through(self.x, self.y, 10.0**self.values) if loss else None
+        return picture_through(self.x, self.y, 10.0**self.values, self.fine) if loss else None
 
     def smooth(self, factor: int = 4) -> Field:
         """Return the field on a finer grid: positive losses by the form that their points favour.
@@ -84,7 +87,7 @@ class Field:
         Anything else by a spline of what is drawn.
 
         Between four points nothing is lower or higher than they are: no value that none of them
-        supports, no closed contour without a point in it.
+        supports, no closed contour without a point in it; unless the network's outputs tell so.
         """
         picture = self.picture
         if picture is None:
@@ -92,6 +95,8 @@ class Field:
         else:
             x, y = subdivided(self.x, factor), subdivided(self.y, factor)
             values = np.log10(picture.at(x, y))
+            if picture.from_outputs:
+                return replace(self, x=x, y=y, values=values)
         return replace(self, x=x, y=y, values=supported(self.values, values, factor))
 
     def raster(self) -> np.ndarray:
@@ -182,7 +187,7 @@ def field_of(
         high = high if high > low else low + 0.1
     return Field(
         plane.alphas[rows].numpy(), plane.betas[columns].numpy(), raw, how, low, high,
-        metric or "loss", here, tuple(notes),
+        metric or "loss", here, tuple(notes), plane.fine if metric is None else None,
     )  # fmt: skip
 
 

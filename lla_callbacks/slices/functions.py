@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lla_callbacks.objective.build import asked, objective_of
-from lla_callbacks.objective.checks import (
-    shown,
-)
+from lla_callbacks.objective.checks import flag, shown
 from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.engines import prove
 from lla_callbacks.objective.evaluation import (
@@ -39,6 +37,7 @@ from lla_callbacks.slices.directions import (
 )
 from lla_callbacks.slices.given import axes_of, fingerprint, point_settings, source_of
 from lla_callbacks.slices.networks import NetworkPlane, names_networks, network_plane
+from lla_callbacks.slices.refinement import Refinement
 from lla_callbacks.slices.results import LossLine, LossPlane
 from lla_callbacks.slices.slices import (
     measure_line,
@@ -171,6 +170,7 @@ def loss_plane(
     num_samples: int | None = None,
     microbatch_size: int | None = None,
     evaluation: Evaluation = "auto",
+    refine: bool = False,
     time_budget: float | None = None,
     file: str | Path | None = None,
     check: bool = True,
@@ -216,6 +216,11 @@ def loss_plane(
         num_samples: Take batches until they have this many samples; ``None`` takes all.
         microbatch_size: Evaluate batches in parts of at most this many samples.
         evaluation: ``"auto"``, ``"loop"`` or ``"vmap"``.
+        refine: Whether ``plane.picture`` is made from what the network gives out, which is
+            interpolated between the points for each sample, and the loss computed from that: far
+            closer to the truth than a surface through the losses, at no further pass. The loss
+            must call ``module(inputs)`` once a batch and follow from what that returns, which is
+            checked at every point. From seven points a side on; not with ``file`` or ``predict``.
         time_budget: Seconds after which no further point is begun; points are visited from coarse
             to fine, and those left out are NaN.
         file: An .npz file that is written as the grid grows. If it is there and holds this very
@@ -250,6 +255,13 @@ def loss_plane(
     settings = point_settings(metrics, predict, evaluation, time_budget)
     check_normalization(normalization, vectors)
     given = axes_of(alphas, betas)
+    if flag("refine", refine):
+        for name, other in (("file", file), ("predict", predict)):
+            if other is not None:
+                raise ValueError(
+                    f"refine is True, and {name} is given, which keeps no outputs of the network: "
+                    f"give refine=False or {name}=None."
+                )
     if file is not None and not (isinstance(file, (str, os.PathLike)) and str(file)):
         raise ValueError(f"file is {shown(file)}; give the path of an .npz file, or None.")
     with ExitStack() as stack:
@@ -288,12 +300,14 @@ def loss_plane(
             def keep(table: Tensor, evaluated: Tensor) -> None:
                 save_progress(Path(file), mark, table, evaluated)
 
+        shape = len(axes[0]), len(axes[1])
+        refinement = Refinement(objective, settings, shape, refine)
         found = measure_plane(
             objective,
             (first, second),
             axes[0],
             axes[1],
-            settings,
+            refinement.settings,
             normalization=normalization if source.is_normalized(names) else "",
             seed=seed,
             path=path,
@@ -301,4 +315,5 @@ def loss_plane(
             known=known,
             keep=keep,
         )
+        found = refinement.finish(found)
     return LossPlane.of(found)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+# Intervals that each interval becomes where the loss between points follows from outputs; a spline
+# through that grid errs next to nothing.
+FACTOR = 4
+
 
 def refined(
     x: np.ndarray, y: np.ndarray, values: np.ndarray, factor: int = 4
@@ -56,6 +60,11 @@ def subdivided(x: np.ndarray, factor: int) -> np.ndarray:
     shares = np.arange(factor) / factor
     inner = x[:-1, None] + np.diff(x)[:, None] * shares
     return np.concatenate([inner.ravel(), x[-1:]])
+
+
+def fine_axes(x: np.ndarray) -> np.ndarray:
+    """Return coordinates with each interval cut in :data:`FACTOR` even parts."""
+    return subdivided(x, FACTOR)
 
 
 def spline_matrix(x: np.ndarray, at: np.ndarray) -> np.ndarray:

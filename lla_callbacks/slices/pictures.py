@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lla_callbacks.objective.grid import complete_axes
-from lla_callbacks.slices.interpolation import spline_matrix
+from lla_callbacks.slices.fine import FineLoss
+from lla_callbacks.slices.interpolation import fine_axes, spline_matrix
+from lla_callbacks.slices.judging import FEWEST, Guess, estimated, held_out
 from lla_callbacks.slices.slices import Plane
 
 # Another form takes the place of the first where it errs less than this share of what that errs.
 BETTER = 0.5
-# An error shrinks by this much at most, and at least, when the spacing is halved: what held-out
-# points show of a smooth loss (1/16) is not trusted for one that may have a sharp minimum.
-MOST_GAIN, LEAST_GAIN = 1 / 4, 2 / 3
-# On top, so that the estimate is rarely exceeded: in one of 17 pictures of five networks
-# (docs/benchmarks/planes.md).
-SAFETY = 1.5
 # Interpolated losses are not below this share of the lowest one computed.
 LOWEST = 0.5
-
-# Points a side, at least, of which every second one can judge.
-FEWEST = 7
 
 Matrix = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -90,6 +83,12 @@ POSITIVE = (
     Form("straight lines in the log loss", np.log, np.exp, straight_matrix),
 )
 ANY = (_LOSS, Form("straight lines in the loss", _same, _same, straight_matrix))
+# Of losses that follow from interpolated outputs on a finer grid: between its points next to
+# nothing depends on the form.
+_OUTPUTS = Form(
+    "the loss of bicubic splines of the network's outputs", np.log, np.exp, spline_matrix
+)
+_OUTPUTS_OF_ANY = replace(_OUTPUTS, draw=_same, value=_same)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,15 +96,17 @@ class Picture:
     """The surface through a plane's points.
 
     Attributes:
-        x: Coordinates of the points along the first direction, shape ``(n,)``.
+        x: Coordinates along the first direction, shape ``(n,)``: of the points, or of the finer
+            grid on which the loss follows from interpolated outputs.
         y: Along the second, shape ``(m,)``.
-        loss: At the points, shape ``(n, m)``, finite.
+        loss: There, shape ``(n, m)``, finite.
         form: What is interpolated, and how.
         error: Mean error between the points, estimated from above: in decades of the loss, of the
             loss itself where it is not positive everywhere. NaN with fewer than seven points a
             side.
         error_high: That of the worst twentieth, its 95th percentile, likewise.
         decades: Whether these are decades.
+        from_outputs: Whether the network's outputs were interpolated, and not the loss.
     """
 
     x: np.ndarray
@@ -115,6 +116,7 @@ class Picture:
     error: float
     error_high: float
     decades: bool
+    from_outputs: bool = False
 
     def at(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Return the loss at coordinates along both directions, shape ``(len(x), len(y))``."""
@@ -134,56 +136,52 @@ def picture_of(plane: Plane) -> Picture | None:
 
     It costs no pass. Each form of interpolation draws every second row and column only, and is
     compared with the points in between; what that errs is continued to half the spacing by how it
-    fell from twice the spacing, but by a quarter at most, and half as much is added.
+    fell from twice the spacing, but by a quarter at most, and doubled. A plane that was
+    refined has the surface that its network's outputs give, unless that errs more.
     """
     centre = [int(plane.alphas.abs().argmin()), int(plane.betas.abs().argmin())]
     rows, columns = complete_axes(plane.loss.shape, plane.evaluated, centre)
     loss = plane.loss[rows][:, columns].double().numpy()
     if not np.isfinite(loss).all():
         return None
-    return picture_through(plane.alphas[rows].numpy(), plane.betas[columns].numpy(), loss)
+    return picture_through(
+        plane.alphas[rows].numpy(), plane.betas[columns].numpy(), loss, plane.fine
+    )
 
 
-def picture_through(x: np.ndarray, y: np.ndarray, loss: np.ndarray) -> Picture:
+def picture_through(
+    x: np.ndarray, y: np.ndarray, loss: np.ndarray, fine: FineLoss | None = None
+) -> Picture:
     """Return the surface through losses on a grid.
 
     Args:
         x: Coordinates of the rows, shape ``(n,)``, ascending.
         y: Of the columns, shape ``(m,)``.
         loss: Shape ``(n, m)``, finite.
+        fine: What follows from interpolated outputs, if that is known.
     """
     decades = bool(loss.min() > 0)
     first, *others = POSITIVE if decades else ANY
     if min(loss.shape) < FEWEST:
         # A parabola through three points would be the judge.
         return Picture(x, y, loss, _LOG if decades else first, math.nan, math.nan, decades)
-    held = {form: _held_out(form, x, y, loss, 2) for form in (first, *others)}
+    held = {f: held_out(_drawn_by(f, x, y, loss), loss, 2) for f in (first, *others)}
     best = min(held, key=lambda form: float(held[form].mean()))
     form = best if held[best].mean() < BETTER * held[first].mean() else first
-    share, errors = 1.0, held[form]
-    if min(loss.shape) >= 9:
-        before = float(_held_out(form, x, y, loss, 4).mean())
-        gain = float(errors.mean()) / before if before > 0 else 0.0
-        share = SAFETY * min(max(gain, MOST_GAIN), LEAST_GAIN)
+    mean, high = estimated(_drawn_by(form, x, y, loss), loss, held[form])
+    if fine is None or not fine.error <= mean:
+        return Picture(x, y, loss, form, mean, high, decades)
     return Picture(
-        x, y, loss, form, share * float(errors.mean()), share * float(np.quantile(errors, 0.95)),
-        decades,
+        fine_axes(x), fine_axes(y), fine.loss.numpy(), _OUTPUTS if decades else _OUTPUTS_OF_ANY,
+        fine.error, fine.error_high, decades, from_outputs=True,
     )  # fmt: skip
 
 
-def _held_out(
-    form: Form, x: np.ndarray, y: np.ndarray, loss: np.ndarray, stride: int
-) -> np.ndarray:
-    """Return what a form errs through every so manieth point, at those in the middle between."""
-    coarse = [_every(len(c), stride) for c in (x, y)]
-    fine = [_every(len(c), stride // 2) for c in (x, y)]
-    there = loss[np.ix_(*fine)]
-    found = form.at((x[coarse[0]], y[coarse[1]]), loss[np.ix_(*coarse)], x[fine[0]], y[fine[1]])
-    if loss.min() > 0:
-        found, there = np.log10(found), np.log10(there)
-    new = ~np.isin(fine[0], coarse[0])[:, None] | ~np.isin(fine[1], coarse[1])
-    return np.asarray(np.abs(found - there)[new])
+def _drawn_by(form: Form, x: np.ndarray, y: np.ndarray, loss: np.ndarray) -> Guess:
+    def guess(
+        used: tuple[np.ndarray, np.ndarray], asked: tuple[np.ndarray, np.ndarray]
+    ) -> np.ndarray:
+        points = x[used[0]], y[used[1]]
+        return form.at(points, loss[np.ix_(*used)], x[asked[0]], y[asked[1]])
 
-
-def _every(count: int, stride: int) -> np.ndarray:
-    return np.array(sorted({*range(0, count, stride), count - 1}))
+    return guess

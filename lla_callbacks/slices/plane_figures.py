@@ -74,7 +74,9 @@ def plane_figure(
         fine = field.smooth()
         picture = field.picture
         between = "a bicubic spline of what is drawn" if picture is None else picture.words
-        notes.append(f"Between the computed points (dots): {between}, within the points around.")
+        if picture is None or not picture.from_outputs:
+            between += ", within the points around"
+        notes.append(f"Between the computed points (dots): {between}.")
     elif interpolate:
         notes.append("Not interpolated, since a value is not finite.")
     if abs(plane.cosine) > SKEWED:

@@ -17,6 +17,7 @@ from lla_callbacks.objective.grid import Keep, coarse_to_fine
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import PointSettings, Values, evaluate_points, space_of
 from lla_callbacks.slices.directions import Direction, cosine
+from lla_callbacks.slices.fine import FineLoss
 from lla_callbacks.slices.networks import Marks
 from lla_callbacks.slices.trajectory import Path
 
@@ -129,6 +130,7 @@ class Plane:
         path: The path of training, projected onto the plane, if there is one.
         facts: Conditions.
         networks: Networks on the plane, if it goes through some; the first is its origin.
+        fine: The loss between the points, if the plane was refined and that could be had.
     """
 
     alphas: Tensor
@@ -142,6 +144,7 @@ class Plane:
     path: Path | None
     facts: SliceFacts
     networks: Marks | None = None
+    fine: FineLoss | None = None
 
     @property
     def complete(self) -> bool:

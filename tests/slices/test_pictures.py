@@ -74,8 +74,8 @@ def test_the_error_of_a_picture_is_not_understated(
     off = np.abs(np.log10(picture.at(*at)) - np.log10(on(function, *at)))
     assert off.mean() <= picture.error
     # Nor is it useless: a smooth loss errs a sixteenth at half the spacing, of which a quarter
-    # and no less is believed, half as much added.
-    assert picture.error <= 20 * off.mean()
+    # and no less is believed, twice over.
+    assert picture.error <= 27 * off.mean()
     assert picture.error < picture.error_high
 
 

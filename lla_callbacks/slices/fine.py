@@ -1,0 +1,24 @@
+"""What is known of a plane between its points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FineLoss:
+    """The loss between the points of a plane, from interpolated outputs.
+
+    Attributes:
+        loss: On a grid four times as fine as the plane's finest complete one, shape
+            ``(4 (n - 1) + 1, 4 (m - 1) + 1)``, float64; at the points as computed there.
+        error: Mean error between the points, estimated from above; in decades, or of the loss
+            itself where it is not positive everywhere.
+        error_high: 95th percentile, likewise.
+    """
+
+    loss: Tensor
+    error: float
+    error_high: float

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,6 @@ from lla_callbacks.linalg.distributed import whole
 from lla_callbacks.linalg.errors import forgetful, is_out_of_memory
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
-from lla_callbacks.linalg.vectors import Vectors
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.counting import about
 from lla_callbacks.objective.evaluation import Evaluator, Statistics, evaluating
@@ -81,7 +80,8 @@ def prove_values(objective: Objective, share: Share | None = None) -> SelfCheck:
     spent += 1
     prober = _Prober(objective, share, value)
     try:
-        slope = prober.verdict(gradient)
+        with prober:
+            slope = prober.verdict(gradient)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -91,7 +91,9 @@ def prove_values(objective: Objective, share: Share | None = None) -> SelfCheck:
         hooks = "left out"
         if slope.outcome == "failed":
             objective.findings.learn(keep_hooks=True)
-            kept = prober.verdict(objective.gradient(share)[1])
+            gradient = objective.gradient(share)[1]
+            with prober:
+                kept = prober.verdict(gradient)
             spent += 1
             if kept.outcome == "passed":
                 slope, hooks = kept, "kept"
@@ -143,7 +145,8 @@ def _verdict_in_double(
             double = all_or_none(share, make)
             value, gradient = double.gradient(share)
             prober = _Prober(double, share, value)
-            found = prober.verdict(gradient)
+            with prober:
+                found = prober.verdict(gradient)
     except Exception as error:  # noqa: BLE001 - user code that knows one precision only
         forgetful(error)
         if not jumps:
@@ -200,7 +203,7 @@ def _totals(share: Share, parts: Sequence[float]) -> list[float]:
 
 
 class _Prober:
-    """Takes slopes of a loss from its values."""
+    """Takes slopes of a loss from its values, inside of one guard for all of them."""
 
     def __init__(self, objective: Objective, share: Share, value: float) -> None:
         self._objective = objective
@@ -217,6 +220,27 @@ class _Prober:
         self.num_values = 0
         # Whether the last verdict rests on jumps alone.
         self.jumps = False
+        self._stack = ExitStack()
+        self._inside: tuple[Evaluator, Statistics, Offsets] | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._inside = None
+        self._stack.close()
+
+    def _enter(self, unit: Tensor) -> tuple[Evaluator, Statistics, Offsets]:
+        """Enter the guard once, and let the weights be moved along a direction."""
+        if self._inside is None:
+            family = Offsets(self._space, [unit])
+            self._stack.callback(family.restore)
+            evaluate = self._stack.enter_context(evaluating(self._objective, check_weights=False))
+            # Of the weights that derivatives are taken at, where they are held fixed.
+            known = evaluate.statistics() if self._objective.mode == "recalibrate" else ()
+            self._inside = evaluate, known, family
+        self._inside[2].turn([unit])
+        return self._inside
 
     def verdict(self, gradient: Tensor) -> Check:
         """Return whether a gradient is the slope, along itself and a random direction."""
@@ -314,19 +338,27 @@ class _Prober:
 
         By the gradient, and by steps as they were rounded into the weights.
         """
+        space = self._space
 
         def compute() -> list[tuple[float, float]]:
-            moving = _moving(self._objective, unit, gradient, self._vectors)
-            with moving as (evaluate, statistics, place):
-                return [
-                    (place(step), _part(self._objective, self._share, evaluate, statistics))
-                    for step in steps
-                ]
+            evaluate, statistics, family = self._enter(unit)
+            start = space.flatten(space.tensors)
+            values = []
+            try:
+                for step in steps:
+                    family.place([step])
+                    moved = space.flatten(space.tensors) - start
+                    rise = self._vectors.inner(gradient.double(), moved.double())
+                    part = _part(self._objective, self._share, evaluate, statistics)
+                    values.append((part, rise))
+            finally:
+                family.restore()
+            return values
 
         found = all_or_none(self._share, compute)
         self.num_values += len(steps)
-        values = _totals(self._share, [value for _, value in found])
-        return list(zip(values, [by for by, _ in found], strict=True))
+        values = _totals(self._share, [value for value, _ in found])
+        return list(zip(values, [rise for _, rise in found], strict=True))
 
 
 def _jumps(seen: Sequence[Slope]) -> bool:
@@ -340,32 +372,6 @@ def _jumps(seen: Sequence[Slope]) -> bool:
     span = seen[0].step / seen[-1].step
     last, most = seen[-1].unevenness, max(s.unevenness for s in seen)
     return all(s.unevenness > UNEVEN for s in seen) and last > most * span**-0.75
-
-
-@contextmanager
-def _moving(
-    objective: Objective, unit: Tensor, gradient: Tensor, vectors: Vectors
-) -> Iterator[tuple[Evaluator, Statistics, Callable[[float], float]]]:
-    """Allow the weights to be moved along a direction; they come back to the bit.
-
-    What moves them returns by how much the loss should rise.
-    """
-    space = space_of(objective)
-    start = space.flatten(space.tensors)
-    family = Offsets(space, [unit])
-    try:
-        with evaluating(objective, check_weights=False) as evaluate:
-            # Of the weights that derivatives are taken at, where they are held fixed.
-            held = evaluate.statistics() if objective.mode == "recalibrate" else ()
-
-            def place(step: float) -> float:
-                family.place([step])
-                moved = space.flatten(space.tensors) - start
-                return vectors.inner(gradient.double(), moved.double())
-
-            yield evaluate, held, place
-    finally:
-        family.restore()
 
 
 def _check(outcome: str, slope: Slope, words: str) -> Check:

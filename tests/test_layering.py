@@ -67,6 +67,7 @@ OF_TORCH = {
     "_schema",
     "_storage_Use_Count",
     "_foreach_copy_",
+    "_foreach_mul",
     "_foreach_lerp_",
     "_lazy_clone",
     "_foreach_mul_",

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import skips_backward
-from lla_callbacks.objective.sharded import reshard
+from lla_callbacks.objective.sharded import units
 
 _MISSING = object()
 # Hooks in which users read weights between forward and backward pass: averages, mostly.
@@ -70,6 +70,7 @@ class AroundSteps:
         self._handles: list[Any] = []
         self._lazy: list[Any] = []
         self._someone_reads = _someone_reads(trainer, module)
+        self._units = units(module)
         strategy = trainer.strategy
         self._patch(strategy, "training_step", self._training_step)
         self._patch(strategy, "backward", self._backward)
@@ -107,13 +108,17 @@ class AroundSteps:
         if not self._away and self._mover.move():
             self._away = True
             # What a sharded part has gathered is from before.
-            reshard(self._module)
+            self._reshard()
 
     def _go_back(self) -> None:
         if self._away:
             self._away = False
             self._mover.put_back()
-            reshard(self._module)
+            self._reshard()
+
+    def _reshard(self) -> None:
+        for unit in self._units:
+            unit.reshard()
 
     def _pause(self) -> None:
         # Not resharded: a graph is alive that may need what was gathered.

@@ -17,8 +17,7 @@ from lla_callbacks.callbacks.compat import (
     say,
     unscales_gradients_itself,
 )
-from lla_callbacks.linalg.space import whole
-from lla_callbacks.objective.objective import trainable
+from lla_callbacks.linalg.space import ParameterSpace, whole
 from lla_callbacks.penalty.flat_shards import FlatPart, flat_parts, flat_units
 from lla_callbacks.penalty.noise import Displacement
 
@@ -40,7 +39,7 @@ class NoisePenalty:
         self._kind, self._seed, self._relative = kind, seed, relative
         self._around: AroundSteps | None = None
         self._displacement: Displacement | None = None
-        self._known: tuple[Any, ...] = ()
+        self._known: tuple[ParameterSpace, list[str]] | None = None
         self._module: Any = None
         # What FSDP1 has wrapped, and which entries of each parameter this process has.
         self._flat: Any = None
@@ -72,29 +71,29 @@ class NoisePenalty:
         if self._displacement is not None:
             self._displacement.forget()
         self._around = self._displacement = self._module = self._flat = None
-        self._known, self._pair, self._armed, self._logging = (), [], False, False
+        self._known, self._pair, self._armed, self._logging = None, [], False, False
 
     def arm(
-        self, module: Any, names: Sequence[str], strength: float, index: int, *, to_log: bool
-    ) -> None:
+        self, space: ParameterSpace, names: Sequence[str], strength: float, index: int,
+        *, to_log: bool,
+    ) -> None:  # fmt: skip
         """Let the step that comes be a displaced one.
 
         Args:
-            module: The module.
+            space: The trained parameters; the same object while they are the same.
             names: Of the parameters whose curvature counts.
             strength: Of this step: ``sigma = sqrt(2 strength)``.
             index: Number of this penalized step: two and two have one ``z``, with both signs.
             to_log: Whether a pair of steps is to be logged, from the next first one on.
         """
-        parameters = trainable(module)
-        known = tuple((name, id(parameters[name]), parameters[name].shape) for name in names)
-        if known != self._known:
+        if self._known is None or self._known[0] is not space or self._known[1] != names:
+            parameters = dict(zip(space.names, space.tensors, strict=True))
             chosen = {name: parameters[name] for name in names}
             parts = {n: self._parts[id(p)] for n, p in chosen.items() if id(p) in self._parts}
             self._displacement = Displacement(
                 chosen, seed=self._seed, relative=self._relative, parts=parts
             )
-            self._known = known
+            self._known = (space, list(names))
         self._sigma, self._index, self._armed = math.sqrt(2 * strength), index, True
         self._losses, self._seconds, self._stepped = [], 0.0, False
         begins = index % 2 == 0 and to_log
@@ -170,11 +169,14 @@ class NoisePenalty:
         """
         if not self._armed or self._displacement is None:
             return {}
+        is_logged = self._logging and not self._stepped
+        if not (is_logged or self._relative):
+            return {}
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         found = self._displacement.parameters.values()
         gradients = [p.grad if id(p) in own else None for p in found]
         self._displacement.pull_back(gradients)
-        if not self._logging or self._stepped:
+        if not is_logged:
             return {}
         self._stepped = True
         scale = loss_scale(trainer) if unscales_gradients_itself(optimizer) else 1.0

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lla_callbacks.callbacks.compat import MisconfigurationException, loss_scale
+from lla_callbacks.callbacks.moments import is_unsized
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batches import fresh
@@ -29,30 +31,45 @@ class Penalized:
 
     Attributes:
         place: Where they stand meanwhile.
+        space: Those that are trained, as of the last :meth:`look`.
     """
 
     def __init__(self, owner: str, layers: Any) -> None:
         self._owner = owner
         self._layers = layers
-        self._space: tuple[str, ...] = ()
+        self._outline: list[Any] | None = None
+        self._named: tuple[str, ...] = ()
         self._names: list[str] = []
         self.place = Elsewhere()
+        self.space: ParameterSpace
 
-    def names(
-        self, module: Any, space: ParameterSpace, evaluate: Callable[[], Tensor]
-    ) -> list[str]:
+    def look(self, module: nn.Module) -> bool:
+        """Look which parameters are trained; ``False`` where lazy layers wait for their size.
+
+        They are laid out anew only where something has changed, since this is asked at each step.
+        """
+        outline = _outline(module)
+        if outline != self._outline:
+            self._outline = None
+            if is_unsized(module):
+                return False
+            self.space = ParameterSpace(trainable(module))
+            self._outline = outline
+        return True
+
+    def names(self, module: Any, evaluate: Callable[[], Tensor]) -> list[str]:
         """Return them; anew where others have become trainable."""
-        if self._space != space.names:
+        if self._named != self.space.names:
 
             def run() -> None:
                 # With a graph, since a step may differentiate on its own way.
                 evaluate()
 
             try:
-                self._names = penalized_parameters(module, space, self._layers, run)
+                self._names = penalized_parameters(module, self.space, self._layers, run)
             except ValueError as error:
                 raise MisconfigurationException(f"{self._owner}: {error}") from error
-            self._space = space.names
+            self._named = self.space.names
         return self._names
 
 
@@ -109,14 +126,37 @@ def loss_around(
         autocast: Whether the Trainer's precision is kept.
     """
     evaluate = batch_loss(trainer, module, batch, loss, as_trained=autocast)
-    space = ParameterSpace(trainable(module))
+    # A manual step may have frozen some of them meanwhile.
+    penalized.look(module)
     return DisplacedLoss(
         evaluate,
-        space,
-        penalized.names(module, space, evaluate),
+        penalized.space,
+        penalized.names(module, evaluate),
         seed=seed,
         key=(step,),
         relative=relative,
         loss_scale=loss_scale(trainer) if autocast else 1.0,
         place=penalized.place,
     )
+
+
+def _outline(module: nn.Module) -> list[Any]:
+    """Return all that the layout of the trained parameters depends on, to be compared."""
+    found: list[Any] = []
+    waiting = [module]
+    seen = {id(module)}
+    while waiting:
+        m = waiting.pop()
+        for name, p in m._parameters.items():
+            if p is not None:
+                shape = None if is_lazy(p) else p.shape
+                found += (name, id(p), p.requires_grad, p.dtype, p.device, shape)
+        for name, buffer in m._buffers.items():
+            if buffer is not None and is_lazy(buffer):
+                found.append(name)
+        for name, child in m._modules.items():
+            found.append(name)
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return found

@@ -31,10 +31,8 @@ from lla_callbacks.callbacks.strength import (
 from lla_callbacks.callbacks.surrogate import add_gradient, add_to_gradients
 from lla_callbacks.callbacks.telling import rank_zero_info
 from lla_callbacks.linalg.errors import NonFiniteError
-from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.checks import check_loss, number, seed_of, shown
 from lla_callbacks.objective.layers import check_layers
-from lla_callbacks.objective.objective import trainable
 from lla_callbacks.objective.training_step import SkippedBatchError
 from lla_callbacks.penalty.displacement import DisplacedLoss
 from lla_callbacks.penalty.penalty import (
@@ -236,7 +234,7 @@ class HessianTraceRegularizer(ComesHome):
         step = trainer.global_step if self._noise is None else step_of(trainer)
         if self.strength == 0 or not self.schedule.due(step):
             return
-        if is_unsized(pl_module):
+        if not self._penalized.look(pl_module):
             return
         if self._late:
             self._late = False
@@ -248,7 +246,7 @@ class HessianTraceRegularizer(ComesHome):
             # Here no graph is alive, so that the weights may move.
             replaces = self._went_backward or not has_static_graph(trainer)
             self._pending = self._penalize(trainer, pl_module, with_task=replaces)
-            self._trained = [*map(id, trainable(pl_module).values())]
+            self._trained = [*map(id, self._penalized.space.tensors)]
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         if self._batch is None or self._noise or not pl_module.automatic_optimization:
@@ -262,7 +260,8 @@ class HessianTraceRegularizer(ComesHome):
                 "evaluates it once."
             )
         pending, self._pending = self._pending, None
-        if pending and self._trained != [*map(id, trainable(pl_module).values())]:
+        self._penalized.look(pl_module)
+        if pending and self._trained != [*map(id, self._penalized.space.tensors)]:
             pending = None
             self._leave_out(CHANGED, trainer)
         if pending is None or not pending.contains_task:
@@ -271,7 +270,7 @@ class HessianTraceRegularizer(ComesHome):
             return
         add_gradient(
             loss,
-            trainable(pl_module).values(),
+            self._penalized.space.tensors,
             pending.gradient,
             factor=loss_scale(trainer) / trainer.accumulate_grad_batches,
             replace=pending.contains_task,
@@ -390,10 +389,10 @@ class HessianTraceRegularizer(ComesHome):
         assert self._batch is not None
         step, schedule = step_of(trainer), self.schedule
         evaluate = batch_loss(trainer, module, self._batch, self.loss, as_trained=True)
-        names = self._penalized.names(module, ParameterSpace(trainable(module)), evaluate)
+        names = self._penalized.names(module, evaluate)
         index = (step - schedule.start_step) // schedule.every_n_train_steps
         strength, logs = self._strength(step), self._is_to_log(trainer, step)
-        noise.arm(module, names, strength, index, to_log=logs)
+        noise.arm(self._penalized.space, names, strength, index, to_log=logs)
 
     def _is_to_log(self, trainer: Any, step: int) -> bool:
         every, last = trainer.log_every_n_steps, self._last_logged

@@ -18,7 +18,7 @@ from lla_callbacks.linalg.probes import (
     signs_between,
 )
 from lla_callbacks.linalg.space import ParameterSpace
-from lla_callbacks.penalty.elsewhere import Elsewhere
+from lla_callbacks.penalty.elsewhere import Elsewhere, has_memory_alone
 
 # One gradient per parameter of a space, in its order; None where the loss sees none of it.
 Gradients = tuple[Tensor | None, ...]
@@ -26,15 +26,17 @@ Gradients = tuple[Tensor | None, ...]
 
 # Entries of a probe that are drawn at once: 4 MiB, small beside any network that is larger.
 GROUP_SIZE = 2**20
-# Entries that are moved at once: 1 MiB.
-PIECE = 2**18
+# Entries of networks whose gradients are held whole, and added with few calls: 4 MiB.
+FEW = 2**20
+# Entries of a gradient that is worth a look at whether it must be copied.
+LARGE = 2**14
 
 
 class DisplacedLoss:
     """``phi(c) = L(theta + c s z)`` on signs ``z``, for gradients with respect to ``theta``.
 
-    ``z`` is a Rademacher vector on the chosen parameters and zero elsewhere; it is drawn
-    again for each pass from ``(seed, *key, probe)``, so that no copy of it is kept.
+    ``z`` is a Rademacher vector on the chosen parameters and zero elsewhere, drawn from
+    ``(seed, *key, probe)``; one of them is kept, at a bit an entry.
     ``s`` is 1, or with ``relative`` the root mean square of each chosen tensor: then ``phi``
     does not change when the weights before a normalization grow, and gradients hold the
     term that comes from ``s(theta)``,
@@ -79,6 +81,7 @@ class DisplacedLoss:
         self._loss_scale = loss_scale
         self._place = Elsewhere() if place is None else place
         self._originals: list[Tensor] = []
+        self._drawn: tuple[int | None, list[Tensor]] = (None, [])
         self._groups = _grouped(self.weights)
 
     def signs(self, probe: int) -> Iterator[Tensor]:
@@ -114,32 +117,36 @@ class DisplacedLoss:
     @torch.no_grad()
     def move(self, distance: float, probe: int) -> None:
         """Put the weights at ``theta + distance s z``."""
-        source = generator(self._seed, *self._key, probe)
-        pairs = iter(zip(self._place.starts, self._place.targets, strict=True))
-        for group in self._groups:
+        place = self._place
+        pairs = iter(zip(place.starts, place.targets, strict=True))
+        for group, words in zip(self._groups, self._words(probe), strict=True):
             starts, targets = (list(x) for x in zip(*(next(pairs) for _ in group), strict=True))
-            words = sign_words(sum(w.numel() for w in group), source).to(group[0].device)
             table = EIGHT_SIGNS.to(group[0].device, group[0].dtype) * distance
             if len(group) > 1:
                 _move_small(targets, starts, words, table, relative=self.relative)
                 continue
             if self.relative:
                 table = table * _rms(starts[0])
-            place = 0
-            # In pieces that stay in a processor's cache; signs as wide as the weights are never
-            # held as a whole.
-            for target, start in zip(_pieces(targets[0]), _pieces(starts[0]), strict=True):
-                step = signs_between(words, place, place + start.numel(), table)
-                torch.add(start, step.view(start.shape), out=target)
-                place += start.numel()
-        self._place.arrive()
+            place.mover.write(targets[0], starts[0], words, 0, table)
+        place.arrive()
+
+    def _words(self, probe: int) -> list[Tensor]:
+        """Return the random words of each group, a bit a sign; kept for the other side."""
+        if self._drawn[0] != probe:
+            source = generator(self._seed, *self._key, probe)
+            words = [
+                sign_words(sum(w.numel() for w in group), source).to(group[0].device)
+                for group in self._groups
+            ]
+            self._drawn = (probe, words)
+        return self._drawn[1]
 
     def gradient(self, distance: float, probe: int) -> tuple[Tensor, Gradients]:
         """Return ``phi(distance)`` and its gradient, at the price of one gradient."""
         self.move(distance, probe)
-        loss, gradients = self._backward()
+        loss, gradients = self._backward(self._loss_scale)
         if self._loss_scale != 1.0:
-            gradients = tuple(g if g is None else g / self._loss_scale for g in gradients)
+            gradients = [g if g is None else g / self._loss_scale for g in gradients]
         return loss, self.pulled_back(gradients, distance, probe)
 
     def accumulate(
@@ -147,8 +154,9 @@ class DisplacedLoss:
     ) -> Tensor:
         """Add ``factor`` times the gradient of ``phi(distance)`` to a total; return the loss.
 
-        Each parameter's share is added as soon as the backward pass has it, so that no
-        second gradient is ever held as a whole.
+        What comes first is kept as it is, not copied. Of large networks each parameter's share is
+        then added as soon as the backward pass has it, so that no second gradient is ever held as
+        a whole.
 
         Args:
             total: One own tensor per parameter of the space, ``None`` where there is none yet.
@@ -156,38 +164,39 @@ class DisplacedLoss:
             distance: Of the displacement.
             probe: Which probe.
         """
-
-        def take(i: int, weight: float, gradient: Tensor) -> Tensor:
-            known = total[i]
-            if known is None:
-                total[i] = weight * gradient
-            else:
-                known.add_(gradient, alpha=weight)
-            # What is returned must have the shape, and need not have the memory.
-            return gradient.new_zeros(()).expand_as(gradient)
-
         if self.relative:
             # The term from s(theta) needs each gradient and its signs once more.
             loss, gradients = self.gradient(distance, probe)
-            for i, gradient in enumerate(gradients):
-                if gradient is not None:
-                    take(i, factor, gradient)
+            _add(total, list(gradients), factor)
             return loss
-        weight = factor / self._loss_scale
         self.move(distance, probe)
-        return self._backward(lambda i, gradient: take(i, weight, gradient))[0]
+        # Gradients come weighted from a weighted loss, which saves a pass over them. Not where it
+        # is scaled against underflow: they may be in half precision on their way.
+        scaled = self._loss_scale != 1.0
+        on_loss, weight = (self._loss_scale, factor / self._loss_scale) if scaled else (factor, 1.0)
+        if self.space.length <= FEW or all(known is None for known in total):
+            loss, gradients = self._backward(on_loss)
+            _add(total, gradients, weight)
+            return loss
+
+        def take(i: int, gradient: Tensor) -> Tensor:
+            _add_to(total, i, gradient, weight)
+            # What is returned must have the shape, and need not have the memory.
+            return gradient.new_zeros(()).expand_as(gradient)
+
+        return self._backward(on_loss, take)[0]
 
     def _backward(
-        self, take: Callable[[int, Tensor], Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Return the loss at the present weights and its gradients, scaled.
+        self, factor: float, take: Callable[[int, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the loss at the present weights and ``factor`` times its gradients.
 
         Or what ``take`` makes of each gradient, as soon as it is there.
         """
         handles = []
         with torch.inference_mode(False), torch.enable_grad():
             loss = self.evaluate()
-            scaled = loss if self._loss_scale == 1.0 else loss * self._loss_scale
+            scaled = loss if factor == 1.0 else loss * factor
             try:
                 # Not before: a loss may differentiate by the weights on its own way.
                 if take is not None:
@@ -198,7 +207,7 @@ class DisplacedLoss:
             finally:
                 for handle in handles:
                     handle.remove()
-        return loss.detach(), gradients
+        return loss.detach(), list(gradients)
 
     def pulled_back(
         self, gradients: Sequence[Tensor | None], distance: float, probe: int
@@ -214,6 +223,44 @@ class DisplacedLoss:
                     # A tensor of zeros was not moved, and has no direction to grow in.
                     found[i] = g + torch.where(rms > 0, share, 0.0) * w
         return tuple(found)
+
+
+def _add(total: list[Tensor | None], gradients: list[Tensor | None], weight: float) -> None:
+    """Empty a list of gradients into a total, which takes over what it has nothing of yet."""
+    known: list[Tensor] = []
+    added: list[Tensor] = []
+    fresh: list[int] = []
+    copied: list[Tensor] = []
+    while gradients:
+        i = len(gradients) - 1
+        gradient, before = gradients.pop(), total[i]
+        if gradient is None:
+            continue
+        if before is not None:
+            known.append(before)
+            added.append(gradient)
+            continue
+        if weight == 1.0 and gradient.numel() >= LARGE and gradient.layout == torch.strided:
+            # Another handle on the memory: whoever else has this gradient still has the first.
+            gradient = gradient.data
+            if has_memory_alone(gradient):
+                total[i] = gradient
+                continue
+        fresh.append(i)
+        copied.append(gradient)
+    if known:
+        torch._foreach_add_(known, added, alpha=weight)
+    if fresh:
+        for i, copy in zip(fresh, torch._foreach_mul(copied, weight), strict=True):
+            total[i] = copy
+
+
+def _add_to(total: list[Tensor | None], i: int, gradient: Tensor, weight: float) -> None:
+    known = total[i]
+    if known is None:
+        total[i] = weight * gradient
+    else:
+        known.add_(gradient, alpha=weight)
 
 
 def combined(*terms: tuple[float, Gradients]) -> Gradients:
@@ -254,13 +301,6 @@ def _grouped(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
             room = GROUP_SIZE - tensor.numel()
         groups[-1].append(tensor)
     return groups
-
-
-def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """Return views of a tensor, a number of rows each."""
-    if tensor.numel() <= PIECE or tensor.ndim == 0:
-        return [tensor]
-    return torch.split(tensor, max(1, PIECE * len(tensor) // tensor.numel()))
 
 
 def _rms(tensor: Tensor) -> Tensor:

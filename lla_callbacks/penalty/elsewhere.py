@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.space import is_spread, local_part
+from lla_callbacks.penalty.moving import Mover
 
 _count_users: Any = getattr(torch._C, "_storage_Use_Count", None)
 # The tensor, and Python's own handle on its storage.
@@ -28,12 +29,14 @@ class Elsewhere:
         starts: What to start from, one tensor per weight, in this process.
         targets: Where to write; the weights show it after :meth:`arrive`.
         is_away: Whether the weights are away, or may be.
+        mover: Writes to targets; with memory of its own.
     """
 
     def __init__(self) -> None:
         self.starts: list[Tensor] = []
         self.targets: list[Tensor] = []
         self.is_away = False
+        self.mover = Mover()
         self._weights: list[Tensor] = []
         self._buffers: list[Tensor] = []
         self._pointed: list[bool] = []
@@ -103,7 +106,7 @@ class Elsewhere:
     def forget(self) -> None:
         """Let go of the memory too."""
         self.let_go()
-        self._buffers = []
+        self._buffers, self.mover = [], Mover()
 
     def let_go(self) -> None:
         """Forget the weights, so that they are alone again; memory for the next time is kept."""
@@ -112,8 +115,18 @@ class Elsewhere:
 
 def _is_alone(weight: Tensor) -> bool:
     """Return whether nothing else shares a weight's memory, or knows where it is."""
-    if _count_users is None or weight.device.type != "cpu" or is_spread(weight):
+    if weight.device.type != "cpu" or is_spread(weight):
         return False
-    storage = weight.untyped_storage()
-    whole = storage.nbytes() == weight.numel() * weight.element_size()
-    return whole and weight.numel() > 0 and bool(_count_users(storage._cdata) <= _ALONE)
+    return has_memory_alone(weight)
+
+
+def has_memory_alone(tensor: Tensor) -> bool:
+    """Return whether a tensor fills its memory, and no other tensor shares it.
+
+    ``False`` where this torch does not tell.
+    """
+    if _count_users is None:
+        return False
+    storage, size = tensor.untyped_storage(), tensor.numel()
+    fills = storage.nbytes() == size * tensor.element_size()
+    return fills and size > 0 and bool(_count_users(storage._cdata) <= _ALONE)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import functional_call, hessian
 
-from lla_callbacks.penalty import noise
+from lla_callbacks.penalty import moving, noise_signs
 from lla_callbacks.penalty.noise import Displacement
 
 from .signs_by_hand import signs_by_hand
@@ -22,9 +22,9 @@ def some_parameters():
     return made
 
 
-@pytest.mark.parametrize("piece", [noise.PIECE, 100, 1])
+@pytest.mark.parametrize("piece", [noise_signs.PIECE, 100, 1])
 def test_signs_are_those_of_each_element_however_they_are_drawn(monkeypatch, piece):
-    monkeypatch.setattr(noise, "PIECE", piece)
+    monkeypatch.setattr(noise_signs, "PIECE", piece)
     parameters = some_parameters()
     found = Displacement(parameters, seed=3).signs((5, 1))
     for name, z in signs_by_hand(parameters, 3, (5, 1)).items():
@@ -52,8 +52,12 @@ def test_signs_are_fair_and_independent():
         assert float(product.mean(1).abs().max()) < 5 / math.sqrt(n - 64)
 
 
+@pytest.mark.parametrize("pieces", [None, (100, 24)], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("relative", [False, True])
-def test_weights_move_by_sigma_and_come_back_to_the_bit(relative):
+def test_weights_move_by_sigma_and_come_back_to_the_bit(monkeypatch, relative, pieces):
+    if pieces:
+        monkeypatch.setattr(noise_signs, "PIECE", pieces[0])
+        monkeypatch.setattr(moving, "PIECE", pieces[1])
     parameters = {n: torch.nn.Parameter(p) for n, p in some_parameters().items()}
     before = {n: p.detach().clone() for n, p in parameters.items()}
     pointers = {n: p.data_ptr() for n, p in parameters.items()}

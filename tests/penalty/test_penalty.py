@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lla_callbacks.linalg.errors import MeasurementError, NonFiniteError
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.penalty import displacement, moving
 from lla_callbacks.penalty import penalty as penalty_module
 from lla_callbacks.penalty.displacement import DisplacedLoss
 from lla_callbacks.penalty.penalty import PenaltyGradient, PenaltySettings, penalty_gradient
@@ -501,12 +502,83 @@ def test_unused_parameters_have_no_gradient() -> None:
         assert [g is None for g in found.gradient] == [False, False, True, True]
 
 
-def test_gradients_that_share_their_memory_are_added_rightly() -> None:
-    """The gradient of a sum is one number, expanded: nothing may be added to it in place."""
-    module = nn.ModuleDict({"a": nn.Linear(3, 3)}).double()
-    loss = around(module, lambda: module["a"].weight.sum() + module["a"].bias.sum())
-    found = penalty_of(loss, 1e-3, "perturbation", with_task=True, compare=False)
-    assert torch.equal(loss.space.flatten(found.gradient), torch.ones(12, dtype=torch.float64))
+class Kept(torch.autograd.Function):
+    """A gradient that somebody goes on holding."""
+
+    held = torch.arange(12.0, dtype=torch.float64).view(4, 3)
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        return weight.sum() * 0
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> Tensor:
+        return Kept.held
+
+
+# Of two weights (4, 3): gradients that are one expanded number, one tensor for both, two views
+# of it, somebody else's, and ordinary ones, each its own.
+X_SHARED = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+SHARING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "expanded": lambda a, b: a.sum() + 2 * b.sum(),
+    "one": lambda a, b: ((a + b) * X_SHARED).sum(),
+    "views": lambda a, b: ((a.t() + b.view(12).view(4, 3).t()) * X_SHARED.t()).sum(),
+    "held": lambda a, b: Kept.apply(a) + b.sum(),
+    "own": lambda a, b: F.linear(X_SHARED, a).sum() + F.linear(X_SHARED, b).tanh().sum(),
+}
+
+
+@pytest.mark.parametrize("few", [0, 2**20], ids=["large", "small"])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("kind", SHARING)
+def test_gradients_that_share_their_memory_are_added_rightly(
+    monkeypatch, kind: str, scale: float, few: int
+) -> None:
+    """Those that nobody else sees are taken over and added to in place, and no others."""
+    monkeypatch.setattr(displacement, "FEW", few)
+    monkeypatch.setattr(displacement, "LARGE", 0)
+    copied: list[Tensor] = []
+    multiplied = torch._foreach_mul
+    monkeypatch.setattr(
+        torch, "_foreach_mul", lambda found, by: copied.extend(found) or multiplied(found, by)
+    )
+    source = torch.Generator().manual_seed(3)
+    made = [torch.randn(4, 3, dtype=torch.float64, generator=source) for _ in range(2)]
+    module = nn.ParameterList(nn.Parameter(m) for m in made)
+    loss = around(module, lambda: SHARING[kind](*module), loss_scale=scale)
+    z = next(loss.signs(0)).double(), list(loss.signs(0))[1].double()
+    expected = torch.zeros(24, dtype=torch.float64)
+    for c in (0.1, -0.1):
+        moved = [(w + c * s).requires_grad_() for w, s in zip(made, z, strict=True)]
+        gradients = torch.autograd.grad(SHARING[kind](*moved), moved)
+        if kind == "held":
+            gradients = (Kept.held / scale, gradients[1])
+        expected += torch.cat([g.reshape(-1) for g in gradients]) / 2
+    if kind == "held" and scale == 1.0:
+        # This gradient ignores what the loss is multiplied by.
+        expected[:12] *= 2
+    found = penalty_of(loss, 0.005, "perturbation", with_task=True, compare=False)
+    torch.testing.assert_close(loss.space.flatten(found.gradient), expected)
+    assert torch.equal(Kept.held, torch.arange(12.0, dtype=torch.float64).view(4, 3))
+    if scale == 1.0 and displacement.has_memory_alone(torch.ones(1)):
+        assert bool(copied) == (kind != "own")
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_large_weights_are_moved_in_pieces_as_whole_ones_are(monkeypatch, relative: bool) -> None:
+    module = nn.Linear(37, 11)
+    kept = [p.detach().clone() for p in module.parameters()]
+    for group, piece in ((2**20, 2**17), (1, 24)):
+        monkeypatch.setattr(displacement, "GROUP_SIZE", group)
+        monkeypatch.setattr(moving, "PIECE", piece)
+        loss = around(module, relative=relative)
+        z = list(loss.signs(1))
+        with loss.displacing():
+            for distance in (0.1, -0.1, 0.2):
+                loss.move(distance, 1)
+                for p, w, s in zip(module.parameters(), kept, z, strict=True):
+                    size = w.square().mean().sqrt() if relative else 1.0
+                    torch.testing.assert_close(p.detach(), w + distance * size * s)
 
 
 @pytest.mark.parametrize(

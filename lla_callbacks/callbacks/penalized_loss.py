@@ -151,9 +151,6 @@ def _outline(module: nn.Module) -> list[Any]:
             if p is not None:
                 shape = None if is_lazy(p) else p.shape
                 found += (name, id(p), p.requires_grad, p.dtype, p.device, shape)
-        for name, buffer in m._buffers.items():
-            if buffer is not None and is_lazy(buffer):
-                found.append(name)
         for name, child in m._modules.items():
             found.append(name)
             if child is not None and id(child) not in seen:

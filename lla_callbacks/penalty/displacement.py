@@ -166,8 +166,8 @@ class DisplacedLoss:
         """
         if self.relative:
             # The term from s(theta) needs each gradient and its signs once more.
-            loss, gradients = self.gradient(distance, probe)
-            _add(total, list(gradients), factor)
+            loss, whole = self.gradient(distance, probe)
+            _add(total, list(whole), factor)
             return loss
         self.move(distance, probe)
         # Gradients come weighted from a weighted loss, which saves a pass over them. Not where it

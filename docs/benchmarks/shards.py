@@ -5,8 +5,8 @@ process holds a network of 50 million parameters (DDP) or its shards (FSDP2) and
 Hessian at two Lanczos depths. What the peak grows by from one depth to the other is basis.
 
 Differences take two gradients a product, and some fifty more to find their step, each of them
-gathered and summed layer by layer: ``--kinds "FSDP2, differences" --depths 3 6 --probes 1 --rounds
-1`` leaves out what the peak does not depend on.
+gathered and summed layer by layer: ``--kinds "FSDP2, differences" --depths 3 6 --rounds
+1 --batches 1`` leaves out what the peak does not depend on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.nn.functional import mse_loss
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from lla_callbacks.hessian import engine_error
 from lla_callbacks.hessian.measures import measure
 from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.linalg import difference
@@ -69,18 +70,19 @@ def work(rank: int, size: int, port: int, kind: str, asked: argparse.Namespace) 
     hidden = asked.hidden
     if asked.rounds is not None:
         difference.MOST_ROUNDS, difference.POWER_STEPS = asked.rounds, 0
+        engine_error.NUM_PAIRS = 1
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     module = network(hidden, sharded=kind.startswith("FSDP2"))
     dim = sum(p.numel() for p in trainable(module).values())
     source = torch.Generator().manual_seed(1)
-    batches = [tuple(torch.randn(2, 4, hidden, generator=source)) for _ in range(4)]
+    batches = [tuple(torch.randn(2, 4, hidden, generator=source)) for _ in range(asked.batches)]
     share = Everyone(torch.device("cpu"))
     rows = []
     for depth in asked.depths:
         objective = Objective(module, batches, loss, engine=KINDS[kind], check=False)
-        settings = HessianSettings(num_steps=depth, num_probes=asked.probes)
+        settings = HessianSettings(num_steps=depth, num_probes=2)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
         before, began = resident("VmRSS"), time.perf_counter()
@@ -108,7 +110,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2886)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--depths", type=int, nargs=2, default=[2, 8])
-    parser.add_argument("--probes", type=int, default=2)
+    parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--rounds", type=int, help="of the search for a step; without it: all")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     chosen = parser.parse_args()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ from lla_callbacks.hessian import engine_error
 from lla_callbacks.hessian.measures import measure
 from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.linalg import difference
+from lla_callbacks.linalg.difference import DifferenceOperator
 from lla_callbacks.linalg.shards import Everyone
 from lla_callbacks.objective.objective import Objective, trainable
 
@@ -58,6 +60,12 @@ def loss(module: nn.Module, batch: Any) -> torch.Tensor:
     return mse_loss(module(batch[0]), batch[1])
 
 
+def with_first_step(self: DifferenceOperator) -> None:
+    """Take the step that the search begins with, and believe in it."""
+    self.step = difference.FIRST_STEP * (self.weight_norm() or 1.0)
+    self.product_error = (1e-3, 1e-3)
+
+
 def resident(name: str) -> float:
     """Return an entry of the kernel's account of this process, in MiB."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -70,6 +78,8 @@ def work(rank: int, size: int, port: int, kind: str, asked: argparse.Namespace) 
     hidden = asked.hidden
     if asked.rounds is not None:
         difference.MOST_ROUNDS, difference.POWER_STEPS = asked.rounds, 0
+        if asked.rounds == 0:
+            DifferenceOperator._calibrate = with_first_step  # type: ignore[method-assign]
         engine_error.NUM_PAIRS = 1
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -79,7 +89,8 @@ def work(rank: int, size: int, port: int, kind: str, asked: argparse.Namespace) 
     source = torch.Generator().manual_seed(1)
     batches = [tuple(torch.randn(2, 4, hidden, generator=source)) for _ in range(asked.batches)]
     share = Everyone(torch.device("cpu"))
-    rows = []
+    mib = dim * 4 / 2**20
+    known: tuple[float, float] | None = None
     for depth in asked.depths:
         objective = Objective(module, batches, loss, engine=KINDS[kind], check=False)
         settings = HessianSettings(num_steps=depth, num_probes=2)
@@ -87,21 +98,20 @@ def work(rank: int, size: int, port: int, kind: str, asked: argparse.Namespace) 
         Path("/proc/self/clear_refs").write_text("5")
         before, began = resident("VmRSS"), time.perf_counter()
         found = measure(objective, settings, share=share)
-        rows.append((depth, before, resident("VmHWM"), time.perf_counter() - began))
-        last = float(found.lambda_max), found.trace
-    mib = dim * 4 / 2**20
-    (low, low_before, low_peak, _), (high, before, high_peak, seconds) = rows
-    slope = (high_peak - before - (low_peak - low_before)) / (high - low)
-    rest = high_peak - before - high * slope
-    text = (
-        f"| {kind} | {size} | {rank} | {dim / 1e6:.1f} | {before:,.0f} | {high_peak:,.0f} | "
-        f"{slope:,.0f} | {slope / mib:.3f} | {rest / mib:.2f} | {last[0]:.9g} | {last[1]:.9g} | "
-        f"{found.num_matvecs} | {seconds:.0f} s |"
-    )
-    for turn in range(size):
-        torch.distributed.barrier()
-        if turn == rank:
-            print(text, flush=True)
+        seconds, taken = time.perf_counter() - began, resident("VmHWM") - before
+        # What it takes more than at the depth before is basis.
+        slope = math.nan if known is None else (taken - known[1]) / (depth - known[0])
+        known = depth, taken
+        text = (
+            f"| {kind} | {size} | {rank} | {dim / 1e6:.1f} | {depth} | {before:,.0f} | "
+            f"{taken:,.0f} | {taken / mib:.2f} | {slope / mib:.3f} | "
+            f"{float(found.lambda_max):.9g} | {found.trace:.9g} | {found.num_matvecs} | "
+            f"{seconds:.0f} s |"
+        )
+        for turn in range(size):
+            torch.distributed.barrier()
+            if turn == rank:
+                print(text, flush=True)
     torch.distributed.destroy_process_group()
 
 
@@ -109,16 +119,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=2886)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--depths", type=int, nargs=2, default=[2, 8])
+    parser.add_argument("--depths", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--rounds", type=int, help="of the search for a step; without it: all")
+    parser.add_argument(
+        "--rounds", type=int, help="of the search for a step; 0: none; without it: all"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     chosen = parser.parse_args()
     # Whatever is freed goes back to the system, so that peaks are of what is held.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     print(
-        "| case | processes | rank | million parameters | MiB before | peak MiB | MiB a basis "
-        "vector | in vectors | rest in vectors | lambda_max | trace | products | time |"
+        "| case | processes | rank | million parameters | depth | MiB before | MiB taken | "
+        "in vectors | a basis vector | lambda_max | trace | products | time |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for k, kind in enumerate(chosen.kinds):

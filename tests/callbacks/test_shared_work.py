@@ -3,20 +3,27 @@
 Under two processes: test_processes.py.
 """
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from lla_callbacks import HessianMonitor, LossLandscapeMonitor, Monitor, Slices, Spectrum
+from lla_callbacks.callbacks import account, firing, planning
 from lla_callbacks.callbacks.account import Account
-from lla_callbacks.callbacks.handed_on import marks_of
+from lla_callbacks.callbacks.handed_on import Served, marks_of
 from lla_callbacks.callbacks.pace import Choice, Pace
+from lla_callbacks.callbacks.sizing import SLICES as SIZES
+from lla_callbacks.callbacks.sizing import choose_slices
 from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.slices import eigenvectors
 from lla_callbacks.slices.landscape import LandscapeSettings
 
 from .modules import Plain, differences, fit, loader, outcome, plain_loss, quiet_trainer, steps
+from .test_account import COSTS, PRICE, Clock, pair, watch
 
 # Deeper than there are parameters: every eigenvector is found.
 HESSIAN = {"num_steps": 40, "num_probes": 2}
@@ -44,6 +51,18 @@ class Nudge(pl.Callback):
     def on_train_end(self, trainer, pl_module):
         with torch.no_grad():
             pl_module.net[0].weight.mul_(1.01)
+
+
+class Planned(pl.Callback):
+    """Ends a run once everybody has chosen sizes for it."""
+
+    class DoneError(Exception):
+        pass
+
+    def on_train_batch_end(self, trainer, *rest):
+        watchers = [c for c in trainer.callbacks if hasattr(c, "pace")]
+        if all(watcher.pace.planned for watcher in watchers):
+            raise self.DoneError
 
 
 @pytest.fixture
@@ -123,16 +142,16 @@ def test_a_run_goes_on_from_what_has_not_settled(tmp_path, runs, swapped):
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("swapped", "other"),
     [
-        {"num_samples": 4}, {"mode": "eval"}, {"seed": 1}, {"engine": "difference"},
-        {"precision": "training"}, {"dropout": True}, {"parameters": ["net.0"]},
-        {"loss": lambda module, batch: plain_loss(module, (batch[0].double(), batch[1]))},
+        (False, {"num_samples": 4}), (True, {"num_samples": 4}), (False, {"mode": "eval"}),
+        (True, {"seed": 1}), (False, {"engine": "difference"}), (True, {"precision": "training"}),
+        (False, {"dropout": True}), (True, {"parameters": ["net.0"]}),
+        (False, {"loss": lambda module, batch: module.training_step(batch, 0)}),
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("swapped", [False, True])
-def test_other_settings_have_runs_of_their_own(tmp_path, runs, other, swapped):
+def test_other_settings_have_runs_of_their_own(tmp_path, runs, swapped, other):
     watchers = [hessian(), landscape(lines=["top1"], planes=[], **other)]
     watched(tmp_path, *watchers[:: -1 if swapped else 1], max_steps=2)
     assert len(runs) == len(watchers[1].history) == 2
@@ -209,6 +228,54 @@ def test_three_monitors_are_served_by_one(tmp_path, runs):
     assert steps(watchers[0]) == steps(watchers[1]) == steps(watchers[2]) == [0, 2, 4]
 
 
+def test_a_plan_counts_on_what_is_shared(tmp_path, runs, monkeypatch):
+    clock = Clock()
+    for module in (account, firing, planning):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
+
+    def planned():
+        watchers = pair(clock, 0.01 * PRICE)
+        order = [*watchers[::-1], Planned()]
+        with pytest.raises(Planned.DoneError):
+            watch(clock, tmp_path, *order, train=800)
+        return watchers[1]
+
+    shared = planned()
+    assert runs == []
+    assert shared.pace.choice.size["at_hand"] == shared.pace.choice.size["products"] > 0
+    monkeypatch.setattr(LossLandscapeMonitor, "_served", lambda self, samples: Served())
+    assert planned().pace.choice.size["plane_points"] < shared.pace.choice.size["plane_points"]
+
+
+def test_products_at_hand_are_not_paid_again():
+    size = replace(SIZES[0], at_hand=SIZES[0].products)
+    without = replace(size, products=0)
+    some = replace(size, at_hand=SIZES[0].products - 5)
+    assert COSTS.slices(size, 64) == COSTS.slices(without, 64)
+    both = COSTS.slices(some, 64) - COSTS.slices(size, 64)
+    assert both == pytest.approx(COSTS.batch_gradient + 5 * COSTS.batch_product)
+    one, alone = (COSTS.slices(s, 64) + COSTS.figure for s in (size, SIZES[0]))
+    seconds = one + 2.5 * alone
+    assert choose_slices(seconds, COSTS, [size], 64, figures=1, meets=False)[1] == 3
+    assert choose_slices(seconds, COSTS, [size], 64, figures=1)[1] == int(seconds / one) > 3
+    # It fits where the same slices would not by themselves.
+    assert choose_slices(one, COSTS, [size], 64, figures=1)[2]
+    assert not choose_slices(one, COSTS, [SIZES[0]], 64, figures=1)[2]
+
+
+def test_what_is_done_for_another_is_booked_to_it(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(account, "time", SimpleNamespace(monotonic=clock.monotonic))
+    made = Account()
+    with made.watching("slices"):
+        clock.now += 1
+        with made.instead("spectrum", asked=True):
+            clock.now += 10
+        clock.now += 2
+    assert (made.spent, made.asked) == ({"slices": 3}, {"spectrum": 10})
+    assert not made.is_open
+
+
 def test_marks_tell_weights_apart():
     module = nn.BatchNorm1d(3)
     before = marks_of(module)
@@ -218,11 +285,11 @@ def test_marks_tell_weights_apart():
 
 
 def test_slices_are_measured_when_the_spectrum_is():
-    account = Account()
-    account.join("slices", 0.05, share=1.0)
+    made = Account()
+    made.join("slices", 0.05, share=1.0)
     pace = Pace()
     few = Choice(8, 3, 0.0, 0.0, fits=True, words="")
-    pace.take(few, account, "slices", grid=[1 / 9, 4 / 9, 8 / 9])
+    pace.take(few, made, "slices", grid=[1 / 9, 4 / 9, 8 / 9])
     assert pace.targets == [4 / 9]
-    pace.take(few, account, "slices")
+    pace.take(few, made, "slices")
     assert pace.targets == [0.5]

@@ -53,6 +53,7 @@ OF_LIGHTNING = {
 }
 # Private members of other libraries, which no rule forbids.
 OF_TORCH = {
+    "_sequence_nr",
     "_add_batch_dim",
     "_backward_hooks",
     "_C",
@@ -145,6 +146,7 @@ STANDARD = (
     "dataclasses",
     "functools",
     "hashlib",
+    "itertools",
     "math",
     "types",
     "typing",

@@ -188,6 +188,7 @@ PARTICULAR: dict[tuple[str, str], set[str]] = {
     ("HessianTraceRegularizer", "layers"): ACCEPTED["layers"] - {"None"} | {"None"},
     ("basin_radii", "num_rays"): COUNTS,
     ("interpolate", "end"): {"None"},
+    ("measure_hessian", "num_steps"): {"None"},
     ("measure_hessian", "layers"): {"None"},  # others name no module here
     **{
         (name, "parameters"): {"None"}

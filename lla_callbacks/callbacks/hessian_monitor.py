@@ -70,7 +70,8 @@ class HessianMonitor(Watching):
         num_probes: Random probes of the trace; see
             :class:`~lla_callbacks.hessian.settings.HessianSettings` for this and the
             next two.
-        num_steps: Lanczos depth. KH05 compares only at equal depth; published: 100.
+        num_steps: Lanczos depth. KH05 compares only at equal depth; published: 100. What is given
+            is done as told; ``None`` is less where memory is tight, and reports say so.
         num_runs: Independent Lanczos runs, of the whole and of each layer.
         num_layer_steps: Lanczos depth in each layer's own block, for its extreme
             eigenvalues, density and distance to the whole; 0 (default) does without.
@@ -194,6 +195,7 @@ class HessianMonitor(Watching):
         given = shared(locals())
         settings = HessianSettings(
             num_steps=HessianSettings.num_steps if num_steps is None else num_steps,
+            may_shorten=num_steps is None,
             num_probes=HessianSettings.num_probes if num_probes is None else num_probes,
             num_runs=num_runs,
             num_layer_steps=num_layer_steps,

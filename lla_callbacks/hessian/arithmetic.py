@@ -39,24 +39,50 @@ WORTH_ASKING, LIGHT_WORTH_ASKING = 1e-2, 1e-3
 COARSEST = torch.finfo(torch.float32).eps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class End:
-    """An extreme eigenvalue and where its Ritz vector is.
+    """An extreme eigenvalue and its Ritz vector.
 
     Attributes:
         value: The eigenvalue with its errors so far.
-        run: The Lanczos run behind it.
-        place: Which Ritz value, 0 or -1.
+        scale: Magnitude of the largest Ritz value of its run.
+        vector: The unit Ritz vector, as vectors are held; ``None`` where the residual is so large
+            that the arithmetic is not asked what it adds to it.
     """
 
     value: Eigenvalue
-    run: LanczosRun
-    place: int
+    scale: float
+    vector: Tensor | None
 
-    def vector(self, hessian: LossOperator) -> Tensor:
-        """Return the unit Ritz vector, as vectors are held."""
-        found = self.run.vectors([self.place % self.run.num_steps])[:, 0].to(hessian.device)
-        return found / hessian.vectors.norm(found)
+    @classmethod
+    def of(
+        cls,
+        hessian: LossOperator,
+        value: Eigenvalue,
+        run: LanczosRun,
+        place: int,
+        worth_asking: float = WORTH_ASKING,
+    ) -> End:
+        """Return one, which does not hold its run.
+
+        Args:
+            hessian: The Hessian.
+            value: The eigenvalue.
+            run: The Lanczos run behind it.
+            place: Which Ritz value, 0 or -1.
+            worth_asking: Share of the largest eigenvalue beyond which a residual is left as it is.
+        """
+        scale = float(run.values.abs().max())
+        # Of processes all have the same runs, and decide alike. NaN is not asked.
+        if not _asks(hessian) or not value.residual <= worth_asking * scale:
+            return cls(value, scale, None)
+        found = run.vectors([place % run.num_steps])[:, 0].to(hessian.device)
+        return cls(value, scale, found.div_(hessian.vectors.norm(found)))
+
+
+def _asks(hessian: LossOperator) -> bool:
+    """Return whether the arithmetic is asked at all: exact products in float32."""
+    return hessian.engine == "exact" and hessian.eps == COARSEST
 
 
 def with_arithmetic(
@@ -64,7 +90,6 @@ def with_arithmetic(
     hessian: LossOperator,
     ends: Sequence[End],
     seed: int,
-    worth_asking: float = WORTH_ASKING,
 ) -> list[Eigenvalue]:
     """Return eigenvalues with what the arithmetic is worth in their errors.
 
@@ -83,19 +108,12 @@ def with_arithmetic(
         hessian: Its Hessian.
         ends: The eigenvalues.
         seed: Fixes the signs.
-        worth_asking: Share of the largest eigenvalue beyond which a residual is left as it is.
     """
     if hessian.engine != "exact" or hessian.eps > COARSEST:
         return [end.value for end in ends]
     if hessian.eps < COARSEST:
         return [end.value.with_arithmetic(0.0) for end in ends]
-    scales = [float(end.run.values.abs().max()) for end in ends]
-    # Of processes all have the same runs, and decide alike. NaN is not asked.
-    asked = [
-        end
-        for end, scale in zip(ends, scales, strict=True)
-        if end.value.residual <= worth_asking * scale
-    ]
+    asked = [end for end in ends if end.vector is not None]
     worth = dict(zip(map(id, asked), _changes(objective, hessian, asked, seed), strict=True))
     return [
         end.value.with_arithmetic(worth[id(end)]) if id(end) in worth else end.value for end in ends
@@ -108,21 +126,21 @@ def _changes(
     """Return the size of the Rayleigh quotients' changes, NaN where memory does not suffice."""
     if not ends:
         return []
-    vectors = [end.vector(hessian) for end in ends]
-    rounding = [ROUNDING * hessian.eps * float(end.run.values.abs().max()) for end in ends]
-    weights = hessian.space.flatten(hessian.space.tensors)
-    signs = hessian.space.vectors(hessian.share).rademacher(
+    rounding = [ROUNDING * hessian.eps * end.scale for end in ends]
+    move = hessian.space.vectors(hessian.share).rademacher(
         generator(seed, STREAM), dtype=hessian.dtype, device=hessian.device
     )
+    move.mul_(hessian.space.flatten(hessian.space.tensors))
     hessian.release()
-    family = Offsets(hessian.space, [weights * signs])
+    family = Offsets(hessian.space, [move])
     squares = [0.0] * len(ends)
     try:
         for step in (MOVE * hessian.eps, -MOVE * hessian.eps):
             family.place([step])
             with objective.hessian(engine="exact", share=hessian.share) as moved:
-                for i, (end, vector) in enumerate(zip(ends, vectors, strict=True)):
-                    quotient = hessian.vectors.inner(vector, moved @ vector)
+                for i, end in enumerate(ends):
+                    assert end.vector is not None
+                    quotient = hessian.vectors.inner(end.vector, moved @ end.vector)
                     squares[i] += (quotient - float(end.value)) ** 2
             still = all(s <= r * r for s, r in zip(squares, rounding, strict=True))
             if still and objective.findings.proof.kinks == 0:

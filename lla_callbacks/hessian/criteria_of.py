@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from lla_callbacks.hessian import criteria
+from lla_callbacks.hessian.settings import HessianSettings
 from lla_callbacks.linalg.density import sampling_error
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.linalg.lanczos import LanczosRun
@@ -28,6 +29,7 @@ FAR_END = (
     "c_t", "r_e", "mainly_positive", "kh05", "kh1", "effective_dimension", "eigenvalue_ratio",
     "gradient_share",
 )  # fmt: skip
+FAR_GAP = "criteria of the far end"
 
 
 def criteria_of(
@@ -153,4 +155,25 @@ def _gradient_share(hessian: LossOperator, run: LanczosRun) -> tuple[float, floa
     next_one = run.values[-NUM_TOP - 1] + run.residuals[-NUM_TOP - 1]
     gap = float(run.values[-NUM_TOP] - next_one)
     bound = float(run.residuals[top].norm()) / gap if gap > 0 else 1.0
+    # The vectors' own rounding, of each.
+    bound += 2 * math.sqrt(NUM_TOP) * run.kept.rounding
     return share, min(bound, 1.0)
+
+
+def without_far_end(
+    settings: HessianSettings,
+    runs: Sequence[LanczosRun],
+    values: dict[str, float],
+    errors: dict[str, float],
+) -> dict[str, str]:
+    """Take out the criteria that a run which ended early cannot say; return the gap, by name."""
+    ended = [run.num_steps for run in runs if run.num_steps < settings.num_steps]
+    if settings.eig_rtol is None or not ended or all(run.broke_down for run in runs):
+        return {}
+    for name in FAR_END:
+        values[name] = errors[name] = math.nan
+    return {
+        FAR_GAP: f"eig_rtol={settings.eig_rtol} ended a run after {min(ended)} of "
+        f"{settings.num_steps} steps, before the far end of the spectrum is known: "
+        f"{', '.join(FAR_END)}. Leave out eig_rtol for them"
+    }

@@ -133,8 +133,9 @@ def _of_first_run(
     depth = min(most, hessian.shape[0])
     kept = list(range(max(0, run.num_steps - count), run.num_steps))
     # The best that is known of each, and something of all else.
-    start = run.vectors(kept).sum(dim=1) + 0.1 * run.basis[0]
-    return lanczos(hessian, start, depth, rtol=RTOL, which=places, basis_device=home)
+    start = run.vectors(kept).sum(dim=1) + 0.1 * run.kept.row(0)
+    half = hessian.keeps_half(depth)
+    return lanczos(hessian, start, depth, rtol=RTOL, which=places, basis_device=home, half=half)
 
 
 def _largest_of_the_rest(

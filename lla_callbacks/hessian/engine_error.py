@@ -78,7 +78,9 @@ def engine_error(hessian: LossOperator, run: LanczosRun, seed: int) -> EngineErr
         run: A Lanczos run from a random start.
         seed: Of the further probes, which differ from those of the trace.
     """
-    start = (run.basis[0] * run.start_norm).to(hessian.device)
+    if run.first_product is None:
+        return random_error(hessian, seed)
+    start = (run.kept.row(0) * run.start_norm).to(hessian.device)
     return random_error(hessian, seed, (start, run.first_product.to(hessian.device)))
 
 

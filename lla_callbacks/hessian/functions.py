@@ -36,7 +36,7 @@ def measure_hessian(
     matrix: Matrix = "hessian",
     layers: Layers = None,
     num_probes: int = HessianSettings.num_probes,
-    num_steps: int = HessianSettings.num_steps,
+    num_steps: int | None = None,
     num_runs: int = HessianSettings.num_runs,
     num_layer_steps: int = HessianSettings.num_layer_steps,
     num_layer_probes: int = HessianSettings.num_layer_probes,
@@ -86,7 +86,8 @@ def measure_hessian(
             ``"blocks"`` every repeated block; or paths, patterns or a predicate of modules,
             see :func:`~lla_callbacks.objective.layers.layer_parameters`.
         num_probes: Random probes of the trace, one product each.
-        num_steps: Depth of a Lanczos run. KH05 compares only at equal depth.
+        num_steps: Depth of a Lanczos run. KH05 compares only at equal depth. ``None``: 24, or as
+            many as memory allows, 12 at the least; ``report.notes`` says so.
         num_runs: Independent Lanczos runs, of the whole and of each layer.
         num_layer_steps: Lanczos depth in each layer's own block, for its extreme
             eigenvalues, density and distance to the whole; 0 does without.
@@ -134,7 +135,8 @@ def measure_hessian(
     """
     held = asked(locals())
     settings = HessianSettings(
-        num_steps=num_steps,
+        num_steps=HessianSettings.num_steps if num_steps is None else num_steps,
+        may_shorten=num_steps is None,
         num_probes=num_probes,
         num_runs=num_runs,
         num_layer_steps=num_layer_steps,

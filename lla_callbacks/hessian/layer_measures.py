@@ -161,7 +161,7 @@ def measure_layers(
     space = hessian.space
     norms = space.vectors(hessian.share).norms(
         space.flatten(space.tensors),
-        [space.index(names).to(space.device) for names in groups.values()],
+        [space.place(names) for names in groups.values()],
     )
     found = {}
     for (layer, names), length in zip(groups.items(), norms, strict=True):
@@ -201,9 +201,10 @@ def _runs(
     if not plan.num_steps:
         return [], []
     starts = [block.rademacher(source) for _ in range(plan.num_runs)]
-    home = block.basis_device(plan.num_steps)
+    home, half = block.basis_device(plan.num_steps), block.keeps_half(plan.num_steps)
     runs = [
-        lanczos(block, z, plan.num_steps, rtol=plan.eig_rtol, basis_device=home) for z in starts
+        lanczos(block, z, plan.num_steps, rtol=plan.eig_rtol, basis_device=home, half=half)
+        for z in starts
     ]
     return runs, starts
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.hessian.arithmetic import End, with_arithmetic
-from lla_callbacks.hessian.criteria_of import FAR_END, criteria_of
+from lla_callbacks.hessian.criteria_of import FAR_GAP, criteria_of, without_far_end
 from lla_callbacks.hessian.eigenvectors import Eigenvectors, leading_eigenvectors
 from lla_callbacks.hessian.engine_error import END_GAP, engine_error, verified_ends
 from lla_callbacks.hessian.layer_measures import LayerMeasurement, LayerTrace, measure_layers
 from lla_callbacks.hessian.settings import HessianSettings
-from lla_callbacks.hessian.spectrum_run import runs_and_traces
+from lla_callbacks.hessian.spectrum_run import affordable, memory_notes, runs_and_traces
 from lla_callbacks.hessian.stability import StabilityLimit, measured_stability
 from lla_callbacks.hessian.trace_share import quadratic_forms, trace_share
 from lla_callbacks.linalg.distance import Quadrature
@@ -226,7 +226,7 @@ def measure(
         engine_reason=reason,
         seconds=seconds,
         self_check=objective.findings.proof.self_check if objective.check else None,
-        notes=objective.notes,
+        notes=(*objective.notes, *found.notes),
     )
 
 
@@ -291,7 +291,11 @@ def _measured(
     space = hessian.space
     groups = layer_parameters(objective.module, space, settings.layers)
     blocks = {layer: hessian.positions(names) for layer, names in groups.items()}
-    scale = hessian.vectors.cut(filter_scales(objective.module, space))
+    wanted, settings = settings, affordable(hessian, settings)
+
+    def scale() -> Tensor:
+        return hessian.vectors.cut(filter_scales(objective.module, space))
+
     runs, traces = runs_and_traces(hessian, settings, blocks, scale)
     off = engine_error(hessian, runs[0], settings.seed)
     early = min(run.num_steps for run in runs) < settings.num_steps
@@ -300,16 +304,8 @@ def _measured(
     if off.gap:
         gaps |= dict.fromkeys(("trace", "layers", "density", "criteria"), off.gap)
     values, errors = criteria_of(hessian, runs, found_ends, traces)
-    ended = [run.num_steps for run in runs if run.num_steps < settings.num_steps]
-    if settings.eig_rtol is not None and ended and not all(run.broke_down for run in runs):
-        for name in FAR_END:
-            values[name] = errors[name] = math.nan
-        gaps["criteria of the far end"] = (
-            f"eig_rtol={settings.eig_rtol} ended a run after {min(ended)} of {settings.num_steps} "
-            f"steps, before the far end of the spectrum is known: {', '.join(FAR_END)}. Leave out "
-            "eig_rtol for them"
-        )
-    shallow = "criteria of the far end" in gaps
+    gaps |= without_far_end(settings, runs, values, errors)
+    shallow = FAR_GAP in gaps
     stability = measured_stability(hessian, limit, ends[1], settings)
     values["stability"], errors["stability"] = float(stability), stability.residual
     if limit is not None and math.isnan(stability):
@@ -334,9 +330,12 @@ def _measured(
         )
     weight_norm = hessian.weight_norm()
     # The last of all, since it takes the operator's memory.
-    lowest = min(runs, key=lambda run: float(run.values[0]))
-    highest = max(runs, key=lambda run: float(run.values[-1]))
-    both = [End(ends[0], lowest, 0), End(ends[1], highest, -1)]
+    both = [
+        End.of(hessian, ends[0], min(runs, key=lambda run: float(run.values[0])), 0),
+        End.of(hessian, ends[1], max(runs, key=lambda run: float(run.values[-1])), -1),
+    ]
+    notes = memory_notes(wanted, settings, runs)
+    runs = [run.forgotten() for run in runs]
     lambda_min, lambda_max = with_arithmetic(objective, hessian, both, settings.seed)
     if limit is not None and limit.is_uniform:
         errors["stability"] = limit.rate * lambda_max.residual
@@ -348,7 +347,7 @@ def _measured(
         filter_curvature=traces.scaled[0],
         # Of the scaled trace's share in the engine's error nothing is known but its size.
         filter_curvature_sem=math.hypot(
-            traces.scaled[1], off.trace * hessian.vectors.largest(scale)
+            traces.scaled[1], off.trace * hessian.vectors.largest(scale()) if off.trace else 0.0
         ),
         weight_norm=weight_norm,
         layers=layers,
@@ -375,6 +374,7 @@ def _measured(
         product_error=off.random,
         gaps=gaps,
         eigenvectors=eigenvectors,
+        notes=notes,
     )
     return _without_random(found) if off.gap else found
 

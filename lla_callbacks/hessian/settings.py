@@ -9,6 +9,7 @@ from lla_callbacks.hessian.layer_measures import LayerPlan
 from lla_callbacks.objective.checks import (
     MOST_WORK,
     even,
+    flag,
     fraction,
     none_or_two,
     seed_of,
@@ -52,6 +53,8 @@ class HessianSettings:
             since each is as large as the network.
         seed: Fixes every random vector.
         chunk_size: Vectors in one backward pass; the results do not depend on it.
+        may_shorten: Whether a run may take fewer steps than ``num_steps`` where memory is tight,
+            since nobody asked for as many: 12 at the least. The result says so. Default False.
 
     Raises:
         ValueError: Naming the setting, what was given, and what is allowed.
@@ -68,8 +71,10 @@ class HessianSettings:
     num_eigenvectors: int = 0
     seed: int = 0
     chunk_size: int = 1
+    may_shorten: bool = False
 
     def __post_init__(self) -> None:
+        settle(self, may_shorten=flag("may_shorten", self.may_shorten))
         for name, least in {
             "num_steps": 2,
             "num_probes": 2,

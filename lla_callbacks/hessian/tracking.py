@@ -200,6 +200,7 @@ def _tracked(
             rtol=rtol,
             which="max",
             basis_device=hessian.basis_device(settings.num_steps),
+            half=hessian.keeps_half(settings.num_steps),
         )
         state = replace(state, vector=_top_vector(run), dim=space.dim)
         top = verified_end(
@@ -219,8 +220,8 @@ def _tracked(
     weight_norm = hessian.weight_norm()
     if run is not None:
         # The last of all, since it takes the operator's memory.
-        ends = [End(top, run, -1)]
-        top = with_arithmetic(objective, hessian, ends, settings.seed, LIGHT_WORTH_ASKING)[0]
+        ends = [End.of(hessian, top, run, -1, LIGHT_WORTH_ASKING)]
+        top = with_arithmetic(objective, hessian, ends, settings.seed)[0]
     found = HessianTracking(
         lambda_max=top,
         trace=values[0],
@@ -287,7 +288,7 @@ def _traces(
 ) -> tuple[list[float], list[float], list[str], TrackerState]:
     """Return values and standard errors, the whole first, with the layers' names."""
     groups = layer_parameters(objective.module, hessian.space, settings.layers)
-    blocks = {layer: _positions(hessian, names) for layer, names in groups.items()}
+    blocks = {layer: hessian.positions(names) for layer, names in groups.items()}
     known = None if run is None else _top_alone(run)
     past = _fitting(state.trace, 1 + len(blocks))
     time_of = 0 if past is None else past.time
@@ -332,17 +333,6 @@ def _probe(estimator: TraceEstimator, count: int, seed: int, *key: int) -> None:
 def _fitting(past: TraceState | None, rows: int) -> TraceState | None:
     """Return the past, unless it is of other layers."""
     return past if past is not None and len(past.level) == rows else None
-
-
-def _positions(hessian: LossOperator, names: Sequence[str]) -> Index:
-    """Return a layer's positions: a slice where they are in a row, which sums much faster."""
-    index = hessian.space.index(names)
-    if not len(index):
-        return slice(0, 0)
-    first, last = int(index[0]), int(index[-1])
-    if last - first + 1 == len(index):
-        return hessian.vectors.local(slice(first, last + 1))
-    return hessian.positions(names)
 
 
 def _start(hessian: LossOperator, vector: Tensor | None, seed: int) -> Tensor:

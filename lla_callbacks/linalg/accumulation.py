@@ -49,7 +49,7 @@ def total(vector: Tensor) -> float:
 def coordinates(rows: Tensor, vector: Tensor) -> Tensor:
     """Return ``rows @ vector`` for rows ``(k, n)``: shape ``(k,)``, float64, on the CPU."""
     pairs = zip(_pieces(rows), _pieces(vector), strict=True)
-    return _together([part @ x for part, x in pairs], len(rows))
+    return _together([part.to(x.dtype) @ x for part, x in pairs], len(rows))
 
 
 def orthogonalised(
@@ -59,39 +59,54 @@ def orthogonalised(
     counted: Sequence[slice] | None = None,
     added: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, float]:
-    """Return a vector with its part along orthonormal rows taken out twice, by Gram-Schmidt.
+    """Return what :func:`orthogonalise` leaves of a vector, and what it returns."""
+    left = vector.clone()
+    return left, *orthogonalise(rows, left, counted=counted, added=added)
 
-    The second time is done while a piece is at hand, so that the rows are read three times and
-    not four.
+
+def orthogonalise(
+    rows: Tensor,
+    vector: Tensor,
+    scale: float = 1.0,
+    *,
+    counted: Sequence[slice] | None = None,
+    added: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, float]:
+    """Take a vector's part along orthonormal rows out of it, where it stands, by Gram-Schmidt.
+
+    Twice; the second time is done while a piece is at hand, so that the rows are read three times
+    and not four.
 
     Args:
-        rows: Orthonormal, shape ``(k, n)``.
+        rows: Orthonormal but for the scale, shape ``(k, n)``; of another dtype, perhaps.
         vector: Shape ``(n,)``.
+        scale: Norm of the rows.
         counted: Ranges of entries that count in inner products, ascending; ``None``: all.
         added: Adds up inner products ``(k,)`` over the processes that hold the pieces of longer
             rows and vectors.
 
     Returns:
-        What is left, shape ``(n,)``; the coefficients of what was taken out, shape ``(k,)``,
-        float64 on the CPU; and the norm of what is left, NaN where it is a piece.
+        The coefficients of what was taken out, shape ``(k,)``, float64 on the CPU; and the norm of
+        what is left, NaN where it is a piece.
     """
-    left = vector.clone()
     parts = [
         (part, x, counts)
-        for where, counts in _ranges(left.numel(), counted)
-        for part, x in zip(_pieces(rows[:, where]), _pieces(left[where]), strict=True)
+        for where, counts in _ranges(vector.numel(), counted)
+        for part, x in zip(_pieces(rows[:, where]), _pieces(vector[where]), strict=True)
     ]
-    first = _together([part @ x for part, x, counts in parts if counts], len(rows), added)
-    taken, corrections = first.to(vector), []
+    products = [part.to(x.dtype) @ x for part, x, counts in parts if counts]
+    first = _together(products, len(rows), added) / scale
+    taken, corrections = (first / scale).to(vector), []
     for part, x, counts in parts:
+        part = part.to(x.dtype)
         x.addmv_(part.T, taken, alpha=-1)
         if counts:
             corrections.append(part @ x)
-    second = _together(corrections, len(rows), added)
-    taken = second.to(vector)
+    second = _together(corrections, len(rows), added) / scale
+    taken = (second / scale).to(vector)
     for part, x, _ in parts:
-        x.addmv_(part.T, taken, alpha=-1)
-    return left, first + second, norm(left) if added is None else math.nan
+        x.addmv_(part.to(x.dtype).T, taken, alpha=-1)
+    return first + second, norm(vector) if added is None else math.nan
 
 
 def _ranges(size: int, counted: Sequence[slice] | None) -> list[tuple[slice, bool]]:

@@ -153,7 +153,7 @@ class DifferenceOperator(LossOperator):
             ahead = self._gradient()[1]
             move(vector, -step / size)
             behind = self._gradient()[1]
-        return (ahead - behind) * (size / (2 * step))
+        return ahead.sub_(behind).mul_(size / (2 * step))
 
     @contextmanager
     def _moving(self) -> Iterator[Callable[[Tensor, float], None]]:
@@ -201,7 +201,8 @@ class DifferenceOperator(LossOperator):
                         value, gradients = term.guarded(differentiated)
                     else:
                         value, gradients = differentiated(term.evaluate())
-                flat = self.space.flatten(gradients)
+                weight = 1.0 if self._averages else term.weight
+                self.space.add_to(gradient, gradients, weight)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -209,7 +210,8 @@ class DifferenceOperator(LossOperator):
             if trouble is not None:
                 self._halve(i, trouble)
                 continue
-            gradient += flat if self._averages else term.weight * flat
+            # A pass's gradients are not kept while the next one makes its own.
+            del gradients
             loss += term.weight * value
             i += 1
         if self._averages > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,20 +75,20 @@ class HessianOperator(LossOperator):
         loss, gradient = 0.0, self.space.zeros()
 
         def visit(term: LossTerm) -> None:
-            nonlocal loss, gradient
-            value, gradients = self._differentiate(term)
-            part = term.weight * self.space.flatten(gradients)
+            nonlocal loss
+            value, gradients, _ = self._differentiate(term)
             if term.keep and self._keeps:
                 self._keep(gradients, term.weight)
-            gradient += part
+            # Once nothing can go wrong any more, since it would be tried again.
+            self.space.add_to(gradient, gradients, term.weight)
             loss += term.weight * value
 
         self._visit_terms(visit, lambda term: True)
         return loss, gradient
 
     def _local_product(self, columns: Tensor, chosen: Sequence[int]) -> Tensor:
-        total = torch.zeros_like(columns)
-        if self._keeps:
+        total: Tensor | None = None
+        if self._keeps and self._holds_graphs:
             try:
                 total = self._in_chunks(self._kept, columns, chosen)
             except Exception as error:
@@ -99,11 +100,12 @@ class HessianOperator(LossOperator):
 
         def visit(term: LossTerm) -> None:
             nonlocal total
-            gradients = self._differentiate(term)[1]
-            total = total + term.weight * self._in_chunks(gradients, columns, chosen)
+            _, gradients, own = self._differentiate(term)
+            part = self._in_chunks(gradients, columns, chosen, last=own)
+            total = part.mul_(term.weight) if total is None else total.add_(part, alpha=term.weight)
 
         self._visit_terms(visit, lambda term: not (term.keep and keeps))
-        return total
+        return torch.zeros_like(columns) if total is None else total
 
     def _visit_terms(
         self, visit: Callable[[LossTerm], None], wanted: Callable[[LossTerm], bool]
@@ -142,33 +144,58 @@ class HessianOperator(LossOperator):
                 # A gradient without a graph is constant in the parameters: its rows are zero.
                 if gradient is not None and gradient.requires_grad:
                     known, part = self._kept[i], weight * gradient
-                    self._kept[i] = part if known is None else known + part
+                    with _of_no_value(known):
+                        self._kept[i] = part if known is None else known + part
+                    _forget_value(self._kept[i])
 
-    def _differentiate(self, term: LossTerm) -> tuple[float, Gradients]:
-        """Return the loss of one batch and its gradients, differentiable once more."""
+    def _differentiate(self, term: LossTerm) -> tuple[float, Gradients, bool]:
+        """Return the loss of one batch and its gradients, differentiable once more.
+
+        And whether all of their graph was made here, so that nobody else may need it.
+        """
         with self._differentiating():
+            begin = _mark()
             loss = term.evaluate()
             value = loss_value(loss)
+            own = _is_since(loss, begin)
             with explaining_missing_derivative(), refusing_lost_graphs(loss):
                 gradients = torch.autograd.grad(
                     loss.reshape(()), self.space.tensors, create_graph=True, allow_unused=True
                 )
                 refuse_dead_ends(gradients)
-        return value, list(gradients)
+        return value, list(gradients), own
 
-    def _in_chunks(self, gradients: Gradients, columns: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Return the product of one gradient graph with all columns, chunk by chunk."""
+    def _in_chunks(
+        self, gradients: Gradients, columns: Tensor, chosen: Sequence[int], *, last: bool = False
+    ) -> Tensor:
+        """Return the product of one gradient graph with all columns, chunk by chunk.
+
+        Args:
+            gradients: The graph.
+            columns: The vectors, ``(size, k)``.
+            chosen: Which parameters'.
+            last: Whether nothing else is asked of this graph. It is then taken down while it is
+                walked for the last time, so that what the walk holds takes the place of what it has
+                left behind.
+        """
         while True:
             chunks = torch.split(columns, self._chunk_size, dim=1)
+            # Larger chunks may have to be tried again, smaller.
+            final = len(chunks) - 1 if last and self._chunk_size == 1 else -1
             try:
-                parts = [self._backward(gradients, chunk, chosen) for chunk in chunks]
-                return torch.cat(parts, dim=1)
+                parts = [
+                    self._backward(gradients, chunk, chosen, free=i == final)
+                    for i, chunk in enumerate(chunks)
+                ]
+                return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
             except Exception as error:
                 if self._chunk_size == 1 or not is_out_of_memory(error):
                     raise
             self._chunk_size //= 2
 
-    def _backward(self, gradients: Gradients, columns: Tensor, chosen: Sequence[int]) -> Tensor:
+    def _backward(
+        self, gradients: Gradients, columns: Tensor, chosen: Sequence[int], *, free: bool = False
+    ) -> Tensor:
         """Return the product of one gradient graph, ``(size, k)``, by one backward pass."""
         likes = [self.space.tensors[i] for i in chosen]
         sizes = [local_part(like).numel() for like in likes]
@@ -192,7 +219,7 @@ class HessianOperator(LossOperator):
                 outputs,
                 likes,
                 cotangents,
-                retain_graph=True,
+                retain_graph=not free,
                 allow_unused=True,
                 is_grads_batched=batched,
             )
@@ -209,6 +236,48 @@ def _rows(product: Tensor, like: Tensor, num_columns: int) -> Tensor:
     """Return products with several vectors as columns ``(size, k)``, as far as they are here."""
     part = product if num_columns > 1 else part_like(product, like)
     return part.reshape(num_columns, -1).T
+
+
+def _mark() -> int:
+    """Return the number of the node that autograd makes now; later ones have higher numbers."""
+    node: Any = torch.zeros((), requires_grad=True).exp().grad_fn
+    return int(node._sequence_nr())
+
+
+def _is_since(loss: Tensor, mark: int) -> bool:
+    """Return whether no node of a loss's graph is older than a mark.
+
+    Older ones are of a graph that the user holds (weights that another network made, say) and may
+    walk again. Where parameters are stored counts as no node.
+    """
+    waiting: list[Any] = [loss.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node._sequence_nr() < mark:
+            return False
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                waiting.append(below)
+    return True
+
+
+def _forget_value(tensor: Tensor | None) -> None:
+    """Drop a tensor's entries, of which its graph knows nothing, and keep its graph."""
+    if type(tensor) is Tensor:
+        tensor.untyped_storage().resize_(0)
+
+
+@contextmanager
+def _of_no_value(tensor: Tensor | None) -> Iterator[None]:
+    """Give a tensor whose entries were dropped some entries, any, while it is added to another."""
+    if type(tensor) is Tensor:
+        tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
+    try:
+        yield
+    finally:
+        _forget_value(tensor)
 
 
 def refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.basis import Basis
 from lla_callbacks.linalg.operators import SymmetricOperator
 
 # Margin over one eps for the rounding of a product.
@@ -29,32 +31,42 @@ class LanczosRun:
     Attributes:
         diagonal: ``alpha``, shape ``(k,)``, float64 on the CPU.
         off_diagonal: ``beta`` between basis vectors, shape ``(k - 1,)``, float64, CPU.
-        basis: ``Q``, shape ``(k, dim)``: basis vectors as *rows*, in the operator's dtype. It
-            and all other vectors are on the operator's device, or on the CPU.
+        kept: ``Q``, its basis vectors as rows, perhaps in half of their memory. They and all
+            other vectors are on the operator's device, or on the CPU.
         next_vector: ``q``, the unit vector that would come next, shape ``(dim,)``; zeros
             after a breakdown.
         next_norm: ``beta``, its coefficient; 0 after a breakdown.
-        first_product: ``A z`` of the start vector ``z`` as given, shape ``(dim,)``.
+        first_product: ``A z`` of the start vector ``z`` as given, shape ``(dim,)``; ``None`` where
+            it was not to be kept.
         start_norm: ``||z||``.
         eps: Relative rounding of the operator's products.
         broke_down: Whether an invariant subspace was found. The Ritz pairs are then exact
             eigenpairs, and the quadrature is exact for this start vector.
+        stray: Norm of what the factorisation holds beside: whatever had to be taken out of products
+            that lay along earlier basis vectors, since these are kept rounded. 0 where they are
+            not. Part of every residual.
     """
 
     diagonal: Tensor
     off_diagonal: Tensor
-    basis: Tensor
+    kept: Basis
     next_vector: Tensor
     next_norm: float
-    first_product: Tensor
+    first_product: Tensor | None
     start_norm: float
     eps: float
     broke_down: bool
+    stray: float = 0.0
 
     @property
     def num_steps(self) -> int:
         """Depth ``k`` that was reached."""
         return self.diagonal.numel()
+
+    @property
+    def basis(self) -> Tensor:
+        """``Q`` in the operator's dtype, shape ``(k, dim)``; a copy where it is kept rounded."""
+        return self.kept.rows
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
@@ -85,10 +97,10 @@ class LanczosRun:
         An eigenvalue lies within the residual of each Ritz value (Parlett 1998, theorem
         4.5.1). The value is ``beta |s_k|`` (ibid., section 13.2), never below ``10 eps``
         times the largest Ritz value in magnitude: products of deep networks were seen to be
-        off by up to two eps, against float64.
+        off by up to two eps, against float64. :attr:`stray` comes on top.
         """
         rounding = ROUNDING * self.eps * self.values.abs().max()
-        return (self.next_norm * self._eigh[1][-1].abs()).clamp(min=rounding)
+        return (self.next_norm * self._eigh[1][-1].abs()).clamp(min=rounding) + self.stray
 
     def settled(self, place: int, rtol: float, history: Sequence[Tensor] | None = None) -> bool:
         """Return whether the Ritz value at a place is the eigenvalue of that place, to ``rtol``.
@@ -117,8 +129,8 @@ class LanczosRun:
             self,
             diagonal=self.diagonal[:num_steps],
             off_diagonal=self.off_diagonal[: num_steps - 1],
-            basis=self.basis[:num_steps],
-            next_vector=self.basis[num_steps],
+            kept=self.kept.first(num_steps),
+            next_vector=self.kept.row(num_steps),
             next_norm=float(self.off_diagonal[num_steps - 1]),
             broke_down=False,
         )
@@ -157,7 +169,7 @@ class LanczosRun:
         return LanczosRun(
             diagonal=self.values[which].reshape(1),
             off_diagonal=self.off_diagonal[:0],
-            basis=vector[None],
+            kept=Basis(vector[None], vector.dtype),
             next_vector=self.next_vector if last >= 0 else -self.next_vector,
             next_norm=self.next_norm * abs(last),
             first_product=float(self.values[which]) * vector
@@ -165,12 +177,18 @@ class LanczosRun:
             start_norm=1.0,
             eps=self.eps,
             broke_down=self.broke_down,
+            stray=self.stray,
         )
+
+    def forgotten(self) -> LanczosRun:
+        """Return what is left without any vector as long as the basis's: values and weights."""
+        none = self.next_vector[:0]
+        rows = Basis(self.kept.kept[:, :0], self.kept.dtype, self.kept.scale)
+        return replace(self, kept=rows, next_vector=none, first_product=none)
 
     def vectors(self, which: Tensor | list[int]) -> Tensor:
         """Return Ritz vectors as columns, ``(dim, len(which))``, indexed like ``values``."""
-        small = self._eigh[1][:, which].to(self.basis)
-        return self.basis.T @ small
+        return self.kept.combined(self._eigh[1][:, which])
 
 
 def lanczos(
@@ -181,6 +199,8 @@ def lanczos(
     rtol: float | None = None,
     which: str | Sequence[int] = "both",
     basis_device: torch.device | str | None = None,
+    half: bool = False,
+    keep_product: bool = True,
 ) -> LanczosRun:
     """Return the Lanczos factorisation of an operator from a start vector.
 
@@ -202,6 +222,10 @@ def lanczos(
             (or rounding), and must have stood there for a while (:data:`SETTLED_SINCE`).
         basis_device: Where the basis is kept and orthogonalised; ``None``: on the operator's
             device. On the CPU it leaves that device's memory to the products.
+        half: Keep a basis of float32 in half of its memory; see
+            :mod:`~lla_callbacks.linalg.basis`. What is multiplied is not rounded, nor is what the
+            three terms of the recurrence take out.
+        keep_product: Whether the product with the start vector is wanted later.
 
     Raises:
         ValueError: If ``num_steps < 1`` or the start vector is zero or not finite.
@@ -217,37 +241,59 @@ def lanczos(
     if not 0 < start_norm < float("inf"):
         raise ValueError(f"the start vector has norm {start_norm}; give a finite non-zero one.")
     depth = min(num_steps, dim)
-    basis = start.new_empty(depth, vectors.length)
-    basis[0] = start / start_norm
+    rows = Basis.empty(depth, start, vectors, half=half)
+    unit = start / start_norm
+    del start
+    rows.write(0, unit)
+    before = None
     diagonal: list[float] = []
     off_diagonal: list[float] = []
-    first_product = start
+    first_product = None
+    stray = 0.0
     eps = torch.finfo(operator.dtype).eps
     history: list[Tensor] = []
     while True:
         k = len(diagonal)
-        product = (operator @ basis[k]).to(home)
-        if k == 0:
+        if not rows.is_half:
+            # No second copy of what the basis has.
+            unit = rows.row(k)
+        product = (operator @ unit).to(home)
+        if product.data_ptr() == unit.data_ptr():
+            # An operator may return what it was given.
+            product = product.clone()
+        if k == 0 and keep_product:
             first_product = product * start_norm
-        known = basis[: k + 1]
+        known = rows.first(k + 1)
         scale = vectors.norm(product)
-        product, coefficients, beta = vectors.orthogonalised(known, product)
-        diagonal.append(float(coefficients[k]))
+        alpha = 0.0
+        if rows.is_half:
+            if before is not None:
+                product.sub_(before, alpha=off_diagonal[-1])
+            alpha = vectors.inner(unit, product)
+            product.sub_(unit, alpha=alpha)
+        coefficients, beta = known.taken_out(vectors, product)
+        diagonal.append(alpha + float(coefficients[k]))
+        if rows.is_half:
+            stray = math.hypot(stray, float(coefficients.norm()))
         # What is left of the product is rounding error: the subspace is invariant.
         broke_down = beta <= 10 * eps * max(scale, _scale(diagonal, off_diagonal)) or k + 1 == dim
         finished = broke_down or k + 1 == depth
-        run = None
+        if broke_down:
+            product.zero_()
+        else:
+            product.div_(beta)
         if finished or rtol is not None:
             run = LanczosRun(
                 diagonal=torch.tensor(diagonal, dtype=torch.float64),
                 off_diagonal=torch.tensor(off_diagonal, dtype=torch.float64),
-                basis=known,
-                next_vector=torch.zeros_like(product) if broke_down else product / beta,
+                kept=known,
+                next_vector=product,
                 next_norm=0.0 if broke_down else beta,
                 first_product=first_product,
                 start_norm=start_norm,
                 eps=operator.eps,
                 broke_down=broke_down,
+                stray=stray,
             )
             if finished:
                 return run
@@ -258,7 +304,10 @@ def lanczos(
             elif all(run.settled(place, rtol or 0.0, history) for place in which):
                 return run
         off_diagonal.append(beta)
-        basis[k + 1] = product / beta
+        rows.write(k + 1, product)
+        if rows.is_half:
+            before, unit = unit, product
+        del product
 
 
 def _scale(diagonal: list[float], off_diagonal: list[float]) -> float:

@@ -22,6 +22,13 @@ from lla_callbacks.linalg.vectors import Index, Vectors, vectors_of
 Differentiated = tuple[float, Sequence[Tensor | None]]
 
 
+# A basis of so few bytes is not felt beside Python and torch. Choice.
+LEAST_BASIS = 64 * 2**20
+# A run is shortened to so many steps at the least: half of the default, and where the largest
+# eigenvalue of most networks stands to 1 %.
+LEAST_STEPS = 12
+
+
 @dataclass(frozen=True)
 class LossTerm:
     """One summand ``weight * evaluate()`` of a loss, usually one batch.
@@ -69,6 +76,8 @@ class LossOperator(SymmetricOperator):
         loss: The loss ``L``, a float.
         gradient: ``dL/dtheta``, as vectors are held.
         room: Bytes that vectors may take on the device; more of them live on the CPU.
+        basis_room: Bytes that a basis may take where there is nowhere else to go, beside the
+            vectors that are at work.
 
     Raises:
         NonFiniteError: If a loss, a gradient or a product is not finite.
@@ -77,6 +86,7 @@ class LossOperator(SymmetricOperator):
     engine = "exact"
     matrix = "hessian"
     room = math.inf
+    basis_room = math.inf
     # Whether what a process computes is the sum over all processes already.
     is_summed = False
 
@@ -103,6 +113,7 @@ class LossOperator(SymmetricOperator):
         self._context = context
         self._released = False
         self._known: list[tuple[Tensor, Tensor]] = []
+        self._follows = False
         # All who take part in a product.
         self._everyone = self.share if self.share.size > 1 else self.vectors.share
         self.loss = 0.0
@@ -114,7 +125,7 @@ class LossOperator(SymmetricOperator):
 
     def positions(self, names: Sequence[str]) -> Index:
         """Return where the entries of some parameters are in vectors, as these are held."""
-        return self.vectors.local(self.space.index(names).to(self.device))
+        return self.vectors.local(self.space.place(names))
 
     def weight_norm(self) -> float:
         """Return the Euclidean norm of the parameters."""
@@ -138,6 +149,34 @@ class LossOperator(SymmetricOperator):
         """Return where so many vectors should live."""
         size = num_vectors * self.vectors.length * self.gradient.element_size()
         return self.device if size <= self.room else torch.device("cpu")
+
+    def keeps_half(self, num_vectors: int) -> bool:
+        """Return whether a basis of so many vectors is kept in half of its memory.
+
+        On a CPU, where it would not fit, and is not small beside the process itself. All processes
+        come to the same decision.
+        """
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            return False
+        size = num_vectors * self.gradient.element_size()
+        if size * -(-self.shape[0] // self._everyone.size) <= LEAST_BASIS:
+            return False
+        fits = size * self.vectors.length <= self.basis_room
+        if self._everyone.size == 1:
+            return not fits
+        refusals = torch.tensor([float(not fits)], dtype=torch.float64)
+        return float(self._everyone.total(refusals)[0]) > 0
+
+    def affordable_steps(self, num_steps: int, num_runs: int = 1) -> int:
+        """Return how many of these steps there is memory for, :data:`LEAST_STEPS` at least.
+
+        Of several processes each has its part of a basis, and none is shortened.
+        """
+        if self._everyone.size > 1 or not self.keeps_half(num_steps * num_runs):
+            return num_steps
+        a_step = num_runs * self.vectors.length * self.gradient.element_size() / 2
+        fitting = int(max(self.basis_room, LEAST_BASIS) / a_step)
+        return min(num_steps, max(LEAST_STEPS, fitting))
 
     def product(
         self, columns: Tensor, chosen: Sequence[int], vectors: Vectors | None = None
@@ -206,14 +245,18 @@ class LossOperator(SymmetricOperator):
 
     def remember(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Keep vectors with their products, each for the next time it is asked for."""
-        self._known = list(pairs)
+        self._known, self._follows = list(pairs), False
 
     def _matmat(self, columns: Tensor) -> Tensor:
         if columns.shape[1] == 1:
             for i, (vector, product) in enumerate(self._known):
                 if self.vectors.agreed(torch.equal(vector, columns[:, 0])):
                     del self._known[i]
+                    self._follows = True
                     return product[:, None]
+            if self._follows:
+                # The run that it is for goes another way, as one with a rounded basis does.
+                self._known = []
         return self.product(columns, range(len(self.space.tensors)))
 
     def _together(
@@ -312,6 +355,11 @@ class HessianBlockOperator(SymmetricOperator):
         """Return where so many vectors of the block should live."""
         whole = self._hessian.shape[0]
         return self._hessian.basis_device(-(-num_vectors * self.shape[0] // whole))
+
+    def keeps_half(self, num_vectors: int) -> bool:
+        """Return whether a basis of so many vectors of the block is kept in half of its memory."""
+        whole = self._hessian.shape[0]
+        return self._hessian.keeps_half(-(-num_vectors * self.shape[0] // whole))
 
     def _matmat(self, columns: Tensor) -> Tensor:
         return self._hessian.product(columns, self._chosen, self.vectors)

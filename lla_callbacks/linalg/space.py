@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -104,6 +105,17 @@ class ParameterSpace:
         ]
         return torch.cat(parts)
 
+    def add_to(self, vector: Tensor, tensors: Sequence[Tensor | None], weight: float) -> None:
+        """Add tensors times a number to a vector ``(length,)``, where it stands."""
+        parts = [
+            (name, part_like(tensor.detach(), like).reshape(-1).to(self.dtype))
+            for name, tensor, like in zip(self.names, tensors, self.tensors, strict=True)
+            if tensor is not None
+        ]
+        # Nothing is added where there is no memory for all of it.
+        for name, part in parts:
+            vector[self.slices[name]].add_(part, alpha=weight)
+
     def unflatten(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Return tensors shaped, typed and spread like the parameters, from ``(length,)``."""
         return tuple(
@@ -165,3 +177,12 @@ class ParameterSpace:
             if name in chosen
         ]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+    def place(self, names: Iterable[str]) -> slice | Tensor:
+        """Return the same positions, as a range where they are one: it takes no memory."""
+        chosen = set(names)
+        found = [self.slices[name] for name in self.names if name in chosen]
+        joined = all(a.stop == b.start for a, b in pairwise(found))
+        if chosen <= self.slices.keys() and found and joined:
+            return slice(found[0].start, found[-1].stop)
+        return self.index(chosen).to(self.device)

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.basis import PIECE
 from lla_callbacks.linalg.lanczos import ROUNDING, LanczosRun
 from lla_callbacks.linalg.operators import SymmetricOperator
 from lla_callbacks.linalg.student import widened_sem
 from lla_callbacks.linalg.vectors import Index
-
-# Coordinates that are multiplied at once: 6 MiB for a basis of 24, small beside any that is larger.
-PIECE = 2**16
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class TraceEstimator:
         self._known = known
         # Row 0 is the whole, then come the blocks, and last the scaled sum.
         # Vectors meet where the run keeps its basis.
-        self._home = operator.device if known is None else known.basis.device
+        self._home = operator.device if known is None else known.kept.device
         self._blocks = {
             name: index if isinstance(index, slice) else index.to(self._home)
             for name, index in blocks.items()
@@ -100,6 +98,8 @@ class TraceEstimator:
             # As each eigenvalue's, and at worst all err in one direction: long sums inside of a
             # model were seen to be off by 3 eps in 16 eigenvalues alike.
             self._rounding = ROUNDING * known.eps * float(known.values.norm())
+            # A rounded basis misses what its last vector's rounding has of the next, twice.
+            self._rounding = math.hypot(self._rounding, 2 * known.stray)
 
     @property
     def num_probes(self) -> int:
@@ -122,7 +122,10 @@ class TraceEstimator:
     def add_probe(self, source: torch.Generator) -> None:
         """Draw one probe and spend one product on it."""
         probe = self._operator.rademacher(source)
-        self._add(probe, self._operator @ self._project(probe))
+        vector = self._project(probe)
+        # Signs are kept in an octet each while there is a product.
+        probe = probe.to(self._home, torch.int8)
+        self._add(probe, self._operator @ vector)
 
     def add_run(self, run: LanczosRun, start: Tensor) -> None:
         """Use the first step of another Lanczos run as a probe, at no further product.
@@ -134,24 +137,26 @@ class TraceEstimator:
             start: Its start vector, a Rademacher vector drawn independently.
         """
         product = run.first_product
+        assert product is not None, "a run that feeds a trace keeps its first product"
         if self._known is not None:
-            inside = self._vectors.coordinates(self._known.basis, start.to(self._home)).to(product)
-            product = (
-                product
-                - self._known.basis.T @ self._known.project(inside)
-                - self._known.next_vector * (self._known.next_norm * inside[-1])
-            )
-        self._add(start, product)
+            known = self._known
+            inside = known.kept.coordinates(self._vectors, start.to(self._home))
+            product = product - known.kept.combined(known.project(inside))
+            product.sub_(known.next_vector, alpha=known.next_norm * float(inside[-1]))
+        self._add(start.to(self._home), product)
 
     def _project(self, vector: Tensor) -> Tensor:
+        """Return ``P v``, another tensor."""
+        vector = vector.to(self._home)
         if self._known is None:
-            return vector.to(self._home)
-        basis, inside = self._known.basis, vector.to(self._home)
-        return inside - basis.T @ self._vectors.coordinates(basis, inside).to(inside)
+            return vector.clone()
+        kept = self._known.kept
+        along = kept.combined(kept.coordinates(self._vectors, vector))
+        return torch.sub(vector, along, out=along)
 
     def _add(self, probe: Tensor, product: Tensor) -> None:
-        self._samples.append(self._sums(probe.to(self._home) * self._project(product)))
         self._squares.append(self._vectors.inner(product, product))
+        self._samples.append(self._sums(self._project(product).mul_(probe)))
 
     def _sums(self, diagonal: Tensor) -> Tensor:
         """Return the sum over everything and over each block, float64, on the CPU."""
@@ -195,7 +200,10 @@ def _variance(samples: Tensor) -> Tensor:
 def _known_diagonal(run: LanczosRun) -> Tensor:
     """Return the diagonal of ``Q Q'A + A Q Q' - Q T Q'``, shape ``(dim,)``."""
     # In pieces: the image of a basis is never held beside it.
-    pieces = torch.split(run.basis, PIECE, dim=1)
-    diagonal = torch.cat([(piece * run.project(piece)).sum(dim=0) for piece in pieces])
-    # What A Q has outside of the basis enters twice: from Q Q'A and from A Q Q'.
-    return diagonal + 2 * run.next_norm * run.basis[-1] * run.next_vector
+    diagonal = torch.empty_like(run.next_vector)
+    long = (torch.split(vector, PIECE) for vector in (diagonal, run.next_vector))
+    for to, following, piece in zip(*long, run.kept.pieces(), strict=True):
+        torch.sum(piece * run.project(piece), dim=0, out=to)
+        # What A Q has outside of the basis enters twice: from Q Q'A and from A Q Q'.
+        to += 2 * run.next_norm * piece[-1] * following
+    return diagonal

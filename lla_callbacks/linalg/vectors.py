@@ -58,7 +58,14 @@ class Vectors:
 
     def orthogonalised(self, rows: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, float]:
         """See :func:`~lla_callbacks.linalg.accumulation.orthogonalised`."""
-        return accumulation.orthogonalised(rows, vector)
+        left = vector.clone()
+        return left, *self.orthogonalise(rows, left)
+
+    def orthogonalise(
+        self, rows: Tensor, vector: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, float]:
+        """See :func:`~lla_callbacks.linalg.accumulation.orthogonalise`."""
+        return accumulation.orthogonalise(rows, vector, scale)
 
     def products(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return ``rows @ columns``, ``(j, length)`` by ``(length, k)``: float64, on the CPU."""
@@ -97,8 +104,11 @@ class Vectors:
 
     def finite(self, vectors: Tensor) -> bool:
         """Return whether all entries of vectors ``(length, ...)`` are finite."""
-        # The largest magnitude is NaN if any entry is.
-        return vectors.numel() == 0 or math.isfinite(float(vectors.abs().max()))
+        if vectors.numel() == 0:
+            return True
+        # Both are NaN if any entry is, and no second vector is made.
+        low, high = torch.aminmax(vectors)
+        return math.isfinite(float(torch.maximum(-low, high)))
 
     def agreed(self, yes: bool) -> bool:
         """Return whether all processes say yes."""
@@ -176,12 +186,14 @@ class Pieces(Vectors):
             mine += accumulation.coordinates(part, x)
         return self._added(mine)
 
-    def orthogonalised(self, rows: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, float]:
-        """See :func:`~lla_callbacks.linalg.accumulation.orthogonalised`."""
-        left, coefficients, _ = accumulation.orthogonalised(
-            rows, vector, counted=self._counted, added=self._added
+    def orthogonalise(
+        self, rows: Tensor, vector: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, float]:
+        """See :func:`~lla_callbacks.linalg.accumulation.orthogonalise`."""
+        coefficients, _ = accumulation.orthogonalise(
+            rows, vector, scale, counted=self._counted, added=self._added
         )
-        return left, coefficients, self.norm(left)
+        return coefficients, self.norm(vector)
 
     def products(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return ``rows @ columns``, ``(j, length)`` by ``(length, k)``: float64, on the CPU."""

@@ -15,7 +15,12 @@ from lla_callbacks.objective.batches import part_counts, split
 from lla_callbacks.objective.counting import UnknownSizeError, sample_count
 from lla_callbacks.objective.held_loss import HeldLoss, trainable
 from lla_callbacks.objective.loss import Statistics
-from lla_callbacks.objective.memory import MemoryPlan, allowed_memory, saved_bytes
+from lla_callbacks.objective.memory import (
+    MemoryPlan,
+    allowed_memory,
+    basis_room,
+    saved_bytes,
+)
 from lla_callbacks.objective.splitting import check_split
 from lla_callbacks.objective.training_step import SkippedBatchError
 
@@ -148,6 +153,20 @@ class BatchPlan:
         per_sample = self.held.findings.saved / max(1, self.held.counts[0])
         weights = self._weight_bytes()
         return MemoryPlan.of([n * per_sample for n in counts], counts, weights, self.max_memory)
+
+    def basis_room(self, engine: str) -> float:
+        """Return the bytes that a Lanczos basis may take; see :func:`.memory.basis_room`.
+
+        Args:
+            engine: How products are computed. Differences keep no graph.
+        """
+        saved, graph = self.held.findings.saved or 0, 0.0
+        if engine == "exact" and saved:
+            plan = self._memory_plan(self.held.counts)
+            graph = (
+                plan.graph * max(1, plan.num_kept) if plan.parts == 1 else plan.graph / plan.parts
+            )
+        return basis_room(saved, graph, self._weight_bytes(), self.max_memory)
 
     def _weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in trainable(self.held.module).values())

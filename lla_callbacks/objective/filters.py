@@ -9,6 +9,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from lla_callbacks.linalg.distributed import part_like, whole
 from lla_callbacks.linalg.space import ParameterSpace
 
+# Entries that are squared at once.
+PIECE = 2**20
+
 
 def transposed_groups(module: nn.Module) -> dict[int, int]:
     """Return the groups of each transposed convolution, by the identity of its weight."""
@@ -27,13 +30,21 @@ def filter_scales(module: nn.Module, space: ParameterSpace) -> Tensor:
         space: Their layout.
     """
     groups = transposed_groups(module)
-    scales = torch.zeros(space.length, dtype=torch.float64)
+    scales = torch.zeros(space.length, dtype=space.dtype)
     for name, tensor in zip(space.names, space.tensors, strict=True):
         if tensor.ndim < 2:
             continue
-        weights = whole(tensor.detach()).cpu().double()
+        weights = whole(tensor.detach()).cpu()
         rows = filters_as_rows(weights, groups.get(id(tensor)))
-        squares = rows.square().mean(dim=1, keepdim=True).expand_as(rows)
+        few = max(1, PIECE // rows.shape[1]) if rows.shape[1] else 1
+        means = [
+            part.double().square().mean(dim=1, keepdim=True) for part in torch.split(rows, few)
+        ]
+        squares = torch.cat(means).to(space.dtype).expand_as(rows)
+        if tensor.numel() == scales[space.slices[name]].numel() and id(tensor) not in groups:
+            # Row by row, where a whole copy of the weights is not needed.
+            scales[space.slices[name]].view(rows.shape).copy_(squares)
+            continue
         back = filters_as_tensor(squares, weights.shape, groups.get(id(tensor)))
         scales[space.slices[name]] = part_like(back.to(tensor.device), tensor).cpu().reshape(-1)
     return scales

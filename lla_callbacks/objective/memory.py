@@ -19,6 +19,13 @@ GRAPH_OVER_FORWARD = 3
 COPIES_IN_TRAINING = 4
 # Whatever a training step takes, so much more is not felt. Choice.
 LEAST_MEMORY = 256 * 2**20
+# What Python, torch and Lightning take before anything is trained: 400 MiB and more.
+PROCESS = 400 * 2**20
+# The peak that a measurement aims at, in peaks of the process that trains.
+AIM = 1.5
+# Vectors as long as the weights that are at work beside a basis. Measured: 7 with the exact engine,
+# 8 by differences (docs/benchmarks/engines.md).
+AT_WORK = 7
 
 
 @dataclass
@@ -99,6 +106,25 @@ def allowed_memory(saved: float, weights: float, max_memory: int | None) -> floa
     if max_memory is not None:
         return max_memory
     return max(LEAST_MEMORY, (COPIES_IN_TRAINING * weights + saved) / 2)
+
+
+def basis_room(saved: float, graph: float, weights: float, max_memory: int | None) -> float:
+    """Return the bytes that a Lanczos basis may take on the CPU, negative if there is no room.
+
+    By default so many that the peak of the process stays at :data:`AIM` times what it has in
+    training: what Adam holds, and what a forward pass saves, or the two copies of the weights that
+    its step makes.
+
+    Args:
+        saved: Bytes that the forward pass of one batch saves.
+        graph: Bytes of the graphs that are kept.
+        weights: Bytes of the trainable weights.
+        max_memory: Bytes allowed for all, or ``None``.
+    """
+    held = PROCESS + COPIES_IN_TRAINING * weights
+    peak = held + max(saved, 2 * weights)
+    allowed = AIM * peak - held if max_memory is None else max_memory
+    return allowed - graph - AT_WORK * weights
 
 
 def saved_bytes(evaluate: Callable[[], Any], weights: Sequence[Tensor]) -> int:

@@ -227,7 +227,7 @@ class Objective(HeldLoss):
                 weight = self.counts[i] / self.num_samples
                 part, gradient = self.batch_gradient(i, statistics, look=look)
                 value += weight * part
-                total += weight * gradient
+                total.add_(gradient, alpha=weight)
             return value, total
 
         value, total = all_or_none(share, mine)
@@ -285,6 +285,7 @@ class Objective(HeldLoss):
         if found is not None:
             operator.eps = max(operator.eps, torch.finfo(found).eps)
         operator.room = self.plan.room
+        operator.basis_room = self.plan.basis_room(operator.engine)
         return operator
 
 

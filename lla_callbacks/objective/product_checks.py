@@ -70,7 +70,8 @@ class _Recorder(SymmetricOperator):
 
     def _matmat(self, columns: Tensor) -> Tensor:
         product = self._hessian.product(columns, range(len(self._hessian.space.tensors)))
-        self.pairs.append((columns[:, 0].clone(), product[:, 0]))
+        # Whoever asks may use the product up.
+        self.pairs.append((columns[:, 0].clone(), product[:, 0].clone()))
         return product
 
 
@@ -85,7 +86,7 @@ def prove_products(objective: Objective, hessian: LossOperator) -> Products:
         hessian: The operator, of either engine.
     """
     recorder = _Recorder(hessian)
-    lanczos(recorder, hessian.rademacher(generator(objective.seed)), 2)
+    lanczos(recorder, hessian.rademacher(generator(objective.seed)), 2, keep_product=False)
     hessian.remember(recorder.pairs)
     # A Lanczos run of one step is a matrix of one row, or as good as one.
     checks = [_symmetry(hessian, recorder.pairs)] if len(recorder.pairs) > 1 else []
@@ -182,7 +183,7 @@ def _difference(
             step /= SHRINK
             continue
         objective.findings.learn(kinks=kinks)
-        difference = (ahead - behind) / (2 * step)
+        difference = (ahead - behind).div_(2 * step)
         slope, product_norm = size_of(plain), size_of(product)
         size = max(size_of(difference), product_norm)
         if size * step <= 10 * hessian.eps * slope or not size:
@@ -191,13 +192,13 @@ def _difference(
             outcome: Any = "passed" if agrees else "not decided"
             return Check("product", outcome, 0.0, 0.0), spent
         # The differences to either side are two steps; in the middle, their changes cancel.
-        sides = size_of((ahead - plain) - (plain - behind))
+        sides = size_of(ahead.sub_(plain).add_(behind.sub_(plain)))
         apart = sides / (2 * step * size)
         # Kinks that are many blur to a curvature of their own, which both sides agree on: what
         # is seen of it is its scatter.
         scatter = math.sqrt(1 + 10 * kinks * step / weights)
         bound = SAFETY * apart * scatter + FLOOR
-        error = size_of(difference - product) / size
+        error = size_of(difference.sub_(product)) / size
         words = (
             f"a product is {error:.0%} off from differences of gradients, which agree with each "
             f"other to {apart:.1%}"

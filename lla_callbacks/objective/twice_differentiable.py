@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -124,19 +125,44 @@ class _Substitution(FunctionMode):
         return self._substitutes.get(func, func)(*args, **kwargs)
 
 
+def _moments(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Return ``x`` less its mean over some dimensions, and its variance over them.
+
+    By sums, and a product of the centred values with themselves: these values are all that the
+    graph keeps, once, forwards and backwards. ``torch.var_mean`` keeps ``x`` too and, in the graph
+    of the gradient, the centred values again.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        # Their sums overflow, or lose digits.
+        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        return x - mean, var
+    count = math.prod(x.shape[d] for d in dims)
+    centred = x - x.sum(dims, keepdim=True) / count
+    return centred, (centred * centred).sum(dims, keepdim=True) / count
+
+
 def _normalize(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    centred: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Return ``(x - mean) / sqrt(var + eps) * weight + bias``, everything broadcastable."""
+    """Return ``centred / sqrt(var + eps) * weight + bias``, everything broadcastable."""
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight
-    centred = x - mean
-    return centred * scale if bias is None else torch.addcmul(bias, centred, scale)
+    # Not torch.addcmul, whose second derivative keeps a copy of the centred values.
+    scaled = centred * scale
+    return scaled if bias is None else scaled + bias
 
 
 def _per_channel(tensor: Tensor | None, ndim: int) -> Tensor | None:
     return None if tensor is None else tensor.reshape(1, -1, *[1] * (ndim - 2))
+
+
+def _by_running(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ``x`` less its running mean, and the running variance."""
+    assert mean is not None
+    assert var is not None
+    mean, var = (t.reshape(1, -1, *[1] * (x.ndim - 2)) for t in (mean, var))
+    return x - mean, var
 
 
 def _batch_norm(
@@ -153,12 +179,11 @@ def _batch_norm(
         if input.numel() == input.shape[1]:
             # The native form refuses this too: one value has no variance.
             raise ValueError(f"batch statistics need several values per channel: {input.shape}")
-        dims = [0, *range(2, input.ndim)]
-        var, mean = torch.var_mean(input, dims, correction=0, keepdim=True)
+        centred, var = _moments(input, [0, *range(2, input.ndim)])
     else:
-        mean, var = (_per_channel(t, input.ndim) for t in (running_mean, running_var))  # type: ignore[assignment]
+        centred, var = _by_running(input, running_mean, running_var)
     weight, bias = (_per_channel(t, input.ndim) for t in (weight, bias))
-    return _normalize(input, mean, var, weight, bias, eps)
+    return _normalize(centred, var, weight, bias, eps)
 
 
 def _layer_norm(
@@ -168,9 +193,8 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    dims = list(range(-len(normalized_shape), 0))
-    var, mean = torch.var_mean(input, dims, correction=0, keepdim=True)
-    return _normalize(input, mean, var, weight, bias, eps)
+    centred, var = _moments(input, list(range(-len(normalized_shape), 0)))
+    return _normalize(centred, var, weight, bias, eps)
 
 
 def _instance_norm(
@@ -184,12 +208,11 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if use_input_stats:
-        dims = list(range(2, input.ndim))
-        var, mean = torch.var_mean(input, dims, correction=0, keepdim=True)
+        centred, var = _moments(input, list(range(2, input.ndim)))
     else:
-        mean, var = (_per_channel(t, input.ndim) for t in (running_mean, running_var))  # type: ignore[assignment]
+        centred, var = _by_running(input, running_mean, running_var)
     weight, bias = (_per_channel(t, input.ndim) for t in (weight, bias))
-    return _normalize(input, mean, var, weight, bias, eps)
+    return _normalize(centred, var, weight, bias, eps)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

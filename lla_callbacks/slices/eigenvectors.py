@@ -108,6 +108,7 @@ def _directions(
         rtol=RTOL,
         which="max" if alone else places,
         basis_device=hessian.basis_device(num_steps),
+        half=hessian.keeps_half(num_steps),
     )
     if "top2" in names and run.num_steps < 2:
         raise ValueError("the Hessian has one eigenvalue only: choose 'top1' without 'top2'.")

@@ -38,15 +38,15 @@ SLICES = {
 }
 # What long vectors each process held, by the case: entries of the longest basis.
 HELD: list[int] = []
-_orthogonalised = vectors.Pieces.orthogonalised
+_orthogonalise = vectors.Pieces.orthogonalise
 
 
-def _noted(self, rows, vector):
+def _noted(self, rows, vector, *scale):
     HELD.append(rows.shape[1])
-    return _orthogonalised(self, rows, vector)
+    return _orthogonalise(self, rows, vector, *scale)
 
 
-vectors.Pieces.orthogonalised = _noted
+vectors.Pieces.orthogonalise = _noted
 
 
 class Net(pl.LightningModule):

@@ -193,11 +193,11 @@ def test_out_of_memory_with_many_vectors_halves_the_chunk(monkeypatch):
     chunked = HessianOperator(terms, parameters, chunk_size=8)
     backward, sizes = chunked._backward, []
 
-    def greedy(gradients, part, chosen):
+    def greedy(gradients, part, chosen, **settings):
         sizes.append(part.shape[1])
         if part.shape[1] > 2:
             raise MemoryError("too many")
-        return backward(gradients, part, chosen)
+        return backward(gradients, part, chosen, **settings)
 
     monkeypatch.setattr(chunked, "_backward", greedy)
     torch.testing.assert_close(chunked @ columns, wanted)
@@ -212,11 +212,11 @@ def test_graphs_that_do_not_fit_are_dropped_and_built_anew(monkeypatch):
     other = HessianOperator(terms, parameters)
     backward, calls = other._backward, []
 
-    def greedy(*arguments):
+    def greedy(*arguments, **settings):
         calls.append(1)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return backward(*arguments)
+        return backward(*arguments, **settings)
 
     monkeypatch.setattr(other, "_backward", greedy)
     torch.testing.assert_close(other @ vector, wanted)

@@ -8,8 +8,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lla_callbacks import measure_hessian
+from lla_callbacks.linalg import loss_operator
 from lla_callbacks.linalg.errors import MeasurementError, OutOfMemoryError
-from lla_callbacks.objective.memory import LEAST_MEMORY, Findings, MemoryPlan
+from lla_callbacks.objective.batch_plan import BatchPlan
+from lla_callbacks.objective.memory import (
+    AT_WORK,
+    LEAST_MEMORY,
+    PROCESS,
+    Findings,
+    MemoryPlan,
+    basis_room,
+)
 from lla_callbacks.objective.objective import Objective
 
 MIB = 2**20
@@ -160,3 +169,91 @@ def test_vectors_that_do_not_fit_on_the_device_live_on_the_cpu():
     few = 10**6 // (8 * hessian.shape[0])
     assert hessian.basis_device(few).type == "cuda"
     assert hessian.basis_device(few + 1).type == "cpu"
+
+
+def float_problem():
+    net, batches = problem()
+    return net.float(), [(x.float(), y) for x, y in batches]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "settings", "steps", "half"),
+    [
+        (60, {}, 24, False),
+        # Twelve vectors' worth: as many in half of the memory.
+        (12.5, {}, 24, True),
+        (8.5, {}, 17, True),
+        # No fewer than twelve, and what was asked for is done as told.
+        (1, {}, 12, True),
+        (1, {"num_steps": 20}, 20, True),
+        (-9, {"num_runs": 2}, 12, True),
+    ],
+)
+def test_a_basis_is_kept_in_half_and_then_shortened(monkeypatch, vectors, settings, steps, half):
+    monkeypatch.setattr(loss_operator, "LEAST_BASIS", 0)
+    net, batches = float_problem()
+    count = sum(p.numel() for p in net.parameters())
+    monkeypatch.setattr(BatchPlan, "basis_room", lambda self, engine: 4 * count * vectors)
+    found = measure_hessian(net, batches, loss=loss, **settings)
+    assert found.num_steps == steps
+    notes = " ".join(found.notes)
+    assert ("basis vectors in float16" in notes) == half
+    assert (f"{steps} Lanczos steps in place of 24" in notes) == (
+        steps < 24 and "num_steps" not in settings
+    )
+    dense = measure_hessian(net.double(), [(x.double(), y) for x, y in batches], loss=loss)
+    for name in ("lambda_max", "lambda_min"):
+        value, exact = getattr(found, name), getattr(dense, name)
+        assert abs(value - exact) <= value.beyond
+    assert abs(found.trace - dense.trace) <= 3 * math.hypot(found.trace_sem, dense.trace_sem)
+
+
+def test_what_a_basis_may_take():
+    gib = 2**30
+    # Adam on a GiB of weights: five GiB and a third in all. Half as much again, less what stays.
+    room = basis_room(0, 0, gib, None)
+    peak = PROCESS + 6 * gib
+    assert room == pytest.approx(1.5 * peak - (PROCESS + 4 * gib) - AT_WORK * gib)
+    assert basis_room(0, gib, gib, None) == room - gib
+    assert basis_room(0, 0, gib, 8 * gib) == (8 - AT_WORK) * gib
+
+
+@pytest.mark.parametrize("allowed", [1, 10**9])
+def test_a_graph_that_is_not_kept_is_taken_down_as_it_is_walked(monkeypatch, allowed):
+    net, batches = problem(norm=True)
+    noted = []
+    grad = torch.autograd.grad
+
+    def noting(*args, **settings):
+        if "is_grads_batched" in settings:
+            noted.append(settings["retain_graph"])
+        return grad(*args, **settings)
+
+    hessian = Objective(net, batches, loss, max_memory=allowed, engine="exact")
+    if allowed == 1:
+        monkeypatch.setattr(
+            BatchPlan, "_memory_plan", lambda self, counts: MemoryPlan(0, 1, 64, 1.0)
+        )
+    operator = hessian.hessian()
+    monkeypatch.setattr(torch.autograd, "grad", noting)
+    products = [operator @ torch.ones(operator.shape[0]).double() for _ in range(2)]
+    # A mode of torch functions calls again what it lets through.
+    assert set(noted) - {None} == {allowed > 1}
+    torch.testing.assert_close(*products)
+    wanted = Objective(net, batches, loss).hessian() @ torch.ones(operator.shape[0]).double()
+    torch.testing.assert_close(products[0], wanted)
+
+
+def test_a_graph_of_the_users_own_is_left_standing(monkeypatch):
+    net, batches = problem()
+    monkeypatch.setattr(BatchPlan, "_memory_plan", lambda self, counts: MemoryPlan(0, 1, 64, 1.0))
+    # Made once, and walked by the user's training later.
+    scale = net[0].weight.exp().mean()
+    objective = Objective(
+        net, batches, lambda m, b: scale * loss(m, b), engine="exact", check=False
+    )
+    hessian = objective.hessian()
+    for _ in range(2):
+        assert bool((hessian @ torch.ones(hessian.shape[0]).double()).isfinite().all())
+    scale.backward()
+    assert net[0].weight.grad is not None

@@ -133,3 +133,23 @@ def test_recurrent_layers_do_without_cudnn(kind: type[nn.Module]) -> None:
         kind(4, 3)(torch.randn(2, 3, 4))
     assert seen == [False]
     assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.parametrize("name", ["batch norm", "instance norm"])
+def test_the_graph_of_a_norms_gradient_keeps_two_tensors_of_its_size(name: str) -> None:
+    module, x = NORMS[name](), torch.randn(64, 4, 3, 3, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        with twice_differentiable(dropout=False):
+            # A gradient that is not known beforehand, as that of what follows.
+            value = module(x)
+        direction = torch.ones_like(value, requires_grad=True)
+        torch.autograd.grad(value, x, direction, create_graph=True)
+    # The centred values and the gradient; torch.var_mean in their place makes it five.
+    assert sum(size == 4 * x.numel() for size in kept.values()) == 2

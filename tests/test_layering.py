@@ -143,6 +143,7 @@ STANDARD = (
     "abc",
     "collections",
     "contextlib",
+    "ctypes",
     "dataclasses",
     "functools",
     "hashlib",

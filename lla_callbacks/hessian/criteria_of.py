@@ -56,7 +56,7 @@ def criteria_of(
     errors: dict[str, float] = {}
 
     earlier = [
-        [run.at_depth(depth) for run in runs]
+        [run.forgotten().at_depth(depth) for run in runs]
         for depth in range(math.ceil(SINCE * runs[0].num_steps), runs[0].num_steps)
         if depth >= 2 and all(depth < run.num_steps for run in runs)
     ]
@@ -149,8 +149,9 @@ def _gradient_share(hessian: LossOperator, run: LanczosRun) -> tuple[float, floa
     if run.num_steps <= NUM_TOP or square == 0:
         return math.nan, math.nan
     top = list(range(run.num_steps - NUM_TOP, run.num_steps))
-    vectors = run.vectors(top)
-    inside = hessian.vectors.coordinates(vectors.T, hessian.gradient.to(vectors.device))
+    # Of the basis first: no Ritz vector is made.
+    gradient = hessian.gradient.to(run.kept.device)
+    inside = run.rotated(run.kept.coordinates(hessian.vectors, gradient), top)
     share = float(inside.square().sum()) / square
     next_one = run.values[-NUM_TOP - 1] + run.residuals[-NUM_TOP - 1]
     gap = float(run.values[-NUM_TOP] - next_one)

@@ -9,7 +9,7 @@ arithmetic, where n is small, and their sums in float64, which costs nothing tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def total(vector: Tensor) -> float:
 
 def coordinates(rows: Tensor, vector: Tensor) -> Tensor:
     """Return ``rows @ vector`` for rows ``(k, n)``: shape ``(k,)``, float64, on the CPU."""
-    pairs = zip(_pieces(rows), _pieces(vector), strict=True)
-    return _together([part.to(x.dtype) @ x for part, x in pairs], len(rows))
+    pairs = zip(widened(_pieces(rows), vector.dtype), _pieces(vector), strict=True)
+    return _together([part @ x for part, x in pairs], len(rows))
 
 
 def orthogonalised(
@@ -89,23 +89,29 @@ def orthogonalise(
         The coefficients of what was taken out, shape ``(k,)``, float64 on the CPU; and the norm of
         what is left, NaN where it is a piece.
     """
-    parts = [
+    kept = [
         (part, x, counts)
         for where, counts in _ranges(vector.numel(), counted)
         for part, x in zip(_pieces(rows[:, where]), _pieces(vector[where]), strict=True)
     ]
-    products = [part.to(x.dtype) @ x for part, x, counts in parts if counts]
+
+    def parts(*, all_of_them: bool = True) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        chosen = [triple for triple in kept if all_of_them or triple[2]]
+        wide = widened((part for part, _, _ in chosen), vector.dtype)
+        for part, (_, x, counts) in zip(wide, chosen, strict=True):
+            yield part, x, counts
+
+    products = [part @ x for part, x, _ in parts(all_of_them=False)]
     first = _together(products, len(rows), added) / scale
     taken, corrections = (first / scale).to(vector), []
-    for part, x, counts in parts:
-        part = part.to(x.dtype)
+    for part, x, counts in parts():
         x.addmv_(part.T, taken, alpha=-1)
         if counts:
             corrections.append(part @ x)
     second = _together(corrections, len(rows), added) / scale
     taken = (second / scale).to(vector)
-    for part, x, _ in parts:
-        x.addmv_(part.to(x.dtype).T, taken, alpha=-1)
+    for part, x, _ in parts():
+        x.addmv_(part.T, taken, alpha=-1)
     return first + second, norm(vector) if added is None else math.nan
 
 
@@ -139,3 +145,19 @@ def _together(
     else:
         mine = torch.zeros(count, dtype=torch.float64)
     return mine if added is None else added(mine)
+
+
+def widened(pieces: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield tensors of about one shape in some dtype, each valid until the next one.
+
+    Others than those of that dtype go through one buffer. A new tensor for each would be scattered
+    over the heap by whatever small is made in between: a whole basis, widened, was seen to stay.
+    """
+    buffer: Tensor | None = None
+    for piece in pieces:
+        if piece.dtype == dtype:
+            yield piece
+            continue
+        if buffer is None or buffer.shape != piece.shape:
+            buffer = torch.empty(piece.shape, dtype=dtype, device=piece.device)
+        yield buffer.copy_(piece)

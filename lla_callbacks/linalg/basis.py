@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.accumulation import widened
 from lla_callbacks.linalg.vectors import Vectors
 
 HALF = torch.float16
@@ -98,9 +99,12 @@ class Basis:
         return Basis(self.kept[:count], self.dtype, self.scale)
 
     def pieces(self) -> Iterator[Tensor]:
-        """Yield some entries of all rows at a time, in full precision: ``(k, PIECE)`` at most."""
-        for piece in torch.split(self.kept, PIECE, dim=1):
-            yield piece.to(self.dtype) / self.scale if self.is_half else piece
+        """Yield some entries of all rows at a time, in full precision: ``(k, PIECE)`` at most.
+
+        Each is valid until the next one.
+        """
+        for piece in widened(torch.split(self.kept, PIECE, dim=1), self.dtype):
+            yield piece.div_(self.scale) if self.is_half else piece
 
     def combined(self, small: Tensor) -> Tensor:
         """Return ``sum_j small_j q_j``, ``(length, ...)`` for ``(k, ...)``."""

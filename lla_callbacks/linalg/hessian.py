@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lla_callbacks.linalg.distributed import local_part, of_part, part_like
 from lla_callbacks.linalg.errors import NoSecondDerivativeError, is_out_of_memory, remedy_for
+from lla_callbacks.linalg.heap import trimmed
 from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm, loss_value
 from lla_callbacks.linalg.lost_graphs import refusing_lost_graphs
 from lla_callbacks.linalg.sharing import Share
@@ -63,6 +64,8 @@ class HessianOperator(LossOperator):
         # The kept batches' gradients are added up once, so that one backward pass serves all.
         self._kept: Gradients = [None] * len(self.space.tensors)
         self._keeps = True
+        # Whether what is free is given back while graphs are made that do not fit.
+        self._trims = True
         self._begin(self._differentiate_all)
 
     def release(self) -> None:
@@ -78,9 +81,9 @@ class HessianOperator(LossOperator):
             nonlocal loss
             value, gradients, _ = self._differentiate(term)
             if term.keep and self._keeps:
-                self._keep(gradients, term.weight)
+                self._keep(gradients)
             # Once nothing can go wrong any more, since it would be tried again.
-            self.space.add_to(gradient, gradients, term.weight)
+            self.space.add_to(gradient, gradients)
             loss += term.weight * value
 
         self._visit_terms(visit, lambda term: True)
@@ -102,7 +105,7 @@ class HessianOperator(LossOperator):
             nonlocal total
             _, gradients, own = self._differentiate(term)
             part = self._in_chunks(gradients, columns, chosen, last=own)
-            total = part.mul_(term.weight) if total is None else total.add_(part, alpha=term.weight)
+            total = part if total is None else total.add_(part)
 
         self._visit_terms(visit, lambda term: not (term.keep and keeps))
         return torch.zeros_like(columns) if total is None else total
@@ -138,21 +141,35 @@ class HessianOperator(LossOperator):
         """Keep no graph from here on: every batch is differentiated anew for each product."""
         self._kept, self._keeps = [None] * len(self.space.tensors), False
 
-    def _keep(self, gradients: Gradients, weight: float) -> None:
+    def _keep(self, gradients: Gradients) -> None:
         with torch.inference_mode(False), torch.enable_grad():
             for i, gradient in enumerate(gradients):
                 # A gradient without a graph is constant in the parameters: its rows are zero.
                 if gradient is not None and gradient.requires_grad:
-                    known, part = self._kept[i], weight * gradient
+                    # Another tensor of the same graph, whose entries are nobody else's.
+                    known, part = self._kept[i], gradient.clone()
                     with _of_no_value(known):
                         self._kept[i] = part if known is None else known + part
                     _forget_value(self._kept[i])
 
     def _differentiate(self, term: LossTerm) -> tuple[float, Gradients, bool]:
-        """Return the loss of one batch and its gradients, differentiable once more.
+        """Return the loss of one batch, and the gradients of its summand, to be derived once more.
 
         And whether all of their graph was made here, so that nobody else may need it.
         """
+        large = self._trims and self.device.type == "cpu" and not (term.keep and self._keeps)
+        if large:
+            try:
+                with trimmed():
+                    return self._differentiated(term)
+            except RuntimeError as error:
+                # torch.func inside of a loss refuses hooks.
+                if "saved tensor hooks" not in str(error):
+                    raise
+                self._trims = False
+        return self._differentiated(term)
+
+    def _differentiated(self, term: LossTerm) -> tuple[float, Gradients, bool]:
         with self._differentiating():
             begin = _mark()
             loss = term.evaluate()
@@ -160,7 +177,10 @@ class HessianOperator(LossOperator):
             own = _is_since(loss, begin)
             with explaining_missing_derivative(), refusing_lost_graphs(loss):
                 gradients = torch.autograd.grad(
-                    loss.reshape(()), self.space.tensors, create_graph=True, allow_unused=True
+                    term.weight * loss.reshape(()),
+                    self.space.tensors,
+                    create_graph=True,
+                    allow_unused=True,
                 )
                 refuse_dead_ends(gradients)
         return value, list(gradients), own
@@ -223,19 +243,18 @@ class HessianOperator(LossOperator):
                 allow_unused=True,
                 is_grads_batched=batched,
             )
-        rows = [
-            columns.new_zeros(size, num_columns)
-            if product is None
-            else _rows(product.detach(), like, num_columns).to(columns.dtype)
-            for product, like, size in zip(products, likes, sizes, strict=True)
-        ]
-        return torch.cat(rows)
-
-
-def _rows(product: Tensor, like: Tensor, num_columns: int) -> Tensor:
-    """Return products with several vectors as columns ``(size, k)``, as far as they are here."""
-    part = product if num_columns > 1 else part_like(product, like)
-    return part.reshape(num_columns, -1).T
+        found = columns.new_empty(num_columns, sum(sizes))
+        for to, like, product in zip(
+            torch.split(found, sizes, dim=1), likes, products, strict=True
+        ):
+            if product is None:
+                to.zero_()
+            else:
+                # Written where it belongs, however it lies: no second copy is made.
+                part = product.detach() if batched else part_like(product.detach(), like)[None]
+                shape = part.shape[1:] or (1,)
+                to.view(num_columns, *shape).copy_(part.reshape(num_columns, *shape))
+        return found.T
 
 
 def _mark() -> int:

@@ -182,9 +182,14 @@ class LanczosRun:
 
     def forgotten(self) -> LanczosRun:
         """Return what is left without any vector as long as the basis's: values and weights."""
-        none = self.next_vector[:0]
-        rows = Basis(self.kept.kept[:, :0], self.kept.dtype, self.kept.scale)
+        # Not parts of what there is, which would hold it.
+        none = self.next_vector.new_empty(0)
+        rows = replace(self.kept, kept=self.kept.kept.new_empty(len(self.kept), 0))
         return replace(self, kept=rows, next_vector=none, first_product=none)
+
+    def rotated(self, coordinates: Tensor, which: list[int]) -> Tensor:
+        """Return the coordinates along Ritz vectors of what has some along the basis, ``(k,)``."""
+        return self._eigh[1][:, which].T @ coordinates
 
     def vectors(self, which: Tensor | list[int]) -> Tensor:
         """Return Ritz vectors as columns, ``(dim, len(which))``, indexed like ``values``."""

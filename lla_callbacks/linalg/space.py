@@ -105,7 +105,7 @@ class ParameterSpace:
         ]
         return torch.cat(parts)
 
-    def add_to(self, vector: Tensor, tensors: Sequence[Tensor | None], weight: float) -> None:
+    def add_to(self, vector: Tensor, tensors: Sequence[Tensor | None], weight: float = 1.0) -> None:
         """Add tensors times a number to a vector ``(length,)``, where it stands."""
         parts = [
             (name, part_like(tensor.detach(), like).reshape(-1).to(self.dtype))

@@ -156,7 +156,11 @@ class TraceEstimator:
 
     def _add(self, probe: Tensor, product: Tensor) -> None:
         self._squares.append(self._vectors.inner(product, product))
-        self._samples.append(self._sums(self._project(product).mul_(probe)))
+        product = self._project(product)
+        # In pieces, since octets are widened on the way.
+        for to, signs in zip(*(torch.split(v, PIECE) for v in (product, probe)), strict=True):
+            to.mul_(signs)
+        self._samples.append(self._sums(product))
 
     def _sums(self, diagonal: Tensor) -> Tensor:
         """Return the sum over everything and over each block, float64, on the CPU."""

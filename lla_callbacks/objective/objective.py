@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lla_callbacks.linalg.difference import DifferenceOperator, first_derivative
 from lla_callbacks.linalg.distributed import part_like
 from lla_callbacks.linalg.hessian import HessianOperator
-from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm, loss_value
+from lla_callbacks.linalg.loss_operator import Differentiated, LossOperator, LossTerm, loss_value
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batch_plan import BatchPlan
@@ -225,9 +225,9 @@ class Objective(HeldLoss):
             total = space.zeros()
             for i in range(share.rank, len(self.batches), share.size):
                 weight = self.counts[i] / self.num_samples
-                part, gradient = self.batch_gradient(i, statistics, look=look)
+                part, gradients = self._batch_gradients(i, statistics, look)
                 value += weight * part
-                total.add_(gradient, alpha=weight)
+                space.add_to(total, gradients, weight)
             return value, total
 
         value, total = all_or_none(share, mine)
@@ -253,17 +253,23 @@ class Objective(HeldLoss):
         Raises:
             MeasurementError: If the loss is not finite.
         """
-        space = ParameterSpace(self.variables)
+        known = self.statistics() if statistics is None else statistics
+        value, gradients = self._batch_gradients(i, known, look)
+        return value, ParameterSpace(self.variables).flatten(gradients)
 
-        def differentiated(loss: Tensor) -> tuple[float, Tensor]:
+    def _batch_gradients(
+        self, i: int, statistics: Statistics, look: Callable[[Tensor], object] | None
+    ) -> Differentiated:
+        parameters = ParameterSpace(self.variables).tensors
+
+        def differentiated(loss: Tensor) -> Differentiated:
             if look is not None:
                 look(loss)
-            return loss_value(loss), space.flatten(first_derivative(loss, space.tensors))
+            return loss_value(loss), first_derivative(loss, parameters)
 
-        known = self.statistics() if statistics is None else statistics
         with torch.inference_mode(False), torch.enable_grad():
-            found: tuple[float, Tensor] = self.evaluate(
-                self.batches[i], known, self.plain_context, differentiated, self.places[i]
+            found: Differentiated = self.evaluate(
+                self.batches[i], statistics, self.plain_context, differentiated, self.places[i]
             )
         return found
 

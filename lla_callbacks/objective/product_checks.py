@@ -36,6 +36,8 @@ FLOOR = 0.02
 SAFETY = 4.0
 # Share of a product up to which a deviation that would have been seen counts as seen.
 TELLING = 0.2
+# Depth by which it is judged whether memory is tight, the default one.
+USUAL_STEPS = 24
 # Functions whose derivative jumps, by the beginning of their nodes' names.
 _KINKED = (
     "Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hard", "Soft" "shrink", "Clamp",
@@ -87,9 +89,12 @@ def prove_products(objective: Objective, hessian: LossOperator) -> Products:
     """
     recorder = _Recorder(hessian)
     lanczos(recorder, hessian.rademacher(generator(objective.seed)), 2, keep_product=False)
-    hessian.remember(recorder.pairs)
     # A Lanczos run of one step is a matrix of one row, or as good as one.
     checks = [_symmetry(hessian, recorder.pairs)] if len(recorder.pairs) > 1 else []
+    if hessian.keeps_half(USUAL_STEPS):
+        # Where memory is tight a run rounds its basis and has another second vector.
+        del recorder.pairs[1:]
+    hessian.remember(recorder.pairs)
     if hessian.engine != "exact":
         return Products(tuple(checks), "", 0.0)
     if hessian.matrix != "hessian":

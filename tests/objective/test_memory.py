@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lla_callbacks import measure_hessian
-from lla_callbacks.linalg import loss_operator
+from lla_callbacks.linalg import heap, loss_operator
 from lla_callbacks.linalg.errors import MeasurementError, OutOfMemoryError
 from lla_callbacks.objective.batch_plan import BatchPlan
 from lla_callbacks.objective.memory import (
@@ -257,3 +257,27 @@ def test_a_graph_of_the_users_own_is_left_standing(monkeypatch):
         assert bool((hessian @ torch.ones(hessian.shape[0]).double()).isfinite().all())
     scale.backward()
     assert net[0].weight.grad is not None
+
+
+def penalized(module, batch):
+    """A loss with a transform inside, which refuses hooks on what is saved."""
+    slope = torch.func.grad(lambda x: module(x).square().sum())(batch[0])
+    return loss(module, batch) + slope.square().mean()
+
+
+@pytest.mark.parametrize(("function", "trims"), [(loss, True), (penalized, False)])
+def test_what_is_free_is_given_back_while_large_graphs_are_made(monkeypatch, function, trims):
+    net, batches = problem()
+    vector = torch.ones(sum(p.numel() for p in net.parameters())).double()
+    calls = []
+    monkeypatch.setattr(heap, "trimmer", lambda: calls.append)
+    monkeypatch.setattr(heap, "STEP", 0)
+    wanted = Objective(net, batches, function).hessian() @ vector
+    # Kept graphs are small enough.
+    assert calls == []
+    monkeypatch.setattr(BatchPlan, "_memory_plan", lambda self, counts: MemoryPlan(0, 1, 64, 1.0))
+    hessian = Objective(net, batches, function).hessian()
+    made = len(calls)
+    torch.testing.assert_close(hessian @ vector, wanted)
+    # Once when they are made and once when they are walked, at least.
+    assert (len(calls) > made > 0) == trims

@@ -94,13 +94,15 @@ def random_error(hessian: LossOperator, seed: int, *known: tuple[Tensor, Tensor]
     """
     if hessian.engine == "exact":
         return EngineError()
-    pairs, vectors = list(known), hessian.vectors
-    source = generator(seed, 5)
-    while len(pairs) < NUM_PAIRS:
-        probe = hessian.rademacher(source)
-        pairs.append((probe, hessian @ probe))
-    relative, forms = [], []
-    for probe, product in pairs:
+    vectors, source = hessian.vectors, generator(seed, 5)
+    relative, forms = list[float](), list[float]()
+    # One after the other: none is held beside the next one.
+    for i in range(max(NUM_PAIRS, len(known))):
+        if i < len(known):
+            probe, product = known[i]
+        else:
+            probe = hessian.rademacher(source)
+            product = hessian @ probe
         error = hessian.engine_error(probe, product)
         size = vectors.norm(product)
         relative.append(vectors.norm(error) / size if size else 0.0)

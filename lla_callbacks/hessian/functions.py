@@ -87,7 +87,7 @@ def measure_hessian(
             see :func:`~lla_callbacks.objective.layers.layer_parameters`.
         num_probes: Random probes of the trace, one product each.
         num_steps: Depth of a Lanczos run. KH05 compares only at equal depth. ``None``: 24, or as
-            many as memory allows, 12 at the least; ``report.notes`` says so.
+            many as memory allows, 10 at the least; ``report.notes`` says so.
         num_runs: Independent Lanczos runs, of the whole and of each layer.
         num_layer_steps: Lanczos depth in each layer's own block, for its extreme
             eigenvalues, density and distance to the whole; 0 does without.

@@ -54,7 +54,7 @@ class HessianSettings:
         seed: Fixes every random vector.
         chunk_size: Vectors in one backward pass; the results do not depend on it.
         may_shorten: Whether a run may take fewer steps than ``num_steps`` where memory is tight,
-            since nobody asked for as many: 12 at the least. The result says so. Default False.
+            since nobody asked for as many: 10 at the least. The result says so. Default False.
 
     Raises:
         ValueError: Naming the setting, what was given, and what is allowed.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lla_callbacks.hessian.settings import HessianSettings
+from lla_callbacks.linalg.heap import give_back
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.probes import generator
@@ -77,10 +78,15 @@ def runs_and_traces(
             keep_product=keep_product,
         )
 
+    if half:
+        # What the checks took in pieces.
+        give_back()
     # Of the first run only the engine's error asks for its first product again.
     keep = hessian.engine != "exact"
     runs = [run_from(None, keep_product=keep)]
-    estimator = TraceEstimator(hessian, blocks, runs[0], scale=scale())
+    # Where memory is tight they are made anew for each probe.
+    weights = scale if half else scale()
+    estimator = TraceEstimator(hessian, blocks, runs[0], scale=weights)
     for _ in range(settings.num_runs - 1):
         start = hessian.rademacher(source)
         runs.append(run_from(start, keep_product=True))

@@ -30,6 +30,13 @@ def trimmer() -> Callable[[int], Any] | None:
         return None
 
 
+def give_back() -> None:
+    """Give back what is free now."""
+    trim = trimmer()
+    if trim is not None:
+        trim(0)
+
+
 @contextmanager
 def trimmed() -> Iterator[None]:
     """Give free memory back from time to time while graphs are made and walked inside.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +61,8 @@ class TraceEstimator:
         blocks: Block name to positions (a slice or a 1-D integer tensor) in vectors as the operator
             holds them.
         known: A Lanczos run whose start vector no probe will repeat.
-        scale: Weights of the diagonal's entries in one more sum, held as vectors are.
+        scale: Weights of the diagonal's entries in one more sum, held as vectors are; or what makes
+            them, each time they are needed, so that they are not held while there is a product.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class TraceEstimator:
         blocks: Mapping[str, Index],
         known: LanczosRun | None = None,
         *,
-        scale: Tensor | None = None,
+        scale: Tensor | Callable[[], Tensor] | None = None,
     ) -> None:
         self._operator = operator
         self._vectors = operator.vectors
@@ -82,7 +83,9 @@ class TraceEstimator:
             name: index if isinstance(index, slice) else index.to(self._home)
             for name, index in blocks.items()
         }
-        self._scale = None if scale is None else scale.to(self._home, operator.dtype)
+        self._scale_of = scale
+        if isinstance(scale, Tensor):
+            self._scale_of = scale.to(self._home, operator.dtype)
         rows = 1 + len(self._blocks) + (scale is not None)
         self._exact = torch.zeros(rows, dtype=torch.float64)
         self._samples: list[Tensor] = []
@@ -164,7 +167,13 @@ class TraceEstimator:
 
     def _sums(self, diagonal: Tensor) -> Tensor:
         """Return the sum over everything and over each block, float64, on the CPU."""
-        return self._vectors.sums(diagonal, list(self._blocks.values()), self._scale)
+        return self._vectors.sums(diagonal, list(self._blocks.values()), self._scale())
+
+    def _scale(self) -> Tensor | None:
+        """Return the weights of one more sum, where there are some."""
+        if self._scale_of is None or isinstance(self._scale_of, Tensor):
+            return self._scale_of
+        return self._scale_of().to(self._home, self._operator.dtype)
 
     def estimate(self) -> TraceEstimate:
         """Return the estimate from the probes so far; a sem is NaN below two probes."""
@@ -177,8 +186,9 @@ class TraceEstimator:
         # Few probes say little of their own variance: two errors cover 95 % all the same.
         share = widened_sem(1.0, count) / math.sqrt(count)
         rounding = torch.full_like(mean, self._rounding)
-        if self._scale is not None:
-            rounding[-1] *= self._vectors.largest(self._scale)
+        scale = self._scale()
+        if scale is not None:
+            rounding[-1] *= self._vectors.largest(scale)
         sem = (_variance(samples) * share**2 + rounding**2).sqrt()
         pairs = list(zip(mean.tolist(), sem.tolist(), strict=True))
         square = self._exact_square + float(squares.mean())
@@ -190,7 +200,7 @@ class TraceEstimator:
             square=square,
             square_sem=math.sqrt(float(_variance(squares)) * share**2 + square_rounding**2),
             blocks=dict(zip(self._blocks, pairs[1:], strict=False)),
-            scaled=(math.nan, math.nan) if self._scale is None else (pairs[-1][0], pairs[-1][1]),
+            scaled=(math.nan, math.nan) if scale is None else (pairs[-1][0], pairs[-1][1]),
         )
 
 

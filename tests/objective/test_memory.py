@@ -183,10 +183,10 @@ def float_problem():
         # Twelve vectors' worth: as many in half of the memory.
         (12.5, {}, 24, True),
         (8.5, {}, 17, True),
-        # No fewer than twelve, and what was asked for is done as told.
-        (1, {}, 12, True),
+        # No fewer than ten, and what was asked for is done as told.
+        (1, {}, 10, True),
         (1, {"num_steps": 20}, 20, True),
-        (-9, {"num_runs": 2}, 12, True),
+        (-9, {"num_runs": 2}, 10, True),
     ],
 )
 def test_a_basis_is_kept_in_half_and_then_shortened(monkeypatch, vectors, settings, steps, half):

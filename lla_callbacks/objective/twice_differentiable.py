@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -109,10 +108,8 @@ def elementary_normalization(
 
 def eager() -> AbstractContextManager[object]:
     """Return the context in which compiled modules run eagerly."""
-    # set_stance came with torch 2.6. Whoever compiled something has imported the compiler: else it
-    # would be imported here, 50 MiB of it.
-    known = "torch._dynamo" in sys.modules
-    stance = getattr(torch.compiler, "set_stance", None) if known else None
+    # set_stance came with torch 2.6.
+    stance = getattr(torch.compiler, "set_stance", None)
     return nullcontext() if stance is None else stance("force_eager")
 
 

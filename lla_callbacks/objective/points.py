@@ -28,6 +28,8 @@ Evaluation = Literal["auto", "loop", "vmap"]
 LAUNCH_BOUND, LAUNCH_BOUND_ON_CPU = 0.002, 0.00025
 # Points that are evaluated alone first.
 TRIAL = 4
+# Many points at once that take so much longer than alone are not tried again.
+HOPELESS = 1.5
 # Points that are evaluated from one start and then looked at together: so many, or for so long.
 MOST_TOGETHER, LONGEST_TOGETHER = 32, 0.5
 # Seconds between two calls of `keep`.
@@ -259,15 +261,19 @@ class _Visit:
             if not batched.agrees(found[: len(trial)], self.table[trial]):
                 return None
             self._take(waiting, chunk, found[len(trial) :])
-            chunk = waiting[: batched.size]
-            if not chunk:
-                return None
-            began = self._clock()
-            found = batched(self.points[chunk])
-            together = self._clock() - began
-            self._take(waiting, chunk, found)
-            batched.learn(len(chunk), together)
-            return batched if together < alone * len(chunk) else None
+            for _ in range(2):
+                chunk = waiting[: batched.size]
+                if not chunk:
+                    return None
+                began = self._clock()
+                found = batched(self.points[chunk])
+                together = self._clock() - began
+                self._take(waiting, chunk, found)
+                batched.learn(len(chunk), together)
+                if together < alone * len(chunk):
+                    return batched
+                if together > HOPELESS * alone * len(chunk):
+                    return None
         except Exception:  # noqa: BLE001 - vmap knows not every operation; the loop does
             return None
         return None

@@ -290,7 +290,8 @@ def watcher_of(case):
         settings |= {"every_n_train_steps": 1000, "num_steps": 4, "num_probes": 2}
     if case == "fsdp":
         # Batches of unequal sizes, and one process has none in the last round.
-        settings |= {"num_samples": 36, "num_layer_steps": 3, "num_layer_probes": 3}
+        settings |= {"num_samples": 36, "num_layer_steps": 2, "num_layer_probes": 3}
+        settings["every_n_train_steps"] = 10
     if case.startswith("fails_at") and case != "fails_in_product":
         settings["loss"] = FailsOnSecond(int(case.removeprefix("fails_at")))
     if case == "fails_outside":

@@ -49,6 +49,16 @@ def trained(folder, watcher=None, make_module=Stateful, **settings):
     )  # fmt: skip
 
 
+_WITHOUT = {}
+
+
+def left_without(folder, make_module=Stateful):
+    """Return what a run without a monitor leaves behind, which one run tells all tests."""
+    if make_module not in _WITHOUT:
+        _WITHOUT[make_module] = outcome(trained(folder, None, make_module))
+    return _WITHOUT[make_module]
+
+
 def ours(record):
     return [str(w.message) for w in record if "Monitor: " in str(w.message)]
 
@@ -95,7 +105,7 @@ ERRORS = {
 @pytest.mark.parametrize("at", [1, 2, 3])
 @pytest.mark.parametrize("kind", ERRORS)
 def test_step_that_fails_in_a_replay_only(tmp_path, make, kind, at):
-    without = outcome(trained(tmp_path))
+    without = left_without(tmp_path)
     watcher = make(every_n_train_steps=2, num_samples=12 if at == 2 else 4)
     if "memory" in kind and watcher.name == "landscape" and at == 3:
         # By then the slice itself; before, a self-check that does without.
@@ -159,7 +169,7 @@ PRODUCTS = 6
 
 @pytest.mark.parametrize("at", [1, 5, PRODUCTS])
 def test_product_that_is_not_finite(tmp_path, at):
-    without = outcome(trained(tmp_path, None, Fragile))
+    without = left_without(tmp_path, Fragile)
     watcher = monitor(every_n_train_steps=3, num_steps=3, num_probes=3)
     Second.calls, Second.at = 0, at
     with pytest.warns(UserWarning, match=r"HessianMonitor: a measurement failed.*finite") as record:
@@ -173,7 +183,7 @@ def test_product_that_is_not_finite(tmp_path, at):
 
 
 def test_product_that_is_not_finite_costs_the_slices_that_need_it(tmp_path):
-    without = outcome(trained(tmp_path, None, Fragile))
+    without = left_without(tmp_path, Fragile)
     watcher = landscape(every_n_train_steps=3)
     Second.calls, Second.at = 0, 1
     with pytest.warns(UserWarning, match=r"LossLandscapeMonitor: line_top1 failed.*finite"):
@@ -199,7 +209,7 @@ def half(file, **arrays):
 
 @MONITORS
 def test_full_disk_leaves_no_half_file(tmp_path, make, monkeypatch):
-    without = outcome(trained(tmp_path))
+    without = left_without(tmp_path)
     monkeypatch.setattr(np, "savez", half)
     watcher = make(every_n_train_steps=3)
     with pytest.warns(UserWarning, match=r"saving arrays failed.*No space.*Free disk") as record:
@@ -238,7 +248,7 @@ class Away(Refusing):
 @MONITORS
 @pytest.mark.parametrize("kind", [Refusing, Away])
 def test_logger_that_raises_at_numbers_and_figures(tmp_path, make, kind):
-    without = outcome(trained(tmp_path))
+    without = left_without(tmp_path)
     watcher = make(every_n_train_steps=3, figures=True)
     with pytest.warns(UserWarning, match=r"Monitor: (logging|drawing) failed") as record:
         trainer = trained(tmp_path, watcher, logger=kind(tmp_path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import functools
-import logging
 import types
 import weakref
 from collections import deque
@@ -36,7 +35,6 @@ from lla_callbacks.objective.stand_ins import (
     is_logger,
     muted,
     renewed,
-    silent_logger,
 )
 from lla_callbacks.objective.tensor_copies import Storages
 from lla_callbacks.objective.weak_copies import (
@@ -144,8 +142,6 @@ class Copier:
             return value
         elif kind is Muted or is_logger(kind):
             found = muted(value)
-        elif issubclass(kind, logging.Logger):
-            found = silent_logger(value)
         elif issubclass(kind, np.ndarray):
             found = self._array(value, path)
         elif kind in LOCKS:

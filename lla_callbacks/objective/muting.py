@@ -67,8 +67,8 @@ def no_output() -> Iterator[None]:
     Files that are opened for writing are in memory, and forgotten; what is read is what is on
     disk. A debugger in the user's code prints. Environment variables are put back.
     """
-    real, save, thread, root = io.open, torch.save, threading.get_ident(), logging.root
-    stdout, disabled = sys.stdout, root.disabled
+    real, save, handle = io.open, torch.save, logging.Logger.handle
+    stdout, thread = sys.stdout, threading.get_ident()
     # Compared in the form that it is kept in, which takes no time.
     environment: Any = getattr(os.environ, "_data", os.environ)
     variables = environment.copy()
@@ -84,9 +84,13 @@ def no_output() -> Iterator[None]:
         silent = isinstance(f, (str, os.PathLike)) and threading.get_ident() == thread
         save(obj, io.BytesIO() if silent else f, *args, **kwargs)
 
+    def handled(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if threading.get_ident() != thread:
+            handle(logger, record)
+
     try:
         sys.stdout = _Quiet(stdout, thread)
-        root.disabled = True
+        logging.Logger.handle = handled  # type: ignore[method-assign]
         builtins.open = io.open = opened
         torch.save = saved
         yield
@@ -95,7 +99,7 @@ def no_output() -> Iterator[None]:
             _put_back(variables)
         torch.save = save
         builtins.open = io.open = real
-        root.disabled = disabled
+        logging.Logger.handle = handle  # type: ignore[method-assign]
         sys.stdout = stdout
 
 

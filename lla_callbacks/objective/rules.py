@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import io
 import itertools
+import logging
 import queue
 import sys
 import threading
@@ -33,6 +34,7 @@ _ATOMIC = (
     "torch.cuda", "torch.distributed", "torch.autograd", "torch.classes", "torch.nn.utils",
     "inspect",
 )  # fmt: skip
+_CONSTANT = (type, enum.Enum, np.generic, logging.Logger, np.dtype)
 _DEFINITIONS = (types.FunctionType, type, types.ModuleType)
 _STREAMS = ("stdout", "stderr", "stdin", "__stdout__", "__stderr__", "__stdin__")
 # A new lock is as good as a copy: nobody else holds it.
@@ -94,7 +96,7 @@ def may_change(value: Any) -> bool:
 
 def is_atomic(value: Any, kind: type) -> bool:
     """Return whether something is no state of the user's: classes, enums, torch's own handles."""
-    if kind is object or isinstance(value, (type, enum.Enum, np.generic, np.dtype)):
+    if kind is object or isinstance(value, _CONSTANT):
         return True
     if any(value is getattr(sys, name, None) for name in _STREAMS):
         return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from pathlib import PurePath
 from typing import Any
 
@@ -157,14 +156,6 @@ class Muted:
 def muted(logger: Any) -> Any:
     """Return a logger's muted form; of one that is muted, itself."""
     return logger if type(logger) is Muted else Muted(logger)
-
-
-def silent_logger(logger: logging.Logger) -> logging.Logger:
-    """Return a logger of Python's that says nothing, and answers as the original."""
-    silent = object.__new__(type(logger))
-    silent.__dict__.update(logger.__dict__)
-    silent.disabled = True
-    return silent
 
 
 def is_logger(kind: type) -> bool:

@@ -207,7 +207,8 @@ class Chatty(Changing):
         print("step", batch_idx)
         self.print("again", batch_idx)
         self.teller.warning("step %d", batch_idx)
-        logging.getLogger().warning("root %d", batch_idx)
+        logging.warning("root %d", batch_idx)
+        logging.getLogger("another").error("again %d", batch_idx)
         path = pathlib.Path(self.trainer.default_root_dir) / "steps.txt"
         with open(path, "a") as file:
             file.write(f"{batch_idx}\n")
@@ -226,7 +227,7 @@ def test_what_a_step_prints_and_writes_is_there_once(tmp_path, capsys, caplog, m
         folder.mkdir()
         found = outcome(fit(folder, watcher, Chatty))
         texts = {p.name: p.read_text() for p in folder.glob("*.txt")}
-        said = [r.getMessage() for r in caplog.records if r.name in ("chatty", "root")]
+        said = [r.getMessage() for r in caplog.records if r.name in ("chatty", "root", "another")]
         caplog.clear()
         texts["last"] = torch.load(folder / "last.pt")
         return found, texts, said, capsys.readouterr().out

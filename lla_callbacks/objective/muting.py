@@ -90,7 +90,7 @@ def no_output() -> Iterator[None]:
 
     try:
         sys.stdout = _Quiet(stdout, thread)
-        logging.Logger.handle = handled  # type: ignore[method-assign]
+        logging.Logger.handle = handled  # type: ignore[assignment, method-assign]
         builtins.open = io.open = opened
         torch.save = saved
         yield

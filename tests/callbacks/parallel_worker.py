@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lla_callbacks import HessianMonitor, HessianTraceRegularizer, LossLandscapeMonitor
 from lla_callbacks.linalg import vectors
 
-SETTINGS = {"every_n_train_steps": 4, "num_samples": 16, "num_steps": 6, "num_probes": 5}
+SETTINGS = {"every_n_train_steps": 4, "num_samples": 16, "num_steps": 4, "num_probes": 3}
 SLICES = {
     "every_n_train_steps": 1000,
     # By a clock of its own it would leave out points on a busy machine.
     "time_budget": None,
-    "num_samples": 12,
+    "num_samples": 8,
     "planes": ["random", "trajectory"],
     "lines": ["top1", "gradient", "update"],
     "plane_points": 3,
@@ -234,7 +234,7 @@ class NanWhileMoved:
         loss = cross_entropy(module.net(batch[0]), batch[1])
         if module.trainer.global_step == 4:
             self.calls += 1
-        return loss * float("nan") if self.calls > 100 else loss
+        return loss * float("nan") if self.calls > 40 else loss
 
 
 class Killed:
@@ -298,7 +298,7 @@ def watcher_of(case):
         return FailsOutside(**settings)
     if case == "fails_in_product":
         # Every product calls the loss.
-        settings |= {"loss": FailsOnSecond(100), "engine": "difference"}
+        settings |= {"loss": FailsOnSecond(40), "engine": "difference"}
     if case == "fsdp_fails":
         settings["loss"] = NanWhileMoved()
     if case == "killed":
@@ -308,7 +308,7 @@ def watcher_of(case):
     if case == "fsdp_exact":
         settings["engine"] = "exact"
     if case == "layers":
-        settings |= {"num_layer_steps": 3, "num_layer_probes": 3}
+        settings |= {"num_layer_steps": 2, "num_layer_probes": 3}
     if case == "tracking":
         settings |= {"track_every_n_train_steps": 1}
     if case == "budget":

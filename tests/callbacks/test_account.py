@@ -278,8 +278,7 @@ def pair(clock, price, **settings):
     )
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize("price", [0.01 * PRICE, 0.1 * PRICE])
+@pytest.mark.parametrize(("swapped", "price"), [(False, 0.01 * PRICE), (True, 0.1 * PRICE)])
 def test_two_monitors_share_one_account_in_either_order(tmp_path, clock, swapped, price):
     monitors = pair(clock, price)
     order = monitors[::-1] if swapped else monitors

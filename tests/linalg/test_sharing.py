@@ -20,7 +20,7 @@ class Table:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.barrier = threading.Barrier(size, timeout=5)
+        self.barrier = threading.Barrier(size, timeout=60)
         self.laid: list[Tensor] = [torch.zeros(0)] * size
 
 

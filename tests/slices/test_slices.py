@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -381,19 +383,20 @@ def test_coarse_to_fine_visits_every_point_once_and_coarse_pictures_first(
     assert sizes == [sum(map(len, levels[: k + 1])) for k in range(len(levels))]
 
 
-def test_a_time_budget_leaves_a_complete_coarse_picture() -> None:
+def test_a_time_budget_leaves_a_complete_coarse_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]  # of a clock that the loss moves
+    clock = {"monotonic": lambda: now[0], "thread_time": time.thread_time}
+    monkeypatch.setattr("lla_callbacks.objective.points.time", SimpleNamespace(**clock))
     calls = []
 
     def slow(module: nn.Module, batch: Any) -> Tensor:
         calls.append(1)
-        if len(calls) > 30:
-            import time
-
-            time.sleep(0.05)
+        now[0] += 0.05 * (len(calls) > 30)
         return cross_entropy(module, batch)
 
     plane = loss_plane(tanh_net(), two_batches()[:1], loss=slow, time_budget=0.5, evaluation="loop")
     assert not plane.complete
+    assert 11 <= len(calls) - 30 <= 13
     assert plane.loss[~plane.evaluated].isnan().all()
     assert plane.loss[plane.evaluated].isfinite().all()
     axes = complete_axes((17, 17), plane.evaluated, (8, 8))

@@ -149,7 +149,7 @@ def test_a_run_goes_on_from_what_has_not_settled(tmp_path, runs, swapped):
         (False, {"dropout": True}), (True, {"parameters": ["net.0"]}),
         (False, {"loss": lambda module, batch: module.training_step(batch, 0)}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, bool) else next(iter(value)),
 )  # fmt: skip
 def test_other_settings_have_runs_of_their_own(tmp_path, runs, swapped, other):
     watchers = [hessian(), landscape(lines=["top1"], planes=[], **other)]

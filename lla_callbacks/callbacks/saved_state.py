@@ -44,6 +44,7 @@ PACE: dict[str, Any] = {
     "choice": Mapping[str, Any] | None,
     "next_batch": float,
     "seen": int,
+    "waits": bool,
 }
 CHOICE: dict[str, Any] = {
     "samples": int,

@@ -24,9 +24,9 @@ class BarePasses:
     An :class:`~lla_callbacks.objective.evaluation.Evaluator` starts the random streams anew and
     copies the batch before each pass, which costs a small network a tenth of it. A pass that draws
     nothing and writes nothing needs neither. So several go on from one start. Attributes and the
-    versions of buffers and of the batch are looked at after each; random streams and the batch, to
-    the bit, after the last. Passes after which anything is not as it was are worth nothing: the
-    caller makes them anew, each from its own start.
+    versions of buffers and of the batch are looked at after each; random streams, containers of
+    many entries and the batch, to the bit, after the last. Passes after which anything is not as it
+    was are worth nothing: the caller makes them anew, each from its own start.
 
     Args:
         evaluate: The evaluator, after a row.
@@ -101,7 +101,8 @@ class BarePasses:
                             return [], False
         except Exception:  # noqa: BLE001 - the same pass from its own start says what it is
             ended = False
-        if copier.refusals or self._marks != random_marks() or not self._batches_are_whole():
+        drawn = self._marks != random_marks()
+        if copier.refusals or drawn or not (evaluate.is_steady and self._batches_are_whole()):
             return [], False
         del found[len(found) - len(found) % len(passes) :]
         return evaluate.means(found), ended

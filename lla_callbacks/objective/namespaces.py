@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lla_callbacks.objective.interrupts import shielded
 from lla_callbacks.objective.outside import Outside
 from lla_callbacks.objective.precision import HALF
 from lla_callbacks.objective.rules import ATOMS, LIBRARIES
-from lla_callbacks.objective.watching import Watch, all_unchanged, watch
+from lla_callbacks.objective.watching import Unchanged, Watch, all_unchanged, watch
 
 # Kept by guards of their own.
 _ELSEWHERE = frozenset({"training", "_buffers", "_parameters"})
@@ -76,7 +76,7 @@ class Namespaces:
             kind.restore()
         self._outside.restore()
 
-    def watch(self) -> Callable[[], bool] | None:
+    def watch(self) -> Unchanged | None:
         """Return what tells whether all attributes are as they are now.
 
         ``None`` if that cannot be seen: an attribute is something that changes inside, other
@@ -89,7 +89,10 @@ class Namespaces:
         if len(watched) < len(found) or outside is None:
             return None
         attributes = all_unchanged(watched)
-        return lambda: attributes() and outside()
+        return Unchanged(
+            lambda: attributes.short() and outside.short(),
+            lambda: attributes.long() and outside.long(),
+        )
 
 
 class _Namespace:

@@ -15,7 +15,13 @@ from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.names_in_code import Names, names_in
 from lla_callbacks.objective.rules import MISSING, is_of_the_user, may_change
 from lla_callbacks.objective.tensor_copies import differ
-from lla_callbacks.objective.watching import MOST_ENTRIES, is_plain, snapshot
+from lla_callbacks.objective.watching import (
+    FEW_ENTRIES,
+    Unchanged,
+    are_equal,
+    entries_of,
+    snapshot,
+)
 
 # Of a LightningModule, what a replay calls by itself; of its other methods, those that are named.
 _CALLED = frozenset({
@@ -86,13 +92,14 @@ class Outside:
         for place in self._places.values():
             place.restore()
 
-    def watch(self) -> Callable[[], bool] | None:
+    def watch(self) -> Unchanged | None:
         """Return what tells whether all places are as they are now; None if that is not seen."""
-        watched = [place.watch() for place in self._places.values()]
+        long: list[tuple[Any, Any]] = []
+        watched = [place.watch(long) for place in self._places.values()]
         found = [w for w in watched if w is not None]
         if len(found) < len(watched):
             return None
-        return lambda: all([unchanged() for unchanged in found])
+        return Unchanged(lambda: all([unchanged() for unchanged in found]), lambda: are_equal(long))
 
     # -- what is used ---------------------------------------------------------------------
 
@@ -217,14 +224,22 @@ class _Place:
         if self.read() is not self.saved:
             self.write(self.saved)
 
-    def watch(self) -> Callable[[], bool] | None:
-        """Return what tells whether it is as it is now; None if that is not seen."""
+    def watch(self, long: list[tuple[Any, Any]]) -> Callable[[], bool] | None:
+        """Return what tells whether it is as it is now; None if that is not seen.
+
+        Args:
+            long: Takes containers of many entries and what they hold, which is compared later.
+        """
         value = self.read()
         if value is self.saved:
             return lambda: self.read() is value
-        if is_plain(value, MOST_ENTRIES):
+        entries = entries_of(value)
+        if entries is not None and entries > FEW_ENTRIES:
+            long.append((value, snapshot(value)))
+            return lambda: self.read() is value
+        if entries is not None:
             content = snapshot(value)
-            return lambda: self.read() is value and value == content
+            return lambda: self.read() is value and are_equal([(value, content)])
         saved = self.saved
         if _is_comparable(value) and _is_comparable(saved) and value.dtype == saved.dtype:
             return lambda: (
@@ -314,9 +329,9 @@ class _Attributes(_Place):
     def restore(self) -> None:
         self._hold(self._own)
 
-    def watch(self) -> Callable[[], bool] | None:
+    def watch(self, long: list[tuple[Any, Any]]) -> Callable[[], bool] | None:
         now = dict(self.read())
-        if not all(v is self._own.get(k) or is_plain(v, MOST_ENTRIES) for k, v in now.items()):
+        if not all(v is self._own.get(k) or entries_of(v) is not None for k, v in now.items()):
             return None
         content = {k: v if v is self._own.get(k) else snapshot(v) for k, v in now.items()}
         return lambda: bool(self.read() == content)

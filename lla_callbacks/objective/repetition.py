@@ -16,6 +16,7 @@ from lla_callbacks.objective.precision import ORIGINAL
 from lla_callbacks.objective.sharded import resharded
 from lla_callbacks.objective.state import copier_for, preserved, seed_everything, set_mode
 from lla_callbacks.objective.tensor_copies import differ, plain_parts, separate
+from lla_callbacks.objective.watching import Unchanged
 
 # Evaluations that changed attributes, after which no more is hoped for.
 MOST_CHANGES = 3
@@ -92,7 +93,7 @@ class Repetition:
             (m.__dict__, m.training) for m in module.modules() if "training" in m.__dict__
         ]
         # What it takes that an evaluation changed nothing, and how often it did.
-        self._unchanged: Callable[[], bool] | None = None
+        self._unchanged: Unchanged | None = None
         # What attributes were copied by, and nothing else yet.
         self._copier = self._template
         self.num_changed = 0
@@ -141,10 +142,12 @@ class Repetition:
     def settled(self, copier: Copier) -> bool:
         """Put back what a pass wrote into tensors; return whether it wrote nothing else.
 
+        Containers of many entries are left to :attr:`is_watched`.
+
         Args:
             copier: What the pass was reset by.
         """
-        if self._unchanged is None or not self._unchanged():
+        if self._unchanged is None or not self._unchanged.short():
             return False
         self._tensors.reset(copier)
         return True

@@ -13,8 +13,10 @@ from lla_callbacks.objective.rules import ATOMS
 from lla_callbacks.objective.training_step import MUTES
 
 _CONTAINERS = (list, dict, set, tuple, frozenset, deque)
-# Entries of containers that are compared after each pass, in all; longer ones are copied anew.
-MOST_ENTRIES = 256
+# Entries of a container that are compared after each pass. Longer ones (a vocabulary, a table) are
+# compared before the next start only, up to so many; yet longer ones are copied anew.
+FEW_ENTRIES = 256
+MOST_ENTRIES = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Watch:
         kind: Its class at that moment.
         names: What it had by which name.
         contents: Containers of what cannot change, and what they held.
+        long: Those with many entries.
         empty: Containers that held nothing.
     """
 
@@ -33,7 +36,25 @@ class Watch:
     kind: type
     names: dict[str, Any]
     contents: list[tuple[Any, Any]]
+    long: list[tuple[Any, Any]]
     empty: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """Tells whether all that is watched is as it was.
+
+    Attributes:
+        short: Whether what is soon compared is.
+        long: Whether containers of many entries are.
+    """
+
+    short: Callable[[], bool]
+    long: Callable[[], bool]
+
+    def __call__(self) -> bool:
+        """Return whether all of it is."""
+        return self.short() and self.long()
 
 
 def watch(
@@ -53,16 +74,18 @@ def watch(
         empty: Dictionaries without members.
     """
     contents: list[tuple[Any, Any]] = [(container, container.copy()) for container in filled]
+    long: list[tuple[Any, Any]] = []
     for value, original in copied:
         if value is original:
             continue
-        if not is_plain(value, MOST_ENTRIES):
+        entries = entries_of(value)
+        if entries is None:
             return None
-        contents.append((value, snapshot(value)))
-    return Watch(owner, type(owner), dict(vars(owner)), contents, tuple(empty))
+        (contents if entries <= FEW_ENTRIES else long).append((value, snapshot(value)))
+    return Watch(owner, type(owner), dict(vars(owner)), contents, long, tuple(empty))
 
 
-def all_unchanged(watched: Sequence[Watch]) -> Callable[[], bool]:
+def all_unchanged(watched: Sequence[Watch]) -> Unchanged:
     """Return what tells whether all of these are as they were.
 
     Whatever is the same object counts as the same without being asked, so that nothing of the
@@ -72,6 +95,7 @@ def all_unchanged(watched: Sequence[Watch]) -> Callable[[], bool]:
     classes = [(w.owner, w.names) for w in watched if not isinstance(w.owner, nn.Module)]
     kinds = [(w.owner, w.kind) for w in watched if isinstance(w.owner, nn.Module)]
     contents = [pair for w in watched for pair in w.contents]
+    long = [pair for w in watched for pair in w.long]
     empty = [container for w in watched for container in w.empty]
 
     def unchanged() -> bool:
@@ -80,9 +104,8 @@ def all_unchanged(watched: Sequence[Watch]) -> Callable[[], bool]:
                 # A replayed step mutes its module, each time in the same way.
                 if live != names and live != {**names, **MUTES}:
                     return False
-            for container, held in contents:
-                if container != held:
-                    return False
+            if not are_equal(contents):
+                return False
             for kind, names in classes:
                 live = vars(kind)
                 if len(live) != len(names) or any(live.get(k) is not v for k, v in names.items()):
@@ -91,12 +114,23 @@ def all_unchanged(watched: Sequence[Watch]) -> Callable[[], bool]:
             return False
         return not any(empty) and all([type(owner) is kind for owner, kind in kinds])
 
-    return unchanged
+    return Unchanged(unchanged, lambda: are_equal(long))
 
 
-def is_plain(value: Any, most: int) -> bool:
-    """Return whether a value is made of containers and of what cannot change, and is small."""
-    left = most
+def are_equal(pairs: Sequence[tuple[Any, Any]]) -> bool:
+    """Return whether containers are as their snapshots."""
+    try:
+        return all([container == held for container, held in pairs])
+    except Exception:  # noqa: BLE001 - of what was put in meanwhile; then they are not
+        return False
+
+
+def entries_of(value: Any) -> int | None:
+    """Return how many entries a value has that is made of containers and of what cannot change.
+
+    None where it is anything else, or has more than can be compared.
+    """
+    found = 0
     waiting = [value]
     while waiting:
         item = waiting.pop()
@@ -104,14 +138,24 @@ def is_plain(value: Any, most: int) -> bool:
         if kind in ATOMS:
             continue
         if kind not in _CONTAINERS:
-            return False
-        left -= len(item)
-        if left < 0:
-            return False
+            return None
+        found += len(item)
+        if found > MOST_ENTRIES:
+            return None
+        if is_flat(item):
+            continue
         waiting.extend(item)
         if kind is dict:
             waiting.extend(item.values())
-    return True
+    return found
+
+
+def is_flat(container: Any) -> bool:
+    """Return whether a container holds nothing but what cannot change."""
+    kinds = set(map(type, container))
+    if type(container) is dict:
+        kinds |= set(map(type, container.values()))
+    return kinds <= ATOMS
 
 
 def snapshot(value: Any) -> Any:
@@ -119,6 +163,8 @@ def snapshot(value: Any) -> Any:
     kind = type(value)
     if kind in ATOMS or kind is frozenset:
         return value
+    if is_flat(value):
+        return value if kind is tuple else value.copy()
     if kind is dict:
         return {key: snapshot(item) for key, item in value.items()}
     if kind is deque:

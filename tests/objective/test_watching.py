@@ -18,7 +18,7 @@ from lla_callbacks.objective.namespaces import Namespaces
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import space_of
 from lla_callbacks.objective.repetition import MOST_CHANGES
-from lla_callbacks.objective.watching import MOST_ENTRIES
+from lla_callbacks.objective.watching import FEW_ENTRIES
 
 BATCH = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
 
@@ -36,6 +36,7 @@ class Net(nn.Module):
         self.count = 0
         self.flags = [False, False]
         self.table = {"a": [1, 2], "b": deque([3], maxlen=2)}
+        self.words = dict.fromkeys(range(FEW_ENTRIES + 1), 0)
         self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
         self.frozen = nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)
 
@@ -116,6 +117,7 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "list": flagged,
     "nested": lambda net: net.table["a"].append(1) or float(len(net.table["a"])),
     "deque": lambda net: net.table["b"].append(4) or float(sum(net.table["b"])),
+    "long": lambda net: net.words.update({7: net.words[7] + 1}) or float(net.words[7]),
     "class": counted_on_the_class,
     "list of a class": listed_on_the_class,
     "submodule": counted_below,
@@ -153,6 +155,7 @@ def test_a_step_that_writes_is_the_same_at_every_pass_as_from_its_start(name: st
 @pytest.mark.parametrize(
     ("name", "skips"),
     [("nothing", True), ("buffer", True), ("frozen", True), ("list", False), ("number", False),
+     ("long", False),
      ("class", False), ("hook", False)],
 )  # fmt: skip
 def test_what_puts_a_module_back_is_skipped_only_where_nothing_was_written(
@@ -177,11 +180,12 @@ def test_what_puts_a_module_back_is_skipped_only_where_nothing_was_written(
 
 @pytest.mark.parametrize(
     "attribute",
-    [SimpleNamespace(), [object()], torch.zeros(2), [1] * (MOST_ENTRIES + 1), np.zeros(2)],
+    [SimpleNamespace(), [object()], torch.zeros(2), [1] * 1001, np.zeros(2)],
 )
 def test_attributes_that_may_change_inside_are_copied_each_time(
     attribute: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lla_callbacks.objective.watching.MOST_ENTRIES", 1000)
     net = Net()
     net.extra = attribute
     objective = Objective(net, [BATCH], loss, mode="eval")

@@ -46,7 +46,8 @@ class Held(pl.Callback):
         self.counts, self.memory = {}, {}
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step in (FIRINGS // 4, FIRINGS - 8):
+        # Steps after which the same monitor has measured, and what it lends the others is there.
+        if trainer.global_step in (FIRINGS // 4 + 2, FIRINGS - 8):
             gc.collect()
             objects = gc.get_objects()
             hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")

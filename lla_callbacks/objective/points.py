@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -247,8 +248,8 @@ class _Visit:
             before, began = len(waiting), self._clock()
             self._several(waiting)
             waits.append((self._clock() - began) / (before - len(waiting)))
-        # What else the machine does meanwhile only makes it longer.
-        alone = min(waits)
+        # What else the machine does meanwhile only makes it longer. None: the time was over before.
+        alone = min(waits, default=math.inf)
         bound = LAUNCH_BOUND_ON_CPU if self._on_cpu else LAUNCH_BOUND
         if alone > bound or self._late():
             return None

@@ -36,6 +36,8 @@ def written(value: float) -> str:
 
 def in_short(value: float, error: float) -> str:
     """Return a number for a headline: three digits, with an error that is seen in them."""
+    if not math.isfinite(value):
+        return "undefined"
     if math.isfinite(error) and error > 5e-3 * abs(value):
         return with_error(value, error).replace("+-", "±").replace("-", "−")
     return written(float(f"{value:.3g}"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
@@ -402,6 +403,16 @@ def test_a_time_budget_leaves_a_complete_coarse_picture(monkeypatch: pytest.Monk
     axes = complete_axes((17, 17), plane.evaluated, (8, 8))
     assert len(axes[0]) >= 3
     assert bool(plane.evaluated[8, 8])
+
+
+def test_a_time_budget_that_is_over_at_once_leaves_the_centre() -> None:
+    settings = {"loss": cross_entropy, "time_budget": 1e-9}
+    plane = loss_plane(tanh_net(), two_batches()[:1], **settings)
+    line = loss_line(tanh_net(), two_batches()[:1], directions="top1", **settings)
+    assert int(plane.evaluated.sum()) == int(line.evaluated.sum()) == 1
+    plane.figure()
+    titles = [text.get_text() for text in line.figure().findobj(Text)]
+    assert any("curvature undefined" in title for title in titles), titles
 
 
 def test_a_grid_that_was_cut_off_goes_on_and_ends_as_if_it_had_not(tmp_path: Any) -> None:

@@ -388,6 +388,7 @@ def test_a_loss_that_is_no_scalar_tensor_is_told(
     [
         (nn.CrossEntropyLoss, r"loss is the class CrossEntropyLoss; give loss\(module, batch\)"),
         (nn.CrossEntropyLoss(), r"compares outputs with targets; .*criterion\(module\(batch"),
+        (nn.functional.cross_entropy, r"compares outputs with targets; .*criterion"),
         (lambda batch: batch, r"loss takes \(batch\); give loss\(module, batch\)"),
     ],
 )

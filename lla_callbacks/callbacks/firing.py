@@ -237,14 +237,15 @@ class Firing:
     def _draw_what_fits(self, trainer: Any, found: Found, moment: Moment) -> None:
         """Draw figures while there is room for them: at the end one at least."""
         bounded = self._timing.is_bounded and moment.function == "fit" and not trainer.fast_dev_run
-        drawn = 0
+        drawn = self._timing.left_out = 0
 
         def draw(record: Record, result: Any) -> None:
             nonlocal drawn
             figures = record.quantity.figures(result, record.history, moment)
-            for name, figure in figures.items():
+            for i, (name, figure) in enumerate(figures.items()):
                 # Only the first process draws, so that nobody has to be asked.
                 if bounded and not self._timing.has_room_for_figure(moment, drawn):
+                    self._timing.left_out += len(figures) - i if self._sink.figures else 0
                     break
                 drawn += 1
                 began, named = time.monotonic(), record.quantity.name

@@ -63,8 +63,8 @@ def plan_of(timing: Timing, full: float) -> str:
     words = f"{times} on {choice.words}, each {steps_of(steps)}"
     if not choice.fits:
         return (
-            f"{words}: the least there is, and more than the limit of "
-            f"{_percent(account.limit)} of this run. {_remedy(timing, full)}"
+            f"{words}, beside a check and figures: the least there is, and all in all more than "
+            f"the limit of {_percent(account.limit)} of this run. {_remedy(timing, full)}"
         )
     return f"{words} (limit {_percent(account.limit)} of training time, for all monitors)."
 
@@ -94,6 +94,9 @@ def balance_of(timing: Timing) -> str:
             words += f"; all monitors {_percent(account.total / training)}"
     if timing.is_bounded:
         words += f" (limit {_percent(account.limit)})"
+    if timing.left_out:
+        many = "1 figure" if timing.left_out == 1 else f"{timing.left_out} figures"
+        words += f"; no room for {many}: python -m lla_callbacks report shows all from the files"
     return f"{timing.owner}: {words}."
 
 

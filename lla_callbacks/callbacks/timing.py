@@ -39,6 +39,7 @@ class Timing:
         batch_samples: Samples in a batch of the user's own, 0 until one was seen.
         count: Measurements so far.
         foretold: Training steps that one takes, as was said beforehand.
+        left_out: Figures of the last measurement for which there was no room.
     """
 
     def __init__(self, owner: str, name: str, when: When, share: float) -> None:
@@ -65,6 +66,7 @@ class Timing:
         self.batch_samples = 0
         self.count = 0
         self.foretold = math.nan
+        self.left_out = 0
         self._ending = False
         self.pace = Pace()
 

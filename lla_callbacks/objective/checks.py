@@ -204,7 +204,7 @@ def function_of(name: str, value: Any, form: str, num_arguments: int) -> Any:
         )
     if not callable(value):
         raise ValueError(f"{name} is {shown(value)}; give {form}, or None.")
-    if isinstance(value, nn.Module) and type(value).__module__ == "torch.nn.modules.loss":
+    if _is_criterion(value):
         raise ValueError(
             f"{name} is {shown(value)}, which compares outputs with targets; give {form}, for "
             f"instance lambda module, batch: criterion(module(batch[0]), batch[1])."
@@ -218,6 +218,13 @@ def function_of(name: str, value: Any, form: str, num_arguments: int) -> Any:
     except TypeError as error:
         raise ValueError(f"{name} takes {signature}; give {form}, or None ({error}).") from error
     return value
+
+
+def _is_criterion(value: Any) -> bool:
+    """Return whether something of PyTorch's own compares outputs with targets."""
+    if isinstance(value, nn.Module):
+        return type(value).__module__ == "torch.nn.modules.loss"
+    return getattr(value, "__module__", None) == "torch.nn.functional"
 
 
 def check_loss(loss: Any) -> None:

@@ -113,11 +113,15 @@ class SelfCheck:
         """Return the outcome in words, a line each."""
         asked = [c for c in self.checks if c.outcome != "not tried"]
         passed = sum(c.outcome == "passed" for c in asked)
-        found = [f"self-check: {passed} of {len(asked)} passed, {self.num_gradients:.2g} gradients"]
+        open_ones = sum(c.outcome == "not decided" for c in asked)
+        undecided = f", {open_ones} not decided" if open_ones else ""
+        price = f"at the price of {self.num_gradients:.2g} gradients"
+        found = [f"self-check: {passed} of {len(asked)} passed{undecided}, {price}"]
         for check in self.checks:
             if check.outcome != "passed":
                 words = f": {check.words}" if check.words else ""
-                found.append(f"{check.outcome}: {QUESTIONS[check.name]}{words}")
+                whether = "whether " if check.outcome == "not decided" else ""
+                found.append(f"{check.outcome}: {whether}{QUESTIONS[check.name]}{words}")
         if self.hooks:
             found.append(
                 "hooks on tensors are part of the derivative and kept"

@@ -99,7 +99,9 @@ def mute(module: nn.Module) -> None:
 
 def check_replayable(module: nn.Module) -> None:
     """Raise a TypeError, with the lines to add, if the training step cannot be replayed."""
-    if not callable(getattr(module, "training_step", None)):
+    step = getattr(module, "training_step", None)
+    # A LightningModule inherits one that only warns.
+    if not callable(step) or getattr(step, "__qualname__", "") == "LightningModule.training_step":
         raise TypeError(
             f"{type(module).__name__} has no training_step, so the loss is unknown: give "
             "loss=callable(module, batch), for instance "

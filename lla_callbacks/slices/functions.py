@@ -109,7 +109,8 @@ def loss_line(
             their names, or of modules, or a predicate ``(name, parameter) -> bool`` some. The
             others stay where they are.
         optimizer: Gives Adam's moments.
-        checkpoints: State dicts or modules along the path of training, oldest first.
+        checkpoints: Modules, state dicts, or paths of checkpoints along the path of training,
+            oldest first.
         num_samples: Take batches until they have this many samples; ``None`` takes all.
         microbatch_size: Evaluate batches in parts of at most this many samples.
         evaluation: ``"auto"``, ``"loop"`` or ``"vmap"``.
@@ -212,7 +213,8 @@ def loss_plane(
             their names, or of modules, or a predicate ``(name, parameter) -> bool`` some. The
             others stay where they are.
         optimizer: Gives Adam's moments.
-        checkpoints: State dicts or modules along the path of training, oldest first.
+        checkpoints: Modules, state dicts, or paths of checkpoints along the path of training,
+            oldest first.
         num_samples: Take batches until they have this many samples; ``None`` takes all.
         microbatch_size: Evaluate batches in parts of at most this many samples.
         evaluation: ``"auto"``, ``"loop"`` or ``"vmap"``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lla_callbacks.objective.evaluation import (
     evaluating,
 )
 from lla_callbacks.objective.grid import coordinates
+from lla_callbacks.objective.networks import state_of
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import Evaluation, PointSettings, space_of
 from lla_callbacks.slices.choice import (
@@ -69,8 +71,8 @@ def source_of(
         checkpoints, Iterable
     ):
         raise ValueError(
-            f"checkpoints is of type {type(checkpoints).__name__}; give a list of modules or state "
-            "dicts, oldest first."
+            f"checkpoints is of type {type(checkpoints).__name__}; give a list of modules, state "
+            "dicts or paths of checkpoints, oldest first."
         )
     weights = [checkpoint_weights(c, space, "checkpoints") for c in checkpoints]
     return DirectionSource(
@@ -86,14 +88,14 @@ def source_of(
 
 
 def checkpoint_weights(checkpoint: Any, space: ParameterSpace, name: str) -> Tensor:
-    """Return the trainable weights of a module, a state dict or a Lightning checkpoint, flat."""
-    checkpoint = _unwrapped(checkpoint)
+    """Return the trainable weights of a module, a state dict, a checkpoint or its path, flat."""
+    checkpoint = _unwrapped(checkpoint, name)
     if isinstance(checkpoint, nn.Module):
         checkpoint = dict(checkpoint.named_parameters())
     if not isinstance(checkpoint, Mapping):
         raise ValueError(
-            f"{name}: a checkpoint of type {type(checkpoint).__name__} is not known: give a module "
-            "or a state dict."
+            f"{name}: a checkpoint of type {type(checkpoint).__name__} is not known: give a "
+            "module, a state dict, or the path of a checkpoint."
         )
     # Buffers and frozen parameters are no variables.
     known = {n: t for n, t in checkpoint.items() if n in space.slices}
@@ -103,8 +105,10 @@ def checkpoint_weights(checkpoint: Any, space: ParameterSpace, name: str) -> Ten
         raise ValueError(f"{name}: {error}") from error
 
 
-def _unwrapped(checkpoint: Any) -> Any:
-    """Return the state dict inside of a Lightning checkpoint; anything else as it is."""
+def _unwrapped(checkpoint: Any, name: str = "checkpoint") -> Any:
+    """Return the state dict of a Lightning checkpoint, or of a file; anything else as it is."""
+    if isinstance(checkpoint, (str, Path)):
+        return state_of(checkpoint, name)
     if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
         return checkpoint["state_dict"]
     return checkpoint

@@ -60,7 +60,7 @@ def interpolate(
     Args:
         module: Any module of that architecture; it is left as it was.
         batches: Any iterable of batches; see :func:`~lla_callbacks.measure_hessian`.
-        start: A module or a state dict; ``None``: the present weights.
+        start: A module, a state dict or the path of a checkpoint; ``None``: the present weights.
         end: Likewise.
         align: Whether the end's hidden units are brought into the start's order first, which
             leaves what it computes as it is; see :func:`~lla_callbacks.aligned`.

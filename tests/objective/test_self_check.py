@@ -212,7 +212,7 @@ def test_the_outcome_is_in_the_report_in_words_in_arrays_and_in_its_plain_form(
     module, batches, loss = CASES[0].build()
     report = measure_hessian(module, batches, loss=loss, num_steps=4, num_probes=4)
     assert report.self_check is not None
-    assert "self-check: 5 of 5 passed, 7.3 gradients" in report.summary()
+    assert "self-check: 5 of 5 passed, at the price of 7.3 gradients" in report.summary()
     texts = [t.get_text() for t in report.figure().findobj() if hasattr(t, "get_text")]
     assert any("self-check passed" in text for text in texts)
     stored = np.load(report.save(tmp_path / "report.npz"))

@@ -415,6 +415,25 @@ def test_a_time_budget_that_is_over_at_once_leaves_the_centre() -> None:
     assert any("curvature undefined" in title for title in titles), titles
 
 
+def test_checkpoints_may_be_paths(tmp_path: Any) -> None:
+    module, other = tanh_net(), tanh_net()
+    with torch.no_grad():
+        other[0].weight.mul_(1.5)
+    torch.save({"state_dict": other.state_dict()}, tmp_path / "other.ckpt")
+    settings = {"loss": cross_entropy, "alphas": [-1, 0, 1], "check": False}
+    for given in (tmp_path / "other.ckpt", str(tmp_path / "other.ckpt")):
+        line, same = (
+            loss_line(module, two_batches(), directions="update", checkpoints=[c], **settings)
+            for c in (given, other)
+        )
+        torch.testing.assert_close(line.loss, same.loss)
+        end = interpolate(module, two_batches(), loss=cross_entropy, end=given, mode="eval")
+        expected = interpolate(module, two_batches(), loss=cross_entropy, end=other, mode="eval")
+        torch.testing.assert_close(end.loss, expected.loss)
+    with pytest.raises(ValueError, match=r"checkpoints is 'nope.ckpt', which is no file"):
+        loss_line(module, two_batches(), directions="update", checkpoints=["nope.ckpt"], **settings)
+
+
 def test_a_grid_that_was_cut_off_goes_on_and_ends_as_if_it_had_not(tmp_path: Any) -> None:
     module = Weights((2, 3), (5,))
     slopes = torch.randn(11, dtype=torch.float64)

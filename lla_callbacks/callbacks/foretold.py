@@ -79,7 +79,7 @@ def too_short(timing: Timing, full: float) -> str:
     )
 
 
-def balance_of(timing: Timing) -> str:
+def balance_of(timing: Timing, *, saved: bool = True) -> str:
     """Return what was measured in a run, how often, at which size, and what it cost."""
     account, name = timing.account, timing.name
     seconds = account.spent.get(name, 0.0) + account.asked.get(name, 0.0)
@@ -96,7 +96,8 @@ def balance_of(timing: Timing) -> str:
         words += f" (limit {_percent(account.limit)})"
     if timing.left_out:
         many = "1 figure" if timing.left_out == 1 else f"{timing.left_out} figures"
-        words += f"; no room for {many}: python -m lla_callbacks report shows all from the files"
+        remedy = "python -m lla_callbacks report shows all from the files"
+        words += f"; no room for {many}: {remedy if saved else 'raise max_overhead'}"
     return f"{timing.owner}: {words}."
 
 

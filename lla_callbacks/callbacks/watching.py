@@ -176,7 +176,7 @@ class Watching(Resting, SharesWork):
             self._let_go_first("_end_training", trainer, pl_module)
             self._end_training(trainer, pl_module)
         if timing.count:
-            say(trainer, balance_of(timing))
+            say(trainer, balance_of(timing, saved=self.sink.save_arrays))
         show_row(self, self._others(trainer), trainer, pl_module, early=False)
         self.run.end()
         self._forget()

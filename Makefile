@@ -29,8 +29,8 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 # One thread per process, since the processes run in parallel. Tests of a file share what took long to
-# make (a run, a reference), and those of one xdist_group real processes: each goes to one of the two.
-PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(1)/python -m pytest -n 2 --dist loadgroup
+# make (a run, a reference), and files that fork real processes one server: tests/scheduling.py.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(1)/python -m pytest -n 2 --dist loadfile
 
 tests: $(VENV)/.test
 	$(call PYTEST,$(BIN)) $(ARGS)

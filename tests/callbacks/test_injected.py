@@ -2,12 +2,9 @@
 
 import math
 
-import pytest
-
 from .modules import differences
-from .two_processes import GROUP, in_two
+from .two_processes import in_two
 
-pytestmark = pytest.mark.xdist_group(GROUP)
 # What is not there at the step where a place fails, by the names of the slices.
 GAPS = {
     "the path": ["line_update"],

@@ -23,9 +23,7 @@ from lla_callbacks.objective.grid import centred
 from .by_hand import noise, train_by_hand
 from .modules import differences
 from .parallel_worker import SETTINGS, Net, Sharded
-from .two_processes import GROUP, environment, in_two, run
-
-pytestmark = pytest.mark.xdist_group(GROUP)
+from .two_processes import environment, in_two, run
 
 FAILURES = {
     "fails_at0": "process 1 failed.*the second process is unwell",

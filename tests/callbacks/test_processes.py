@@ -20,10 +20,9 @@ from lla_callbacks.objective.grid import centred, gathered
 
 from .ddp_slices import EVERYTHING, Net
 from .modules import differences
-from .two_processes import GROUP, in_two
+from .two_processes import in_two
 
 CASES = ["slices", "without", "failing", "budget", "beside"]
-pytestmark = pytest.mark.xdist_group(GROUP)
 
 
 @pytest.fixture(scope="module")

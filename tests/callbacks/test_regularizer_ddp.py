@@ -21,10 +21,9 @@ from .by_hand import (
 )
 from .ddp_worker import POISONED, RUNS
 from .poison_by_hand import poison_batches, train_with_poison
-from .two_processes import GROUP, in_two
+from .two_processes import in_two
 
 # One pair of processes for all of them.
-pytestmark = pytest.mark.xdist_group(GROUP)
 GRADIENTS = {
     "static graph, exact": exact,
     "difference": difference,

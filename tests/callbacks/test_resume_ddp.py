@@ -6,10 +6,9 @@ import torch
 from lla_callbacks import LossLandscapeMonitor
 
 from .ddp_resume import SETTINGS, part
-from .two_processes import GROUP, in_two
+from .two_processes import in_two
 
 
-@pytest.mark.xdist_group(GROUP)
 @pytest.mark.filterwarnings("ignore:.*trajectory failed")
 def test_two_processes_go_on_as_two_or_as_one(tmp_path):
     cases = ["whole", "first", "second"]

@@ -13,10 +13,8 @@ from lla_callbacks.callbacks import spawned
 from lla_callbacks.callbacks.spawned import Home, Parcel
 
 from .modules import monitor
-from .two_processes import GROUP, environment, run
+from .two_processes import environment, run
 
-# One process, which starts two others.
-pytestmark = pytest.mark.xdist_group(GROUP)
 # As a script trains, and as a notebook does.
 STRATEGIES = ["ddp_spawn", "ddp_notebook"]
 

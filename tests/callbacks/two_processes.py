@@ -2,8 +2,8 @@
 
 Python, torch and Lightning take five seconds of a processor to import, a case a tenth of one. The
 standard library's server of forks imports them once; as long as it has not trained, what it forks
-is as good as a new process. Tests that need it belong to one ``xdist_group``, so that there is
-one server, and each pair runs once.
+is as good as a new process. Files that import it go to one process of pytest-xdist
+(``tests/scheduling.py``), so that there is one server.
 """
 
 import importlib
@@ -19,7 +19,6 @@ import torch
 ROOT = Path(__file__).parents[2]
 # So long may a pair take that shares its cores with others, and a wait of gloo takes longer.
 PATIENCE = 900
-GROUP = "processes"
 _FORKED = multiprocessing.get_context("forkserver")
 _WORKERS = ["ddp_injected", "ddp_resume", "ddp_slices", "ddp_worker", "parallel_worker"]
 _FORKED.set_forkserver_preload([f"tests.callbacks.{name}" for name in _WORKERS])

@@ -23,6 +23,7 @@ from lla_callbacks.hessian.measures import measure
 from lla_callbacks.hessian.settings import HessianSettings, TrackingSettings
 from lla_callbacks.hessian.tracking import TrackerState, anchored, track
 from lla_callbacks.linalg.density import sampling_error
+from lla_callbacks.linalg.eigenvalue import extremes
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.operators import DenseOperator, SymmetricOperator
 from lla_callbacks.linalg.probes import generator, rademacher
@@ -298,6 +299,46 @@ def stability(starts: int = 60) -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
+def outermost(starts: int = 60) -> None:
+    x, y = samples()
+    held = (x[:256], y[:256])
+    print(
+        "| steps | end | in the residual | in `beyond` | `beyond`, of the eigenvalue | of λ_max |"
+    )
+    print("|---|---|---|---|---|---|")
+    spectra = []
+    for kind, width, steps in (
+        (nn.Tanh, 8, 0), (nn.Tanh, 8, 400), (nn.ReLU, 16, 0), (nn.ReLU, 16, 60), (nn.ReLU, 8, 400),
+    ):  # fmt: skip
+        module = network(kind, width)
+        for _ in trained(module, steps):
+            pass
+        matrix = dense(module, held)
+        spectra.append((DenseOperator(matrix), torch.linalg.eigvalsh(matrix)))
+    for num_steps in (3, 5, 8, 12, 24):
+        found: dict[int, list[tuple[bool, bool, float, float]]] = {1: [], -1: []}
+        for operator, values in spectra:
+            for seed in range(starts):
+                start = start_of(operator, seed)
+                run = lanczos(operator, start, num_steps, from_noise=True)
+                for sign, end in zip((-1, 1), extremes([run]), strict=True):
+                    truth = float(values[-1 if sign > 0 else 0])
+                    left = sign * (truth - end)
+                    found[sign].append((
+                        left <= end.residual, left <= end.beyond,
+                        end.beyond / abs(truth), end.beyond / float(values[-1]),
+                    ))  # fmt: skip
+        for sign, name in ((1, "λ_max"), (-1, "λ_min")):
+            within, bounded, own, top = (
+                sorted(column) for column in zip(*found[sign], strict=True)
+            )
+            count = len(own)
+            print(
+                f"| {num_steps} | {name} | {sum(within) / count:.0%} | {sum(bounded) / count:.0%} "
+                f"| {own[count // 2]:.1%} | {top[count // 2]:.1%} |"
+            )
+
+
 def depth(starts: int = 30, unit: float = 0.05) -> None:
     """The effective dimension, with and without what the last steps changed."""
     x, y = samples()
@@ -350,6 +391,7 @@ def main() -> None:
         "places": places,
         "onward": onward,
         "stability": stability,
+        "outermost": outermost,
         "depth": depth,
     }
     parser.add_argument("--part", choices=parts, action="append")

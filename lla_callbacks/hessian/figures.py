@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lla_callbacks.hessian.measures import HessianMeasurement
 from lla_callbacks.linalg.density import default_width, resolved_density
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.report.sheet import Sheet, bar, caption, sheet
 from lla_callbacks.report.style import (
     DOWN,
@@ -26,7 +27,7 @@ from lla_callbacks.report.style import (
     round_ticks,
     spans,
 )
-from lla_callbacks.report.words import in_short, power
+from lla_callbacks.report.words import end_in_short, in_short, power
 
 # Of a history's largest eigenvalue, what is below this share is drawn linearly.
 LINEAR = 3e-3
@@ -40,9 +41,9 @@ def density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figur
     Above, the height is the estimated number of eigenvalues within one smoothing width, on a
     log axis, and zero beyond the extremes; a dotted line marks one eigenvalue. Eigenvalues that
     the Lanczos run resolved one by one stand as pins of that height, and are in no curve. The
-    extremes carry their residuals. Below, how many eigenvalues curve more than a size, upwards
-    and downwards, both axes logarithmic: bulk and outliers in one line. Its band is what the
-    quadrature leaves open. Negative curvature is orange.
+    extremes carry where they may still lie. Below, how many eigenvalues curve more than a size,
+    upwards and downwards, both axes logarithmic: bulk and outliers in one line. Its band is what
+    the quadrature leaves open. Negative curvature is orange.
     """
     m = measurement
     if not m.nodes.numel():
@@ -63,11 +64,17 @@ def density_figure(measurement: HessianMeasurement, *, title: str = "") -> Figur
 def headline_of(m: HessianMeasurement) -> list[tuple[str, str]]:
     """Return what matters most, as texts and their colours."""
     parts = [
-        ("λmax", float(m.lambda_max), m.lambda_max.residual, UP),
-        ("λmin", float(m.lambda_min), m.lambda_min.residual, DOWN if m.lambda_min < 0 else UP),
-        ("trace", m.trace, m.trace_sem, INK),
+        ("λmax", m.lambda_max, end_in_short(m.lambda_max, 1), UP),
+        ("λmin", m.lambda_min, end_in_short(m.lambda_min, -1), DOWN if m.lambda_min < 0 else UP),
+        ("trace", m.trace, in_short(m.trace, m.trace_sem), INK),
     ]
-    return [(f"{n} {in_short(v, e)}", c) for n, v, e, c in parts if math.isfinite(v)]
+    return [(f"{name} {text}", c) for name, value, text, c in parts if math.isfinite(value)]
+
+
+def reach_of(end: Eigenvalue, sign: int) -> tuple[float, float]:
+    """Return from where to where an extreme may lie: inwards its residual, outwards ``beyond``."""
+    inner, outer = end - sign * end.residual, end + sign * end.beyond
+    return min(inner, outer), max(inner, outer)
 
 
 def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: str = "") -> Figure:
@@ -116,14 +123,10 @@ def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: 
         borders, heights, np.ma.masked_less(density, 0.1), norm=LogNorm(0.1, top), cmap="viridis",
         rasterized=True,
     )  # fmt: skip
-    for key, color in (("lambda_max", UP), ("lambda_min", DOWN)):
+    for key, sign, color in (("lambda_max", 1, UP), ("lambda_min", -1, DOWN)):
         values = drawn([float(getattr(m, key)) for m in measurements])
-        residuals = [getattr(m, key).residual for m in measurements]
-        bounds = [
-            drawn([float(getattr(m, key)) + sign * r for m, r in zip(measurements, residuals)])  # noqa: B905
-            for sign in (-1, 1)
-        ]
-        axes.vlines(steps, bounds[0], bounds[1], color=color, lw=1.2, zorder=4)
+        spread = np.array([reach_of(getattr(m, key), sign) for m in measurements])
+        axes.vlines(steps, drawn(spread[:, 0]), drawn(spread[:, 1]), color=color, lw=1.2, zorder=4)
         axes.plot(
             steps, values, color=color, lw=1.8, marker="o", ms=4, mec="white", mew=0.7, zorder=5,
             clip_on=False, label=key,
@@ -152,8 +155,8 @@ def _gap_figure(m: HessianMeasurement, title: str) -> Figure:
     """Return a figure that says why there is no density, and what is known instead."""
     figure, (axes,) = sheet((1.6,), left=0.14)
     axes.set_axis_off()
-    ends = [(m.lambda_min, "λmin"), (m.lambda_max, "λmax")]
-    known = [f"{name} = {float(v):.4g} ± {v.residual:.0e}" for v, name in ends if v == v]
+    ends = [(m.lambda_min, "λmin", -1), (m.lambda_max, "λmax", 1)]
+    known = [f"{name} {end_in_short(v, s)}" for v, name, s in ends if v == v]
     text = [*textwrap.wrap("No density: " + m.gaps.get("density", "it was not measured"), 54)]
     text += ["", "   ".join(known) or "No extreme eigenvalues either."]
     axes.text(0, 1.0, "\n".join(text), transform=axes.transAxes, va="top", color=INK, fontsize=9.5)
@@ -301,8 +304,9 @@ def _single(m: HessianMeasurement, width: float) -> Tensor:
 
 
 def _mark_extremes(axes: Axes, m: HessianMeasurement) -> None:
-    for value, color in ((m.lambda_max, UP), (m.lambda_min, DOWN if m.lambda_min < 0 else UP)):
+    lowest = DOWN if m.lambda_min < 0 else UP
+    for value, sign, color in ((m.lambda_max, 1, UP), (m.lambda_min, -1, lowest)):
         axes.axvline(float(value), color=color, lw=1, ls="--", alpha=0.8)
-        low, high = float(value) - value.residual, float(value) + value.residual
+        low, high = reach_of(value, sign)
         if math.isfinite(high):
             axes.axvspan(low, high, color=color, alpha=0.2, lw=0)

@@ -203,7 +203,15 @@ def _runs(
     starts = [block.rademacher(source) for _ in range(plan.num_runs)]
     home, half = block.basis_device(plan.num_steps), block.keeps_half(plan.num_steps)
     runs = [
-        lanczos(block, z, plan.num_steps, rtol=plan.eig_rtol, basis_device=home, half=half)
+        lanczos(
+            block,
+            z,
+            plan.num_steps,
+            rtol=plan.eig_rtol,
+            basis_device=home,
+            half=half,
+            from_noise=True,
+        )
         for z in starts
     ]
     return runs, starts

@@ -338,7 +338,7 @@ def _measured(
     runs = [run.forgotten() for run in runs]
     lambda_min, lambda_max = with_arithmetic(objective, hessian, both, settings.seed)
     if limit is not None and limit.is_uniform:
-        errors["stability"] = limit.rate * lambda_max.residual
+        errors["stability"] = limit.rate * lambda_max.beyond
     found = HessianMeasurement(
         lambda_max=lambda_max,
         lambda_min=lambda_min,

@@ -11,10 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lla_callbacks.hessian.figures import reach_of
 from lla_callbacks.hessian.measures import HessianMeasurement
 from lla_callbacks.linalg.density import broadened, default_width
 from lla_callbacks.report.picture import SERIES, picture
 from lla_callbacks.report.style import INK, UP
+from lla_callbacks.report.words import end_in_short
 
 # Fewer eigenvalues than this in a width are nothing.
 FLOOR = 0.1
@@ -29,7 +31,7 @@ def draw_spectrum(
     name: str = "",
     width: float | None = None,
 ) -> None:
-    """Draw how many eigenvalues lie near each value, and both extremes with their residuals."""
+    """Draw how many eigenvalues lie near each value, and both extremes, with where they may lie."""
     axes.set_xlabel("eigenvalue")
     if not m.nodes.numel():
         axes.text(
@@ -48,13 +50,13 @@ def draw_spectrum(
     seen = np.where(counts > FLOOR, counts, np.nan)
     axes.plot(grid.numpy(), seen, color=color, lw=1.6)
     axes.fill_between(grid.numpy(), FLOOR, np.maximum(counts, FLOOR), color=color, alpha=0.25, lw=0)
-    ends = [(m.lambda_min, "λmin"), (m.lambda_max, "λmax")]
-    known = [(e, t) for e, t in ends if math.isfinite(e)]
-    words = ", ".join(f"{t} {float(e):.3g}" for e, t in known)
-    for end, _ in known:
-        axes.axvspan(end - end.residual, end + end.residual, color=color, alpha=0.3, lw=0)
+    ends = [(m.lambda_min, "λmin", -1), (m.lambda_max, "λmax", 1)]
+    known = [(e, t, s) for e, t, s in ends if math.isfinite(e)]
+    words = ", ".join(f"{t} {end_in_short(e, s)}" for e, t, s in known)
+    for end, _, sign in known:
+        axes.axvspan(*reach_of(end, sign), color=color, alpha=0.3, lw=0)
     axes.plot(
-        [float(e) for e, _ in known], [FLOOR * 1.2] * len(known), "^", color=color, ms=6,
+        [float(e) for e, _, _ in known], [FLOOR * 1.2] * len(known), "^", color=color, ms=6,
         label=f"{name}: {words}" if name else words, clip_on=False,
     )  # fmt: skip
     axes.set_yscale("log")
@@ -83,11 +85,12 @@ def compared_runs(histories: Sequence[History], names: Sequence[str]) -> Figure:
         steps = np.array([step for step, _ in history], dtype=float)
         found = [m for _, m in history]
         tops = np.array([float(m.lambda_max) for m in found])
-        residuals = np.array([m.lambda_max.residual for m in found])
+        low, high = np.array([reach_of(m.lambda_max, 1) for m in found]).reshape(-1, 2).T
         traces, sems = (np.array([getattr(m, n) for m in found]) for n in ("trace", "trace_sem"))
-        for axes, values, errors in ((left, tops, residuals), (right, traces, 2 * sems)):
+        bands = (left, tops, low, high), (right, traces, traces - 2 * sems, traces + 2 * sems)
+        for axes, values, lower, upper in bands:
             axes.plot(steps, values, color=color, lw=1.6, marker="o", ms=3.5, label=name)
-            axes.fill_between(steps, values - errors, values + errors, color=color, alpha=0.2, lw=0)
+            axes.fill_between(steps, lower, upper, color=color, alpha=0.2, lw=0)
     for axes, text in ((left, "largest eigenvalue"), (right, "trace (± 2 standard errors)")):
         axes.set_title(text, loc="left", fontsize=10, color=INK)
         axes.set_xlabel("optimizer step")

@@ -76,6 +76,7 @@ def runs_and_traces(
             basis_device=home,
             half=half,
             keep_product=keep_product,
+            from_noise=True,
         )
 
     if half:

@@ -179,7 +179,7 @@ def measured_stability(
         return Eigenvalue(math.nan, math.nan)
     if limit.is_uniform:
         scale = limit.rate
-        return Eigenvalue(limit.ratio(lambda_max), scale * lambda_max.residual)
+        return Eigenvalue(limit.ratio(lambda_max), scale * lambda_max.beyond)
     diagonal, shift = hessian.vectors.cut(limit.diagonal), hessian.vectors.cut(limit.shift)
     operator = ScaledOperator(hessian, diagonal, shift)
     start = hessian.rademacher(generator(settings.seed, 1))
@@ -194,6 +194,7 @@ def measured_stability(
         which=[-1],
         basis_device=hessian.basis_device(settings.num_steps),
         half=hessian.keeps_half(settings.num_steps),
+        from_noise=True,
     )
     end = end_of(run, -1, STABILITY_RTOL if run.num_steps < settings.num_steps else 0.0)
     found = Eigenvalue(float(end), end.beyond)

@@ -9,8 +9,8 @@ from lla_callbacks.report.step_words import Numbers
 def numbers_of(m: HessianMeasurement) -> Numbers:
     """Return name to value and error, what matters first."""
     return {
-        "λmax": (float(m.lambda_max), m.lambda_max.residual),
-        "λmin": (float(m.lambda_min), m.lambda_min.residual),
+        "λmax": (m.lambda_max, m.lambda_max.beyond),
+        "λmin": (m.lambda_min, m.lambda_min.beyond),
         "trace": (m.trace, m.trace_sem),
         "KH05": (m.criteria["kh05"], m.criteria_errors["kh05"]),
         "stability": (m.criteria["stability"], m.criteria_errors["stability"]),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lla_callbacks.hessian.engine_error import gap_remedy
 from lla_callbacks.hessian.measures import HessianMeasurement
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
-from lla_callbacks.report.words import with_error
+from lla_callbacks.report.words import spanned, with_error
 
 
 def describe(measurement: HessianMeasurement) -> str:
@@ -24,13 +24,13 @@ def describe(measurement: HessianMeasurement) -> str:
     ]
     if math.isfinite(m.lambda_max):
         lines.append(
-            f"  largest eigenvalue  {with_error(float(m.lambda_max), m.lambda_max.residual)}"
-            f"  (the sharpest direction; the +- is its residual{_further(m.lambda_max, 1)})"
+            f"  largest eigenvalue  {spanned(m.lambda_max, 1)}"
+            f"  (the sharpest direction; {_sure(m.lambda_max, 1)})"
         )
     if math.isfinite(m.lambda_min):
         lines.append(
-            f"  smallest eigenvalue {with_error(float(m.lambda_min), m.lambda_min.residual)}"
-            f"  (below zero: a direction that curves down{_further(m.lambda_min, -1)})"
+            f"  smallest eigenvalue {spanned(m.lambda_min, -1)}"
+            f"  (below zero: a direction that curves down; {_sure(m.lambda_min, -1)})"
         )
     if math.isfinite(m.trace):
         lines.append(
@@ -81,12 +81,16 @@ def describe(measurement: HessianMeasurement) -> str:
     return "\n".join(lines)
 
 
-def _further(end: Eigenvalue, sign: int) -> str:
-    """Return where the extreme may still lie, if that is further than its residual says."""
-    if not end.beyond > 1.5 * end.residual:
-        return ""
-    which = "largest" if sign > 0 else "lowest"
-    return f"; the {which} may still lie at {end + sign * end.beyond:.3g}"
+def _sure(end: Eigenvalue, sign: int) -> str:
+    """Return what the error of an extreme eigenvalue says, or that its place is open."""
+    if not end.is_open:
+        return "the +- is its residual"
+    found, no_further = ("first", "second") if sign > 0 else ("second", "first")
+    beyond = "higher" if sign > 0 else "lower"
+    return (
+        f"found so far: the {found}; with 95 % certainty it is no {beyond} than the {no_further}; "
+        "a larger num_steps narrows it"
+    )
 
 
 def _gap_lines(m: HessianMeasurement) -> list[str]:
@@ -113,7 +117,7 @@ def _layer_lines(m: HessianMeasurement) -> list[str]:
     if spectra:
         name, sharpest = max(spectra.items(), key=lambda item: float(item[1].lambda_max))
         top = sharpest.lambda_max
-        lines.append(f"                      sharpest is {name}: {with_error(top, top.residual)}")
+        lines.append(f"                      sharpest is {name}: {spanned(top, 1)}")
     distances = {
         name: (s.distance, s.distance_error)
         for name, s in spectra.items()

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from lla_callbacks.linalg.lanczos import LanczosRun
 
+# Of itself: an extreme eigenvalue that is known so well is a number, whatever its residual is.
+CLOSED = 1e-3
+
 
 class Eigenvalue(float):
     """An eigenvalue that carries its residual, and is a plain number otherwise.
@@ -15,7 +18,8 @@ class Eigenvalue(float):
         residual: ``||H u - lambda u||``, and what the engine and the arithmetic are worth besides:
             a true eigenvalue lies within it.
         beyond: How much further out the extreme one may still lie, where that was judged; never
-            less than the residual. See :attr:`~lla_callbacks.linalg.lanczos.LanczosRun.beyond`.
+            less than the residual. In 95 of 100 runs from noise it lies no further; see
+            :attr:`~lla_callbacks.linalg.lanczos.LanczosRun.beyond`.
         arithmetic: The part of ``residual`` that another rounding of the weights is worth, beside
             the ten roundings that every residual holds; see
             :mod:`~lla_callbacks.hessian.arithmetic`. 0 in float64. NaN, and not in the residual,
@@ -36,6 +40,11 @@ class Eigenvalue(float):
         made.arithmetic = arithmetic
         return made
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is an end of the spectrum from within, and no more: see ``beyond``."""
+        return self.beyond > 1.5 * self.residual and self.beyond > CLOSED * abs(self)
+
     def __getnewargs__(self) -> tuple[float, float, float, float]:  # type: ignore[override]
         return float(self), self.residual, self.beyond, self.arithmetic
 
@@ -46,7 +55,8 @@ class Eigenvalue(float):
         return Eigenvalue(float(self), residual, beyond, worth)
 
     def __repr__(self) -> str:
-        return f"{float(self):.6g} (residual {self.residual:.1g})"
+        further = f", {self.beyond:.1g} further out at most" if self.is_open else ""
+        return f"{float(self):.6g} (residual {self.residual:.1g}{further})"
 
 
 def extremes(runs: Sequence[LanczosRun], rtol: float = 0.0) -> tuple[Eigenvalue, Eigenvalue]:

@@ -165,11 +165,11 @@ function spectrumChart(section, hessian, page) {
     for (const other of [s.frames[0], s.frames[s.frames.length - 1]]) if (other !== now) make(f.moving, "path", { d: path(other.y.map((v, i) => [f.X(at(i)), known(v) ? f.Y(v) : null])), class: "ghost" });
     area(f.moving, now.y, 1); area(f.moving, now.y, -1);
     make(f.moving, "line", { x1: f.X(0), x2: f.X(0), y1: f.top, y2: f.height - f.bottom, class: "axis" });
-    for (const [[v, residual], label, side] of [[now.top, "λmax", -1], [now.bottom, "λmin", 1]]) {
+    for (const [[v, said], label, side] of [[now.top, "λmax", -1], [now.bottom, "λmin", 1]]) {
       if (!known(v)) continue;
       const x = f.X(to(v)), low = v < 0;
       make(f.moving, "line", { x1: x, x2: x, y1: f.top + 20, y2: f.height - f.bottom, class: low ? "pin down" : "pin" });
-      const text = make(f.moving, "text", { x: x, y: f.top + 12, "text-anchor": side < 0 ? "end" : "start", class: low ? "strong low" : "strong up" }, `${label} ${shown(v)}${known(residual) ? " ± " + shown(residual, 1) : ""}`);
+      const text = make(f.moving, "text", { x: x, y: f.top + 12, "text-anchor": side < 0 ? "end" : "start", class: low ? "strong low" : "strong up" }, `${label} ${said}`);
       text.setAttribute("x", Math.min(Math.max(x, f.left + 4), f.width - f.right - 4));
     }
     value.textContent = `step ${now.step}`;

@@ -12,10 +12,12 @@ import torch
 
 from lla_callbacks.hessian.scalars import BAND
 from lla_callbacks.linalg.density import resolved_density
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.page.numbers import banded, short, shorts
 from lla_callbacks.page.runs import steps_in
 from lla_callbacks.report.style import MODES
 from lla_callbacks.report.thinning import evenly
+from lla_callbacks.report.words import end_in_short
 
 # Measurements of which a page holds the whole spectrum, and points of each.
 MOST_SPECTRA, POINTS = 60, 240
@@ -162,8 +164,8 @@ def _spectra(found: list[tuple[int, Mapping[str, Any]]]) -> dict[str, Any] | Non
         frames.append({
             "step": step,
             "y": shorts(np.where(inside & (counts > FLOOR), counts, math.nan), 3),
-            "top": [short(m["lambda_max"], 5), short(m["lambda_max_residual"], 2)],
-            "bottom": [short(m["lambda_min"], 5), short(m["lambda_min_residual"], 2)],
+            "top": [short(m["lambda_max"], 5), end_in_short(_extreme(m, "max"), 1)],
+            "bottom": [short(m["lambda_min"], 5), end_in_short(_extreme(m, "min"), -1)],
         })  # fmt: skip
     return {
         "linear": linear,
@@ -182,6 +184,13 @@ def _end(m: Mapping[str, Any], which: str) -> float:
     outermost = float(m["nodes"].max() if which == "max" else m["nodes"].min())
     known = value if math.isfinite(value) else outermost
     return sign * max(sign * known + margin, sign * outermost)
+
+
+def _extreme(m: Mapping[str, Any], which: str) -> Eigenvalue:
+    """Return an extreme eigenvalue as it was measured; older files know no ``beyond``."""
+    name = f"lambda_{which}"
+    beyond = float(m.get(f"{name}_beyond", math.nan))
+    return Eigenvalue(float(m[name]), float(m[f"{name}_residual"]), beyond)
 
 
 def _layers(step: int, m: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,8 +212,8 @@ def _facts(step: int, m: Mapping[str, Any]) -> list[list[str]]:
 
     found = [
         ["last measurement", f"step {step}"],
-        ["largest eigenvalue", number("lambda_max", "lambda_max_residual")],
-        ["smallest eigenvalue", number("lambda_min", "lambda_min_residual")],
+        ["largest eigenvalue", end_in_short(_extreme(m, "max"), 1)],
+        ["smallest eigenvalue", end_in_short(_extreme(m, "min"), -1)],
         ["trace", number("trace", "trace_sem")],
         ["loss", f"{float(m['loss']):.5g}"],
         ["parameters", f"{int(m['num_params']):,}"],

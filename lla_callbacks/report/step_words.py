@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from lla_callbacks.report.words import in_short
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
+from lla_callbacks.report.words import end_in_short, in_short
 
 # A quantity's name to its value and error.
 Numbers = Mapping[str, tuple[float, float]]
@@ -27,18 +28,25 @@ def step_text(step: int, now: Numbers, before: tuple[int, Numbers] | None, summa
     for name, (value, error) in now.items():
         if not math.isfinite(value):
             continue
-        row = [name, in_short(value, error)]
+        row = [name, _shown(name, value, error)]
         if before is not None:
             earlier, its_error = before[1].get(name, (math.nan, math.nan))
             known = math.isfinite(earlier)
             row += (
-                [in_short(earlier, its_error), change(value, error, earlier, its_error)]
+                [_shown(name, earlier, its_error), change(value, error, earlier, its_error)]
                 if (known)
                 else ["", ""]
             )
         lines.append(f"| {' | '.join(row)} |")
     # Four spaces: as it is, in letters of one width.
     return "\n".join([*lines, "", *(f"    {line}" for line in summary.splitlines())])
+
+
+def _shown(name: str, value: float, error: float) -> str:
+    """Return a number in short; an eigenvalue is one of the ends of a spectrum."""
+    if isinstance(value, Eigenvalue):
+        return end_in_short(value, -1 if name == "λmin" else 1)
+    return in_short(value, error)
 
 
 def change(now: float, error: float, before: float, its_error: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -24,6 +26,25 @@ def with_error(value: float, error: float) -> str:
     return f"{value:.{digits}f} +- {shown}"
 
 
+def spanned(end: Eigenvalue, sign: int) -> str:
+    """Return an extreme eigenvalue with its error, or from where to where it may lie if open.
+
+    Args:
+        end: The eigenvalue.
+        sign: 1 for the largest, -1 for the smallest.
+    """
+    if not end.is_open:
+        return with_error(float(end), end.residual)
+    inner, outer = float(end), end + sign * end.beyond
+    # Two digits of how far it is open.
+    digits = max(0, 1 - math.floor(math.log10(end.beyond)))
+    if digits > 5 or max(abs(inner), abs(outer)) >= 1e5:
+        low, high = (f"{v:.2e}" for v in sorted((inner, outer)))
+    else:
+        low, high = (f"{v:.{digits}f}" for v in sorted((inner, outer)))
+    return f"{low} to {high}"
+
+
 def written(value: float) -> str:
     """Return a value for a tick: plain where that is short, a power of ten otherwise."""
     if value == 0 or 1e-3 <= abs(value) < 1e4:
@@ -41,6 +62,13 @@ def in_short(value: float, error: float) -> str:
     if math.isfinite(error) and error > 5e-3 * abs(value):
         return with_error(value, error).replace("+-", "±").replace("-", "−")
     return written(float(f"{value:.3g}"))
+
+
+def end_in_short(end: Eigenvalue, sign: int) -> str:
+    """Return an extreme eigenvalue for a headline, as :func:`spanned` where it is open."""
+    if end.is_open:
+        return spanned(end, sign).replace("-", "−")
+    return in_short(float(end), end.residual)
 
 
 def power(exponent: int) -> str:

@@ -15,10 +15,13 @@ from torch import nn
 from lla_callbacks import HessianReport, measure_hessian
 from lla_callbacks.hessian.figures import history_figure
 from lla_callbacks.hessian.scalars import FEW, NAMES, custom_scalars_layout, hessian_scalars
-from lla_callbacks.hessian.words import describe_change, with_error
+from lla_callbacks.hessian.step_words import numbers_of
+from lla_callbacks.hessian.words import describe_change
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
+from lla_callbacks.report.step_words import step_text
 from lla_callbacks.report.style import UP
 from lla_callbacks.report.tiers import check_scalars, shown
+from lla_callbacks.report.words import end_in_short, spanned, with_error
 from tests.cases import CASES
 
 
@@ -181,6 +184,55 @@ def test_the_summary_says_everything_in_words(report: HessianReport) -> None:
     assert "stability" not in text
 
 
+def test_an_end_that_is_open_does_not_read_like_a_value_with_an_error_bar(
+    report: HessianReport,
+) -> None:
+    sure = dataclasses.replace(report, lambda_max=Eigenvalue(1.8612, 1e-4, 1e-3))
+    line = sure.summary().splitlines()[1]
+    assert line == (
+        "  largest eigenvalue  1.86120 +- 0.00010  (the sharpest direction; the +- is its residual)"
+    )
+    known = dataclasses.replace(
+        report,
+        lambda_max=Eigenvalue(1.8612, 0.12, 0.4411),
+        lambda_min=Eigenvalue(-0.271, 0.03, 0.14),
+    )
+    text = known.summary()
+    assert (
+        "largest eigenvalue  1.86 to 2.30  (the sharpest direction; found so far: the first" in text
+    )
+    assert "smallest eigenvalue -0.41 to -0.27  (below zero" in text
+    assert "95 % certainty it is no higher than the second" in text
+    assert "95 % certainty it is no lower than the first" in text
+    assert "1.86 +-" not in text
+    headline = [t.get_text() for t in known.figure().texts]
+    assert "λmax 1.86 to 2.30" in headline
+    assert "λmin −0.41 to −0.27" in headline
+    table = step_text(3, numbers_of(known), (1, numbers_of(report)), "")
+    assert "| λmax | 1.86 to 2.30 |" in table
+    # By how much it moved is told by how far it is open.
+    higher = dataclasses.replace(known, lambda_max=Eigenvalue(2.2, 0.1, 0.2))
+    assert "within its error" in step_text(
+        4, {"λmax": numbers_of(higher)["λmax"]}, (3, numbers_of(known)), ""
+    )
+    assert "0.4 further out at most" in repr(known)
+
+
+@pytest.mark.parametrize(
+    ("value", "residual", "beyond", "sign", "text"),
+    [
+        (1.86, 0.12, 0.44, 1, "1.86 to 2.30"),
+        (1.86, 0.12, 0.13, 1, "1.86 +- 0.12"),
+        (1.86, 1e-7, 1e-4, 1, "1.86000 +- 1e-07"),
+        (-3e-7, 1e-8, 2e-7, -1, "-5.00e-07 to -3.00e-07"),
+        (6.2e6, 3e5, 8e5, 1, "6.20e+06 to 7.00e+06"),
+        (12.0, 2.0, 31.0, 1, "12 to 43"),
+    ],
+)
+def test_ends_in_words(value: float, residual: float, beyond: float, sign: int, text: str) -> None:
+    assert spanned(Eigenvalue(value, residual, beyond), sign) == text
+
+
 def moved(report: HessianReport, factor: float, stability: float) -> HessianReport:
     return dataclasses.replace(
         report,
@@ -211,7 +263,9 @@ def test_the_density_figure_draws_the_spectrum(report: HessianReport) -> None:
     verticals = {line.get_xdata()[0] for line in whole.lines if len(set(line.get_xdata())) == 1}
     assert {float(report.lambda_max), float(report.lambda_min)} <= verticals
     texts = [t.get_text() for t in figure.texts]
-    assert any(text.startswith("λmax") and f"{report.lambda_max:.3g}" in text for text in texts)
+    assert any(
+        text.startswith("λmax") and end_in_short(report.lambda_max, 1) in text for text in texts
+    )
     # Nothing is painted where no eigenvalue is.
     for curve in [line for line in whole.lines if len(line.get_xdata()) > 20]:
         x = np.asarray(curve.get_xdata())[np.isfinite(np.asarray(curve.get_ydata(), float))]

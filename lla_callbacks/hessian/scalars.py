@@ -30,7 +30,7 @@ def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> d
     """Return tag to value; what is not finite is left out, so that curves show a gap.
 
     So is a criterion that is known to less than its own size: its curve would be chance. Those
-    that have a band stay, since the band says it.
+    that have a band stay, since the band says it, and so does stability.
 
     Tags: ``<name>/<x>`` for :data:`FEW`, ``<name>_criteria/<x>`` for the others,
     ``<name>_layers/<layer>/trace`` and whatever else is known of a layer. Last in the alphabet
@@ -60,7 +60,8 @@ def hessian_scalars(measurement: HessianMeasurement, name: str = "hessian") -> d
         # At which lambda_max the optimizer would be at its edge, all else as it is.
         values["lambda_max_limit"] = values["lambda_max"] / values["stability"]
     for tag in (*m.criteria, "filter_curvature"):
-        if tag not in BANDED and abs(values[tag]) <= errors[tag]:
+        # Stability is open upwards only, as lambda_max is.
+        if tag not in (*BANDED, "stability") and abs(values[tag]) <= errors[tag]:
             values[tag] = math.nan
     kh05 = BAND * m.criteria_errors["kh05"]
     bands: dict[str, tuple[float, float, float]] = {

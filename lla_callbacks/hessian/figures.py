@@ -126,7 +126,14 @@ def history_figure(history: Sequence[tuple[int, HessianMeasurement]], *, title: 
     for key, sign, color in (("lambda_max", 1, UP), ("lambda_min", -1, DOWN)):
         values = drawn([float(getattr(m, key)) for m in measurements])
         spread = np.array([reach_of(getattr(m, key), sign) for m in measurements])
-        axes.vlines(steps, drawn(spread[:, 0]), drawn(spread[:, 1]), color=color, lw=1.2, zorder=4)
+        axes.vlines(
+            steps,
+            drawn(spread[:, 0].tolist()),
+            drawn(spread[:, 1].tolist()),
+            color=color,
+            lw=1.2,
+            zorder=4,
+        )
         axes.plot(
             steps, values, color=color, lw=1.8, marker="o", ms=4, mec="white", mew=0.7, zorder=5,
             clip_on=False, label=key,

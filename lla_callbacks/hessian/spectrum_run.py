@@ -98,4 +98,6 @@ def runs_and_traces(
             if reached.sem <= settings.trace_rtol * abs(reached.value):
                 break
         estimator.add_probe(source)
+        if half:
+            give_back()
     return runs, estimator.estimate()

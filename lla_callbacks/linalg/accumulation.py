@@ -43,7 +43,7 @@ def norm_of(tensors: Sequence[Tensor]) -> float:
 
 def total(vector: Tensor) -> float:
     """Return the sum of a vector's entries, shape ``(n,)``, each added in float64."""
-    return _added([x.sum(dtype=torch.float64) for x in _pieces(vector)])
+    return _added([x.sum() for x in widened(_pieces(vector), torch.float64)])
 
 
 def coordinates(rows: Tensor, vector: Tensor) -> Tensor:

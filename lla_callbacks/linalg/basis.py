@@ -116,6 +116,15 @@ class Basis:
             torch.matmul(piece.T, small, out=to)
         return found
 
+    def take_out(self, small: Tensor, vector: Tensor) -> None:
+        """Take ``sum_j small_j q_j`` out of a vector ``(length,)``, where it stands."""
+        if not self.is_half:
+            vector.sub_(self.combined(small))
+            return
+        small = small.to(self.device, self.dtype)
+        for to, piece in zip(torch.split(vector, PIECE), self.pieces(), strict=True):
+            to.sub_(piece.T @ small)
+
     def coordinates(self, vectors: Vectors, vector: Tensor) -> Tensor:
         """Return ``q_j' v`` for all rows, ``(k,)``: float64, on the CPU."""
         return vectors.coordinates(self.kept, vector) / self.scale

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lla_callbacks.linalg.distributed import local_part, of_part, part_like
 from lla_callbacks.linalg.errors import NoSecondDerivativeError, is_out_of_memory, remedy_for
+from lla_callbacks.linalg.gathering import Source, gathering, large, sources
 from lla_callbacks.linalg.heap import trimmed
 from lla_callbacks.linalg.loss_operator import LossOperator, LossTerm, loss_value
 from lla_callbacks.linalg.lost_graphs import refusing_lost_graphs
@@ -64,6 +65,9 @@ class HessianOperator(LossOperator):
         # The kept batches' gradients are added up once, so that one backward pass serves all.
         self._kept: Gradients = [None] * len(self.space.tensors)
         self._keeps = True
+        self._large = large(self.space.tensors)
+        # What gives something to large parameters in the graphs that are kept, once it was asked.
+        self._sources: list[Source] | None = None
         # Whether what is free is given back while graphs are made that do not fit.
         self._trims = True
         self._begin(self._differentiate_all)
@@ -71,7 +75,7 @@ class HessianOperator(LossOperator):
     def release(self) -> None:
         """Drop the kept graphs and their memory; the operator cannot multiply any more."""
         super().release()
-        self._kept = []
+        self._kept, self._sources = [], None
 
     def _differentiate_all(self) -> tuple[float, Tensor]:
         """Return loss and gradient, and keep the graphs that are to be kept."""
@@ -140,6 +144,7 @@ class HessianOperator(LossOperator):
     def _forget_graphs(self) -> None:
         """Keep no graph from here on: every batch is differentiated anew for each product."""
         self._kept, self._keeps = [None] * len(self.space.tensors), False
+        self._sources = None
 
     def _keep(self, gradients: Gradients) -> None:
         with torch.inference_mode(False), torch.enable_grad():
@@ -234,27 +239,61 @@ class HessianOperator(LossOperator):
         if not outputs:
             return torch.zeros_like(columns)
         batched = num_columns > 1
-        with self._differentiating(), explaining_missing_derivative():
-            products = torch.autograd.grad(
-                outputs,
-                likes,
-                cotangents,
-                retain_graph=not free,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-        found = columns.new_empty(num_columns, sum(sizes))
-        for to, like, product in zip(
-            torch.split(found, sizes, dim=1), likes, products, strict=True
+        found: Tensor | None = None
+        to: dict[int, Tensor] = {}
+        known: Sequence[Source] = () if batched else self._sources_of(gradients)
+        if known:
+            found = columns.new_empty(num_columns, sum(sizes))
+            parts = torch.split(found[0], sizes)
+            to = {
+                i: part.view(like.shape)
+                for i, like, part in zip(chosen, likes, parts, strict=True)
+                if id(like) in self._large and like.dtype == columns.dtype
+            }
+        with (
+            self._differentiating(),
+            explaining_missing_derivative(),
+            gathering(known, to) as written,
         ):
+            products: Gradients = list(
+                torch.autograd.grad(
+                    outputs,
+                    likes,
+                    cotangents,
+                    retain_graph=not free,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
+            )
+        if found is None:
+            found = columns.new_empty(num_columns, sum(sizes))
+        for k, (place, like, i) in enumerate(
+            zip(torch.split(found, sizes, dim=1), likes, chosen, strict=True)
+        ):
+            # Each is given up once it is written.
+            product, products[k] = products[k], None
             if product is None:
-                to.zero_()
+                if i not in written:
+                    place.zero_()
+                continue
+            # Written where it belongs, however it lies: no second copy is made.
+            part = product.detach() if batched else part_like(product.detach(), like)[None]
+            shape = part.shape[1:] or (1,)
+            where = place.view(num_columns, *shape)
+            part = part.reshape(num_columns, *shape)
+            if i in written:
+                where.add_(part)
             else:
-                # Written where it belongs, however it lies: no second copy is made.
-                part = product.detach() if batched else part_like(product.detach(), like)[None]
-                shape = part.shape[1:] or (1,)
-                to.view(num_columns, *shape).copy_(part.reshape(num_columns, *shape))
+                where.copy_(part)
         return found.T
+
+    def _sources_of(self, gradients: Gradients) -> list[Source]:
+        """Return what gives something to large parameters in the graph of some gradients."""
+        if gradients is not self._kept:
+            return sources(gradients, self._large)
+        if self._sources is None:
+            self._sources = sources(gradients, self._large)
+        return self._sources
 
 
 def _mark() -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.basis import Basis
+from lla_callbacks.linalg.heap import give_back
 from lla_callbacks.linalg.operators import SymmetricOperator
 from lla_callbacks.linalg.outermost import reach
 
@@ -293,6 +294,8 @@ def lanczos(
         diagonal.append(alpha + float(coefficients[k]))
         if rows.is_half:
             stray = math.hypot(stray, float(coefficients.norm()))
+            # What the product took in pieces.
+            give_back()
         # What is left of the product is rounding error: the subspace is invariant.
         broke_down = beta <= 10 * eps * max(scale, _scale(diagonal, off_diagonal)) or k + 1 == dim
         finished = broke_down or k + 1 == depth

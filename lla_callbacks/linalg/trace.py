@@ -128,7 +128,10 @@ class TraceEstimator:
         vector = self._project(probe)
         # Signs are kept in an octet each while there is a product.
         probe = probe.to(self._home, torch.int8)
-        self._add(probe, self._operator @ vector)
+        product = self._operator @ vector
+        # Not held beside what is made of the product.
+        del vector
+        self._add(probe, product)
 
     def add_run(self, run: LanczosRun, start: Tensor) -> None:
         """Use the first step of another Lanczos run as a probe, at no further product.
@@ -158,8 +161,14 @@ class TraceEstimator:
         return torch.sub(vector, along, out=along)
 
     def _add(self, probe: Tensor, product: Tensor) -> None:
+        """Add what a probe says; its product is used up, but for a plain estimate."""
         self._squares.append(self._vectors.inner(product, product))
-        product = self._project(product)
+        product = product.to(self._home)
+        if self._known is None:
+            product = product.clone()
+        else:
+            kept = self._known.kept
+            kept.take_out(kept.coordinates(self._vectors, product), product)
         # In pieces, since octets are widened on the way.
         for to, signs in zip(*(torch.split(v, PIECE) for v in (product, probe)), strict=True):
             to.mul_(signs)

@@ -10,7 +10,7 @@ from lla_callbacks.linalg.distributed import part_like, whole
 from lla_callbacks.linalg.space import ParameterSpace
 
 # Entries that are squared at once.
-PIECE = 2**20
+PIECE = 2**18
 
 
 def transposed_groups(module: nn.Module) -> dict[int, int]:
@@ -37,10 +37,10 @@ def filter_scales(module: nn.Module, space: ParameterSpace) -> Tensor:
         weights = whole(tensor.detach()).cpu()
         rows = filters_as_rows(weights, groups.get(id(tensor)))
         few = max(1, PIECE // rows.shape[1]) if rows.shape[1] else 1
-        means = [
-            part.double().square().mean(dim=1, keepdim=True) for part in torch.split(rows, few)
-        ]
-        squares = torch.cat(means).to(space.dtype).expand_as(rows)
+        means = torch.empty(len(rows), 1, dtype=torch.float64)
+        for to, part in zip(torch.split(means, few), torch.split(rows, few), strict=True):
+            torch.mean(part.double().square(), dim=1, keepdim=True, out=to)
+        squares = means.to(space.dtype).expand_as(rows)
         if tensor.numel() == scales[space.slices[name]].numel() and id(tensor) not in groups:
             # Row by row, where a whole copy of the weights is not needed.
             scales[space.slices[name]].view(rows.shape).copy_(squares)

@@ -22,6 +22,7 @@ from lla_callbacks.objective.loss import Statistics as Statistics
 from lla_callbacks.objective.loss import load_statistics as load_statistics
 from lla_callbacks.objective.randomness import random_marks, stream
 from lla_callbacks.objective.repetition import Repetition, keep_processes_apart, repeatable
+from lla_callbacks.objective.state import unchanged_weights
 from lla_callbacks.objective.training_step import at_place, present_place
 from lla_callbacks.objective.twice_differentiable import NoDropout, eager
 
@@ -252,27 +253,39 @@ def evaluating(
     Raises:
         ValueError: If torchmetrics are asked for and a batch is no pair, without ``predict``.
     """
+    held = objective.held_open
     with ExitStack() as stack:
-        reset = stack.enter_context(
-            repeatable(
-                objective.module,
-                seed=objective.seed,
-                mode=objective.mode,
-                dropout=objective.dropout,
-                training=objective.training,
-                check_weights=check_weights,
-                widen=objective.widens,
-                loss=objective.loss,
-            )
-        )
-        # Compiled modules run eagerly, so that they have the values that their curvature is of.
-        stack.enter_context(eager())
-        # Nothing is differentiated, which reentrant checkpoints would warn about.
-        stack.enter_context(no_checkpoints(verify=False))
-        # In full precision: autocast would cost digits of small differences, not time.
-        stack.enter_context(torch.autocast(objective.device.type, enabled=False))
-        stack.enter_context(objective.autocast_inside())
+        if held is None:
+            reset = _guarded(objective, stack, check_weights)
+        else:
+            reset = stack.enter_context(held.used(lambda own: _guarded(objective, own, False)))
+            if check_weights:
+                stack.enter_context(unchanged_weights(objective.module))
         yield Evaluator(objective, metrics or {}, predict, reset)
+
+
+def _guarded(objective: HeldLoss, stack: ExitStack, check_weights: bool) -> Repetition:
+    """Enter the guard, and return what puts the module back into its starting state."""
+    reset = stack.enter_context(
+        repeatable(
+            objective.module,
+            seed=objective.seed,
+            mode=objective.mode,
+            dropout=objective.dropout,
+            training=objective.training,
+            check_weights=check_weights,
+            widen=objective.widens,
+            loss=objective.loss,
+        )
+    )
+    # Compiled modules run eagerly, so that they have the values that their curvature is of.
+    stack.enter_context(eager())
+    # Nothing is differentiated, which reentrant checkpoints would warn about.
+    stack.enter_context(no_checkpoints(verify=False))
+    # In full precision: autocast would cost digits of small differences, not time.
+    stack.enter_context(torch.autocast(objective.device.type, enabled=False))
+    stack.enter_context(objective.autocast_inside())
+    return reset
 
 
 def is_metric(thing: Any) -> bool:

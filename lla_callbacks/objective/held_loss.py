@@ -18,6 +18,7 @@ from lla_callbacks.objective.checks import flag, one_of, scalar_loss
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.counting import BatchSize, counts_of
 from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
+from lla_callbacks.objective.held_open import HeldOpen
 from lla_callbacks.objective.loss import Loss, Statistics, load_statistics
 from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.parts import Parameters, chosen_names
@@ -93,6 +94,10 @@ class HeldLoss:
         self.policy = policy_dtype(module)
         self.batch_size = batch_size
         self.findings = findings or Findings()
+        # Whether an evaluation was seen to leave the weights alone.
+        self.keeps_weights = False
+        # Where the guard stays entered; see held_open.py.
+        self.held_open: HeldOpen | None = None
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("there is no batch to measure on: give at least one.")
@@ -205,6 +210,11 @@ class HeldLoss:
             ),
         )
 
+    def release(self) -> None:
+        """Leave a guard that is entered in between, for who looks at the module itself."""
+        if self.held_open is not None:
+            self.held_open.release()
+
     def place(self, i: int) -> int:
         """Return which of the held batches batch ``i`` is, or is a part of."""
         return self.places[i]
@@ -212,6 +222,10 @@ class HeldLoss:
     def fresh(self, i: int) -> Any:
         """Return a copy of batch ``i`` on the module's device, free to be changed."""
         return self._fresh(self.batches[i])
+
+    def copied(self, i: int, copier: Copier) -> Any:
+        """Return such a copy of batch ``i`` by what copies the module's attributes meanwhile."""
+        return self._fresh(self.batches[i], copier)
 
     def autocast_inside(self) -> AbstractContextManager[None]:
         """Return the context in which autocast regions of the loss's own are off, or noted."""
@@ -270,6 +284,7 @@ class HeldLoss:
             use: See above.
             place: Which of the held batches it is, or is a part of.
         """
+        self.release()
         gradients = torch.is_grad_enabled()
         unknown = self.findings.proof.quiet is None
         reshard(self.module)
@@ -294,7 +309,7 @@ class HeldLoss:
                 if before == (random_marks() if unknown else None):
                     if unknown:
                         self.findings.learn(quiet=())
-                    self._check_finite(loss, place)
+                    self.check_finite(loss, place)
                     return loss if use is None else use(loss)
                 del loss
         # Something was drawn: what it was for is found out, and the pass made again.
@@ -305,7 +320,8 @@ class HeldLoss:
         seed = stream(self.seed, place)
         return preserved(self.module, seed=seed, widen=self.widens, loss=self.loss)
 
-    def _check_finite(self, loss: Tensor, place: int) -> None:
+    def check_finite(self, loss: Tensor, place: int) -> None:
+        """Raise a NonFiniteError, naming the held batch, if its loss is not finite."""
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteError(

@@ -141,7 +141,9 @@ class Objective(HeldLoss):
             with evaluating(self) as evaluate:
                 return float(evaluate()[0])
 
-        return self.without_skipped(value)
+        found = self.without_skipped(value)
+        self.keeps_weights = True
+        return found
 
     def statistics(self) -> Statistics:
         """Return the batch norms' statistics at the present weights, where the mode wants them."""
@@ -300,10 +302,13 @@ def padding_vectors(objective: HeldLoss) -> Tensor | None:
 
     They have no gradient by definition, so they are constants.
     """
+    padded = [m for m in objective.module.modules() if _may_pad(m)]
+    if not padded:
+        return None
     space = ParameterSpace(objective.variables)
     names = {id(t): name for name, t in zip(space.names, space.tensors, strict=True)}
     found = []
-    for m in objective.module.modules():
+    for m in padded:
         padding = getattr(m, "padding_idx", None)
         weight = dict(m.named_parameters(recurse=False)).get("weight")
         if isinstance(padding, int) and weight is not None and id(weight) in names:
@@ -312,6 +317,12 @@ def padding_vectors(objective: HeldLoss) -> Tensor | None:
             here = part_like(rows, weight).reshape(-1).nonzero()[:, 0]
             found.append(space.slices[names[id(weight)]].start + here)
     return torch.cat(found) if found else None
+
+
+def _may_pad(module: nn.Module) -> bool:
+    # Asked of both first: a module looks up what it does not have at length.
+    own = "padding_idx" in module.__dict__ or hasattr(type(module), "padding_idx")
+    return own or isinstance(module, torch.jit.ScriptModule)
 
 
 def check_engine(engine: str) -> None:

@@ -139,7 +139,8 @@ def evaluate_points(
     trouble: Exception | None = None
     try:
         # A loss that changes the weights is no function of them: refused here, once.
-        objective()
+        if not objective.keeps_weights:
+            objective()
         with moving(objective, family, settings) as evaluate:
             names = tuple(evaluate.names)
             visit = _Visit(evaluate, family, points, table, done, began, settings, listener, keep)

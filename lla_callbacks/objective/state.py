@@ -79,7 +79,7 @@ def preserved(
         copier = copier_for(module, widen=widen)
         stack.enter_context(_nothing_refused(copier))
         if check_weights:
-            stack.enter_context(_unchanged_weights(module))
+            stack.enter_context(unchanged_weights(module))
         stack.enter_context(_preserved_frozen_parameters(module, copier))
         stack.enter_context(_preserved_buffers(module, copier))
         stack.enter_context(_preserved_attributes(module, copier, loss))
@@ -279,8 +279,8 @@ def _preserved_attributes(module: nn.Module, copier: Copier, loss: Any) -> Itera
 
 @contextmanager
 @shielded
-def _unchanged_weights(module: nn.Module) -> Iterator[None]:
-    """Restore trainable weights that were changed inside, and say so."""
+def unchanged_weights(module: nn.Module) -> Iterator[None]:
+    """Restore trainable weights that were changed inside, and raise a MeasurementError."""
     trained = [local_part(p) for p in module.parameters() if p.requires_grad]
     saved = [(p, p.detach().clone()) for p in trained]
     changed = False

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lla_callbacks.linalg.distributed import whole
 from lla_callbacks.linalg.errors import forgetful, is_out_of_memory
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.counting import about
-from lla_callbacks.objective.evaluation import Evaluator, Statistics, evaluating
-from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.objective import Objective, padding_vectors
-from lla_callbacks.objective.points import space_of
 from lla_callbacks.objective.precision import in_double
-from lla_callbacks.objective.self_check import NO_ROOM, Check, SelfCheck, untried
-from lla_callbacks.objective.sharded import is_sharded
+from lla_callbacks.objective.probing import Prober
+from lla_callbacks.objective.self_check import NO_ROOM, Check, Proof, SelfCheck, untried
 from lla_callbacks.objective.slope import Slope
 
 # Cost of a forward pass, in gradients.
@@ -52,65 +47,54 @@ def prove_values(objective: Objective, share: Share | None = None) -> SelfCheck:
     far the series is cut off; a deviation beyond both that stays when the step shrinks is a
     failure. Hooks that the forward pass puts on tensors are left out at first. Should the
     gradient deviate without them and not with them, they are part of the derivative and kept
-    from here on (implicit differentiation).
+    from here on (implicit differentiation). What float32 leaves open or speaks against is asked
+    in float64.
 
     Args:
         objective: The loss. That hooks are kept is noted in it.
         share: Processes that share the batches; all come to the same result.
     """
     share = share or Alone()
-    if is_sharded(objective.module):
-        unasked = untried("slope", "the parameters are sharded")
-        return SelfCheck((_repeats(objective, share)[0], unasked), 2 * FORWARD)
-    try:
-        repeats, value = _repeats(objective, share)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return SelfCheck((untried("repeats", NO_ROOM),))
+    prober = Prober(objective, share)
+    coarse = prober.eps > torch.finfo(torch.float64).eps
+    checks = [untried("repeats", NO_ROOM)]
     spent = 2 * FORWARD
-    if repeats.outcome == "failed":
-        return SelfCheck((repeats, Check("slope", "not tried")), spent)
-    try:
-        gradient = objective.gradient(share)[1]
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return SelfCheck((repeats, untried("slope", NO_ROOM)), spent)
-    spent += 1
-    prober = _Prober(objective, share, value)
+    hooks = ""
     try:
         with prober:
-            slope = prober.verdict(gradient)
+            repeats, value = _repeats(prober)
+            checks = [repeats]
+            if prober.is_sharded:
+                return SelfCheck((repeats, untried("slope", "the parameters are sharded")), spent)
+            if repeats.outcome == "failed":
+                return SelfCheck((repeats, Check("slope", "not tried")), spent)
+            checks = [repeats, untried("slope", NO_ROOM)]
+            slopes = _Slopes(prober, prober.gradient()[1], value)
+            spent += 1
+            slope = slopes.verdict(early=coarse)
+            if objective.findings.proof.hooks_seen and not objective.keeps_hooks:
+                hooks = "left out"
+                if slope.outcome == "failed":
+                    objective.findings.learn(keep_hooks=True)
+                    kept = _Slopes(prober, prober.gradient()[1], value).verdict()
+                    spent += 1
+                    if kept.outcome == "passed":
+                        slope, hooks = kept, "kept"
+                    else:
+                        objective.findings.learn(keep_hooks=False)
+        if coarse and slope.outcome in ("failed", "not decided") and prober.num_values:
+            found, more = _verdict_in_double(objective, share)
+            spent += more
+            slope = found or _verdict_alone(prober, slopes)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return SelfCheck((repeats, untried("slope", NO_ROOM)), spent)
-    hooks = ""
-    if objective.findings.proof.hooks_seen and not objective.keeps_hooks:
-        hooks = "left out"
-        if slope.outcome == "failed":
-            objective.findings.learn(keep_hooks=True)
-            gradient = objective.gradient(share)[1]
-            with prober:
-                kept = prober.verdict(gradient)
-            spent += 1
-            if kept.outcome == "passed":
-                slope, hooks = kept, "kept"
-            else:
-                objective.findings.learn(keep_hooks=False)
-    spent += prober.num_values * FORWARD
-    unsure = slope.outcome in ("failed", "not decided") and prober.num_values
-    if unsure and objective.eps > torch.finfo(torch.float64).eps:
-        slope, more = _verdict_in_double(objective, share, slope, jumps=prober.jumps)
-        spent += more
-    return SelfCheck((repeats, slope), spent, hooks)
+        return SelfCheck(tuple(checks), 0.0 if len(checks) == 1 else spent)
+    return SelfCheck((repeats, slope), spent + prober.num_values * FORWARD, hooks)
 
 
-def _verdict_in_double(
-    objective: Objective, share: Share, slope: Check, *, jumps: bool
-) -> tuple[Check, float]:
-    """Return what the slope is in float64, and what asking took, in gradients.
+def _verdict_in_double(objective: Objective, share: Share) -> tuple[Check | None, float]:
+    """Return what the slope is in float64, if that can be had, and what it took, in gradients.
 
     A loss carries the roundings of its outputs, which do not shrink with it: a network that fits
     its samples has a loss of 1e-4 from outputs of 30, and in float32 its values are a staircase.
@@ -132,7 +116,7 @@ def _verdict_in_double(
             dropout=objective.dropout,
             seed=objective.seed,
             training=objective.training,
-            findings=Findings(),
+            findings=Findings(proof=Proof(quiet=objective.findings.proof.quiet)),
             check=False,
             batch_size=about,
         )
@@ -141,40 +125,35 @@ def _verdict_in_double(
         return found
 
     try:
-        with in_double(objective.module):
-            double = all_or_none(share, make)
-            value, gradient = double.gradient(share)
-            prober = _Prober(double, share, value)
-            with prober:
-                found = prober.verdict(gradient)
+        with in_double(objective.module), Prober(all_or_none(share, make), share) as prober:
+            value, gradient = prober.gradient()
+            found = _Slopes(prober, gradient, value).verdict()
     except Exception as error:  # noqa: BLE001 - user code that knows one precision only
         forgetful(error)
-        if not jumps:
-            return slope, 0.0
-        words = "the loss is a staircase in float32, and float64 cannot be tried"
-        return replace(slope, outcome="not decided", words=words), 0.0
+        return None, 0.0
     words = found.words if found.outcome != "passed" else "in float64; float32 rounds too much here"
     return replace(found, words=words), 2 * (1 + prober.num_values * FORWARD)
 
 
-def _repeats(objective: Objective, share: Share) -> tuple[Check, float]:
+def _verdict_alone(prober: Prober, slopes: _Slopes) -> Check:
+    """Return what float32 says of both directions, where float64 cannot be tried."""
+    with prober:
+        found = slopes.verdict()
+    if not slopes.jumps:
+        return found
+    words = "the loss is a staircase in float32, and float64 cannot be tried"
+    return replace(found, outcome="not decided", words=words)
+
+
+def _repeats(prober: Prober) -> tuple[Check, float]:
     """Return whether two evaluations agree, and the loss."""
-
-    def twice() -> tuple[float, float]:
-        with evaluating(objective) as evaluate:
-            statistics = evaluate.statistics() if objective.mode == "recalibrate" else ()
-            return (
-                _part(objective, share, evaluate, statistics),
-                _part(objective, share, evaluate, statistics),
-            )
-
-    first, second = _totals(share, all_or_none(share, twice))
+    first, second = prober.twice()
     off = abs(first - second)
     scale = max(abs(first), abs(second))
     if first == second or not math.isfinite(first + second):
         # A loss that is not finite says so itself.
         return Check("repeats", "passed", 0.0, 0.0), first
-    bound = SAME * objective.eps
+    bound = SAME * prober.eps
     words = f"{first:.8g} and {second:.8g}"
     if off <= bound * scale:
         words += ", by the order of additions on this device"
@@ -182,86 +161,53 @@ def _repeats(objective: Objective, share: Share) -> tuple[Check, float]:
     return Check("repeats", "failed", off / scale, bound, words), first
 
 
-def _part(objective: Objective, share: Share, evaluate: Evaluator, statistics: Statistics) -> float:
-    """Return this process's part of the loss."""
-    total, count = 0.0, len(objective.counts)
-    mine = list(range(share.rank, count, share.size))
-    # Whatever one process computes, all must, so that they can gather parameters.
-    spare = -(-count // share.size) - len(mine) if is_sharded(objective.module) else 0
-    for i in mine:
-        weight = objective.counts[i] / objective.num_samples
-        total += weight * float(evaluate.run(i, statistics)[0].detach())
-    for _ in range(spare):
-        evaluate.run(0, statistics)
-    return total
+class _Slopes:
+    """Compares slopes of a loss by its values with those by its gradient.
 
+    Args:
+        prober: Asks for values.
+        gradient: At the weights, shape ``(dim,)``.
+        value: The loss there.
 
-def _totals(share: Share, parts: Sequence[float]) -> list[float]:
-    mine = torch.tensor(parts, dtype=torch.float64)
-    found: list[float] = (share.total(mine) if share.size > 1 else mine).tolist()
-    return found
+    Attributes:
+        jumps: Whether the last verdict rests on jumps alone.
+    """
 
-
-class _Prober:
-    """Takes slopes of a loss from its values, inside of one guard for all of them."""
-
-    def __init__(self, objective: Objective, share: Share, value: float) -> None:
-        self._objective = objective
-        self._share = share
+    def __init__(self, prober: Prober, gradient: Tensor, value: float) -> None:
+        self._prober = prober
+        self._vectors = prober.vectors
         self._value = value
-        self._space = space_of(objective)
-        self._vectors = self._space.vectors(share)
-        self._norm = math.sqrt(
-            math.fsum(
-                float(whole(p.detach().square().sum(dtype=torch.float64)))
-                for p in self._space.tensors
-            )
-        )
-        self.num_values = 0
-        # Whether the last verdict rests on jumps alone.
-        self.jumps = False
-        self._stack = ExitStack()
-        self._inside: tuple[Evaluator, Statistics, Offsets] | None = None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._inside = None
-        self._stack.close()
-
-    def _enter(self, unit: Tensor) -> tuple[Evaluator, Statistics, Offsets]:
-        """Enter the guard once, and let the weights be moved along a direction."""
-        if self._inside is None:
-            family = Offsets(self._space, [unit])
-            self._stack.callback(family.restore)
-            evaluate = self._stack.enter_context(evaluating(self._objective, check_weights=False))
-            # Of the weights that derivatives are taken at, where they are held fixed.
-            known = evaluate.statistics() if self._objective.mode == "recalibrate" else ()
-            self._inside = evaluate, known, family
-        self._inside[2].turn([unit])
-        return self._inside
-
-    def verdict(self, gradient: Tensor) -> Check:
-        """Return whether a gradient is the slope, along itself and a random direction."""
-        if not self._vectors.finite(gradient) or not math.isfinite(self._value):
-            return Check("slope", "not tried", words="the loss or its gradient is not finite")
-        random = self._vectors.rademacher(
-            generator(self._objective.seed, 6),
-            dtype=self._space.dtype,
-            device=self._space.device,
-        )
+        self._eps = prober.eps
+        self._finite = self._vectors.finite(gradient) and math.isfinite(value)
         # By definition these are constants, though they are stored among the weights.
-        padding = padding_vectors(self._objective)
-        if padding is not None:
-            random = random.index_fill(0, padding.to(random.device), 0.0)
-            gradient = gradient.index_fill(0, padding.to(gradient.device), 0.0)
+        padding = padding_vectors(prober.objective)
+        self._padding = None if padding is None else padding.to(gradient.device)
+        self._direction = self._without_padding(gradient)
+        self._gradient = self._direction.double()
+        space = prober.space
+        self._norm = self._vectors.norm(space.flatten(space.tensors))
+        self.jumps = False
+
+    def _without_padding(self, vector: Tensor) -> Tensor:
+        return vector if self._padding is None else vector.index_fill(0, self._padding, 0.0)
+
+    def verdict(self, *, early: bool = False) -> Check:
+        """Return whether the gradient is the slope, along itself and a random direction.
+
+        Args:
+            early: Whether to end with the first direction that does not say so.
+        """
+        if not self._finite:
+            return Check("slope", "not tried", words="the loss or its gradient is not finite")
         found = []
-        for name, direction in (("the gradient", gradient), ("a random direction", random)):
+        for name in ("the gradient", "a random direction"):
+            direction = self._direction if name == "the gradient" else self._random()
             norm = self._vectors.norm(direction)
             if norm == 0:
                 continue
-            found.append((name, *self._along(direction / norm, gradient)))
+            found.append((name, *self._along(direction / norm)))
+            if early and found[-1][1] != "passed":
+                break
         failed = [(name, s) for name, outcome, s in found if outcome == "failed"]
         self.jumps = False
         if failed:
@@ -286,17 +232,24 @@ class _Prober:
         words = "the slope is too small beside the rounding of the loss, or the loss has kinks"
         return _check("not decided", found[0][2], words)
 
-    def _along(self, unit: Tensor, gradient: Tensor) -> tuple[str, Slope]:
+    def _random(self) -> Tensor:
+        space = self._prober.space
+        source = generator(self._prober.objective.seed, 6)
+        drawn = self._vectors.rademacher(source, dtype=space.dtype, device=space.device)
+        return self._without_padding(drawn)
+
+    def _along(self, unit: Tensor) -> tuple[str, Slope]:
         """Return the outcome along a direction, from as many steps as it takes."""
-        slope = self._vectors.inner(unit.double(), gradient.double())
+        slope = self._vectors.inner(unit.double(), self._gradient)
         reach = REACH * (self._norm or 1.0)
         # So far that the change of the loss has half of its digits.
-        wanted = math.sqrt(self._objective.eps) * (abs(self._value) or 1.0)
+        wanted = math.sqrt(self._eps) * (abs(self._value) or 1.0)
         step = min(wanted / abs(slope), reach) if slope else reach / SHRINK
+        self._prober.turn(unit)
         deviating = 0
         seen: list[Slope] = []
         for _ in range(ATTEMPTS):
-            found = self._slope(unit, gradient, step)
+            found = self._slope(step)
             seen.append(found)
             if found.deviates:
                 deviating += 1
@@ -312,15 +265,15 @@ class _Prober:
             return "jumps", found
         return "not decided", found
 
-    def _slope(self, unit: Tensor, gradient: Tensor, step: float) -> Slope:
-        """Return the slopes at one step, and what they are off by."""
-        parts = self._values(unit, gradient, [-2 * step, -step, step, 2 * step])
+    def _slope(self, step: float) -> Slope:
+        """Return the slopes at one step along the present direction, and what they are off by."""
+        parts = self._prober.values(self._gradient, [-2 * step, -step, step, 2 * step])
         (low2, by_low2), (low1, by_low1), (high1, by_high1), (high2, by_high2) = parts
         here = self._value
         top = max(map(abs, (low2, low1, here, high1, high2)))
         fourth = low2 - 4 * low1 + 6 * here - 4 * high1 + high2
         # Of independent roundings the fourth difference has sqrt(70).
-        least = ROUNDINGS * self._objective.eps * top
+        least = ROUNDINGS * self._eps * top
         rounding = max(least, abs(fourth) / math.sqrt(70))
         found, further = (high1 - low1) / (2 * step), (high2 - low2) / (4 * step)
         expected, further_expected = (
@@ -330,35 +283,6 @@ class _Prober:
         cut = abs((further - further_expected) - (found - expected))
         uneven = abs(fourth) / least if least else 0.0
         return Slope(step, found, expected, cut, rounding / step, uneven)
-
-    def _values(
-        self, unit: Tensor, gradient: Tensor, steps: Sequence[float]
-    ) -> list[tuple[float, float]]:
-        """Return the loss at steps along a direction, and how much it should have risen.
-
-        By the gradient, and by steps as they were rounded into the weights.
-        """
-        space = self._space
-
-        def compute() -> list[tuple[float, float]]:
-            evaluate, statistics, family = self._enter(unit)
-            start = space.flatten(space.tensors)
-            values = []
-            try:
-                for step in steps:
-                    family.place([step])
-                    moved = space.flatten(space.tensors) - start
-                    rise = self._vectors.inner(gradient.double(), moved.double())
-                    part = _part(self._objective, self._share, evaluate, statistics)
-                    values.append((part, rise))
-            finally:
-                family.restore()
-            return values
-
-        found = all_or_none(self._share, compute)
-        self.num_values += len(steps)
-        values = _totals(self._share, [value for value, _ in found])
-        return list(zip(values, [rise for _, rise in found], strict=True))
 
 
 def _jumps(seen: Sequence[Slope]) -> bool:

@@ -20,6 +20,7 @@ from lla_callbacks.objective.evaluation import (
     Predict,
 )
 from lla_callbacks.objective.grid import centred, coordinates
+from lla_callbacks.objective.held_open import held_in_one
 from lla_callbacks.objective.objective import Mode
 from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.points import Evaluation
@@ -136,17 +137,18 @@ def loss_line(
     check_normalization(normalization, vectors)
     wanted = None if alphas is None else coordinates("alphas", alphas)
     objective = objective_of(module, batches, **held)
-    prove(objective)
-    source = source_of(objective, normalization, vectors, seed, optimizer, checkpoints)
-    (direction,) = source.get(names)
-    found = measure_line(
-        objective,
-        direction,
-        centred(direction.reach, LINE_POINTS) if wanted is None else wanted,
-        settings,
-        normalization=normalization if source.is_normalized(names) else "",
-        seed=seed,
-    )
+    with held_in_one(objective):
+        prove(objective)
+        source = source_of(objective, normalization, vectors, seed, optimizer, checkpoints)
+        (direction,) = source.get(names)
+        found = measure_line(
+            objective,
+            direction,
+            centred(direction.reach, LINE_POINTS) if wanted is None else wanted,
+            settings,
+            normalization=normalization if source.is_normalized(names) else "",
+            seed=seed,
+        )
     return LossLine.of(found)
 
 
@@ -280,6 +282,7 @@ def loss_plane(
         else:
             names = plane_names(directions)
         objective = objective_of(module, batches, **held)
+        stack.enter_context(held_in_one(objective))
         prove(objective)
         source = source_of(objective, normalization, vectors, seed, optimizer, checkpoints)
         path, networks = None, None

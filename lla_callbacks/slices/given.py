@@ -140,6 +140,7 @@ def fingerprint(
     settings: PointSettings,
 ) -> str:
     """Return what tells two grids apart: a hash of all that their values depend on."""
+    objective.release()
     digest = hashlib.sha256()
     tensors = [*objective.module.parameters(), *objective.module.buffers(), *axes]
     tensors += [d.vector for d in directions]

@@ -23,6 +23,7 @@ from lla_callbacks.objective.checks import (
 from lla_callbacks.objective.engines import prove
 from lla_callbacks.objective.evaluation import Predict, check_metrics
 from lla_callbacks.objective.grid import centred
+from lla_callbacks.objective.held_open import held_in_one
 from lla_callbacks.objective.moment import Progress
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import Evaluation, PointSettings, space_of
@@ -193,7 +194,12 @@ def measure_landscape(
     if space_of(objective).is_spread:
         # Each process holds a part of the weights: a point is computed by all of them together.
         share = source.share = None
-    work = _Work(objective, settings, source, share, progress, time.perf_counter())
+    with held_in_one(objective):
+        return _measured(_Work(objective, settings, source, share, progress, time.perf_counter()))
+
+
+def _measured(work: _Work) -> Landscape:
+    objective, settings, share = work.objective, work.settings, work.share
     loss = all_or_none(share or Alone(), objective)
     prove(objective, share)
     # Lines first: they are the cheapest, and say most for it.

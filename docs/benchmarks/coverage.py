@@ -250,7 +250,7 @@ def onward(starts: int = 200, most: int = 60) -> None:
 
             def is_there(run: LanczosRun, place: int = place) -> bool:
                 if place == -1:
-                    return float(run.residuals[-1]) <= 0.01 * float(run.values.abs().max())
+                    return run.is_largest(0.01)
                 return run.settled(place, 0.01)
 
             def is_wrong(run: LanczosRun, place: int = place, operator: Any = operator) -> bool:
@@ -261,18 +261,31 @@ def onward(starts: int = 200, most: int = 60) -> None:
                 source = generator(seed)
                 return torch.randn(len(operator.values), generator=source, dtype=torch.float64)
 
-            cold = [lanczos(operator, noise(starts + s), most, rtol=0.01, which=which)
+            cold = [lanczos(operator, noise(starts + s), most, rtol=0.01, which=which, noise=1.0)
                     for s in range(starts)]  # fmt: skip
             usual = f"{sum(r.num_steps for r in cold) / starts:.1f}, {sum(map(is_wrong, cold))}"
             for depth in (5, 8, 12):
-                first = [lanczos(operator, noise(starts + s), depth) for s in range(starts)]
+                first = [
+                    lanczos(operator, noise(starts + s), depth, noise=1.0) for s in range(starts)
+                ]
                 warm = []
                 for s, run in enumerate(first):
                     if not is_there(run):
                         fresh = noise(2 * starts + s)
-                        start = run.vectors([place % depth])[:, 0] + 0.1 * fresh / fresh.norm()
+                        size = 1.0 / float(fresh.norm())
+                        start = run.vectors([place % depth])[:, 0] + size * fresh
                         again = which if place == -1 else [place]
-                        warm.append(lanczos(operator, start, most, rtol=0.01, which=again))
+                        warm.append(
+                            lanczos(
+                                operator,
+                                start,
+                                most,
+                                rtol=0.01,
+                                which=again,
+                                noise=size,
+                                earlier=run.seen,
+                            )
+                        )
                 mean = sum(run.num_steps for run in warm) / max(1, len(warm))
                 on = f"{mean:.1f}, {sum(map(is_wrong, warm))} of {len(warm)}"
                 done = f"{starts - len(warm)}, {sum(map(is_wrong, first))} wrong"
@@ -290,7 +303,7 @@ def stability(starts: int = 60) -> None:
         operator, cells = rotated(values), []
         for rtol, which in ((0.05, "max"), (0.05, [-1]), (0.02, [-1])):
             runs = [
-                lanczos(operator, start_of(operator, seed), 24, rtol=rtol, which=which)
+                lanczos(operator, start_of(operator, seed), 24, rtol=rtol, which=which, noise=1.0)
                 for seed in range(starts)
             ]
             low = sum(float(run.values[-1]) < 0.95 for run in runs) / starts
@@ -320,7 +333,7 @@ def outermost(starts: int = 60) -> None:
         for operator, values in spectra:
             for seed in range(starts):
                 start = start_of(operator, seed)
-                run = lanczos(operator, start, num_steps, from_noise=True)
+                run = lanczos(operator, start, num_steps, noise=1.0)
                 for sign, end in zip((-1, 1), extremes([run]), strict=True):
                     truth = float(values[-1 if sign > 0 else 0])
                     left = sign * (truth - end)

@@ -210,7 +210,7 @@ def _runs(
             rtol=plan.eig_rtol,
             basis_device=home,
             half=half,
-            from_noise=True,
+            noise=1.0,
         )
         for z in starts
     ]

@@ -76,7 +76,7 @@ def runs_and_traces(
             basis_device=home,
             half=half,
             keep_product=keep_product,
-            from_noise=True,
+            noise=1.0,
         )
 
     if half:

@@ -194,7 +194,7 @@ def measured_stability(
         which=[-1],
         basis_device=hessian.basis_device(settings.num_steps),
         half=hessian.keeps_half(settings.num_steps),
-        from_noise=True,
+        noise=1.0,
     )
     end = end_of(run, -1, STABILITY_RTOL if run.num_steps < settings.num_steps else 0.0)
     found = Eigenvalue(float(end), end.beyond)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.loss_operator import LossOperator
+from lla_callbacks.linalg.outermost import Seen
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.objective.engines import with_hessian
 from lla_callbacks.objective.objective import Objective
@@ -18,6 +19,8 @@ from lla_callbacks.slices.directions import Direction, gradient_direction
 NAMES = ("top1", "top2", "bottom1")
 _LABELS = {"top1": "top eigenvector", "top2": "2nd eigenvector", "bottom1": "bottom eigenvector"}
 _PLACES = {"top1": -1, "top2": -2, "bottom1": 0}
+# On which side of the eigenvalue a Ritz value lies that has not settled.
+_SIDES = {"top1": "≥", "top2": "≥", "bottom1": "≤"}
 # Residual at which the run stops, as a share of the eigenvalue itself, and its largest depth. A top
 # eigenvector of a trained ResNet-20 takes about 20 products to 1 %. A small negative eigenvalue
 # takes more: on an MLP on digits, late in training, 36 to 48 where it is 1/190 of the largest, and
@@ -28,7 +31,20 @@ MOST_STEPS_OF_TOP = 48
 # What a run that goes on from a Ritz vector has of noise: whatever that misses. Only a run for the
 # largest alone does so: for a place, such as the second, up to 26 of 200 were wrong where 11 of a
 # run from noise were (docs/benchmarks/coverage.md).
-NOISE = 0.1
+NOISE = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """What a shallow run leaves to one that goes on.
+
+    Attributes:
+        vector: A unit vector, its best one.
+        seen: What it has seen of the spectrum.
+    """
+
+    vector: Tensor
+    seen: tuple[Seen, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +53,11 @@ class Known:
 
     Attributes:
         directions: Those whose eigenvector it has found, and the gradient, by name.
-        start: What it has of the largest one's, where that alone is wanted and not found: a unit
-            vector, from which a further run goes on.
+        start: What it has of the largest one's, where that alone is wanted and not found.
     """
 
     directions: Mapping[str, Direction] = field(default_factory=dict)
-    start: Tensor | None = None
+    start: Begun | None = None
 
 
 def curved_directions(
@@ -52,15 +67,17 @@ def curved_directions(
     seed: int,
     num_steps: int = MOST_STEPS,
     listener: Callable[[int], object] | None = None,
-    start: Tensor | None = None,
+    start: Begun | None = None,
 ) -> dict[str, Direction]:
     """Return the directions of the largest, second largest and smallest eigenvalue, and more.
 
     One Lanczos run serves all of them. Each is a unit vector, uphill, and reaches to where the
     parabola of its eigenvalue has risen (or fallen) by the loss itself,
     ``sqrt(2 L / |lambda|)``, but never further than the norm of the weights. The run ends once
-    each of them has a residual of 1 % of its own eigenvalue, however small that is, and has stayed
-    in its place (:meth:`~lla_callbacks.linalg.lanczos.LanczosRun.settled`). What has not by then is
+    each of them has a residual of 1 % of its own eigenvalue, however small that is, has stayed in
+    its place, and none is likely to lie more than 2 % further out
+    (:meth:`~lla_callbacks.linalg.lanczos.LanczosRun.settled`; the largest alone need not have
+    stayed). What has not by then is
     called an unsettled Ritz vector and not an eigenvector: there, something else may be the
     second or the lowest.
 
@@ -89,7 +106,7 @@ def _directions(
     wanted: set[str],
     seed: int,
     num_steps: int,
-    known: Tensor | None,
+    known: Begun | None,
 ) -> dict[str, Direction]:
     found: dict[str, Direction] = {}
     if "gradient" in wanted:
@@ -98,7 +115,8 @@ def _directions(
     if not names:
         return found
     alone = names == ["top1"]
-    start = _start(hessian, seed, known if alone else None)
+    known = known if alone else None
+    start, noise = _start(hessian, seed, known)
     places = [_PLACES[name] for name in names]
     num_steps = min(num_steps, MOST_STEPS_OF_TOP) if alone else num_steps
     run = lanczos(
@@ -109,6 +127,8 @@ def _directions(
         which="max" if alone else places,
         basis_device=hessian.basis_device(num_steps),
         half=hessian.keeps_half(num_steps),
+        noise=noise,
+        earlier=() if known is None else known.seen,
     )
     if "top2" in names and run.num_steps < 2:
         raise ValueError("the Hessian has one eigenvalue only: choose 'top1' without 'top2'.")
@@ -135,16 +155,22 @@ def known_directions(hessian: LossOperator, run: LanczosRun, wanted: Sequence[st
     names = [name for name in NAMES if name in wanted and run.num_steps >= 2]
     made = _of_run(hessian, run, names)
     found |= {name: direction for name, (direction, settled) in made.items() if settled}
-    left = made["top1"][0].vector.to(home) if names == ["top1"] and "top1" not in found else None
+    left = None
+    if names == ["top1"] and "top1" not in found:
+        left = Begun(made["top1"][0].vector.to(home), run.seen)
     return Known({n: replace(d, vector=d.vector.to(home)) for n, d in found.items()}, left)
 
 
-def _start(hessian: LossOperator, seed: int, known: Tensor | None) -> Tensor:
-    """Return a start vector: noise alone, or what is known of an eigenvector and a little of it."""
+def _start(hessian: LossOperator, seed: int, known: Begun | None) -> tuple[Tensor, float]:
+    """Return a start vector and the size of the noise in it.
+
+    Noise alone, or what is known of an eigenvector and a little of it.
+    """
     noise = hessian.rademacher(generator(seed, 3))
     if known is None:
-        return noise
-    return hessian.vectors.cut(known).to(noise) + NOISE / hessian.vectors.norm(noise) * noise
+        return noise, 1.0
+    size = NOISE / hessian.vectors.norm(noise)
+    return hessian.vectors.cut(known.vector).to(noise) + size * noise, size
 
 
 def _gradient(hessian: LossOperator) -> Direction:
@@ -163,11 +189,8 @@ def _of_run(
         place = _PLACES[name]
         index = place % run.num_steps
         value, residual = float(run.values[index]), float(run.residuals[index])
-        largest = float(run.values.abs().max())
-        if list(names) == ["top1"]:
-            settled = run.broke_down or residual <= RTOL * largest
-        else:
-            settled = run.settled(place, RTOL)
+        alone = list(names) == ["top1"]
+        settled = run.is_largest(RTOL) if alone else run.settled(place, RTOL)
         label = _LABELS[name] if settled else f"unsettled Ritz vector for the {_LABELS[name]}"
         vector = run.vectors([index])[:, 0].to(hessian.device)
         vector = vector / hessian.vectors.norm(vector)
@@ -176,7 +199,7 @@ def _of_run(
             vector, slope = -vector, -slope
         direction = Direction(
             hessian.vectors.joined(vector),
-            f"{label}, λ = {value:.3g}" + ("" if settled else f" ± {residual:.1g}"),
+            f"{label}, λ {'=' if settled else _SIDES[name]} {value:.3g}",
             "‖v‖",
             _reach(hessian.loss, value, length),
             value,

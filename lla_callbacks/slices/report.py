@@ -260,8 +260,7 @@ class LandscapeReport(Result):
 
 def _unsettled(direction: Direction) -> str:
     return (
-        f"{direction.name}: the Lanczos run ended before it had settled, so another direction may "
-        "be the one asked for"
+        f"{direction.name}: too few products to tell, so another direction may be the one asked for"
     )
 
 

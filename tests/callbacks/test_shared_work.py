@@ -134,7 +134,8 @@ def test_a_run_goes_on_from_what_has_not_settled(tmp_path, runs, swapped):
     runs.clear()
     watchers = [hessian(num_steps=4), landscape(**lines)]
     watched(tmp_path, *watchers[:: -1 if swapped else 1])
-    assert 0 < sum(runs) < alone
+    # Surely no more, for an answer that is as sure.
+    assert 0 < sum(runs) <= alone
     for (_, here), (_, there) in zip(watchers[1].history, other.history, strict=True):
         (one,), (two,) = (r.lines["top1"].directions for r in (here, there))
         assert one.settled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,13 +24,17 @@ SPECTRA = {
 }
 
 
-def runs_on(values: Tensor, depth: int, starts: int = STARTS) -> list[LanczosRun]:
+def operator_of(values: Tensor) -> DenseOperator:
     source = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(DIM, DIM, generator=source, dtype=torch.float64))[0]
-    operator = DenseOperator((basis * values.double()) @ basis.T)
+    return DenseOperator((basis * values.double()) @ basis.T)
+
+
+def runs_on(values: Tensor, depth: int, starts: int = STARTS) -> list[LanczosRun]:
+    operator = operator_of(values)
     like: Any = {"dtype": torch.float64, "device": torch.device("cpu")}
     noise = [rademacher(DIM, generator(seed), **like) for seed in range(starts)]
-    return [lanczos(operator, start, depth, from_noise=True) for start in noise]
+    return [lanczos(operator, start, depth, noise=1.0) for start in noise]
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -56,9 +61,8 @@ def test_the_extremes_lie_within_what_is_said_in_95_of_100_runs(name: str) -> No
 
 def test_the_bound_is_where_the_polynomials_say() -> None:
     run = runs_on(SPECTRA["one outlier"], 6, 1)[0]
-    beta = [*run.off_diagonal.tolist(), run.next_norm]
     edge = float(run.values[-1])
-    out = edge + reach(run.diagonal.tolist(), beta, edge, DIM, doubt=0.05)
+    out = edge + reach(run.seen, edge, doubt=0.05)
     # 1 / sum p_j^2 is what a quadrature with a node there can have as its weight at most
     # (Golub and Meurant 2010, section 6.2): the Gauss-Radau rule of one more step.
     tridiagonal = torch.diag(run.diagonal - out)
@@ -78,10 +82,35 @@ def test_the_bound_is_where_the_polynomials_say() -> None:
 def test_less_doubt_and_more_dimensions_lead_further_and_depth_less_far() -> None:
     run = runs_on(SPECTRA["no outlier"], 9, 1)[0]
 
-    def far(depth: int, dim: float, doubt: float) -> float:
+    def far(depth: int, count: float, doubt: float, times: int = 1) -> float:
         part = run.at_depth(depth)
-        beta = [*part.off_diagonal.tolist(), part.next_norm]
-        return reach(part.diagonal.tolist(), beta, float(part.values[-1]), dim, doubt=doubt)
+        seen = [replace(part.seen[0], count=count)] * times
+        return reach(seen, float(part.values[-1]), doubt=doubt)
 
     assert far(4, 1e6, 0.05) > far(4, 1e3, 0.05) > far(8, 1e3, 0.05) > 0
     assert far(4, 1e3, 0.01) > far(4, 1e3, 0.05)
+    # Two with noise of their own must both have missed it.
+    assert far(4, 1e3, 0.0025, 2) == pytest.approx(far(4, 1e3, 0.05))
+
+
+def test_the_smaller_of_two_close_outliers_is_not_called_the_largest() -> None:
+    values = torch.cat([torch.linspace(-0.05, 1, DIM - 2), torch.tensor([3.2, 3.3])])
+    shallow = [run.at_depth(5) for run in runs_on(values, 6)]
+    low = [run for run in shallow if float(run.values[-1]) < 0.99 * 3.3]
+    # By the residual more would be than one in twenty.
+    assert sum(float(run.residuals[-1]) <= 0.01 * 3.3 for run in low) > 5
+    assert sum(run.is_largest(0.01) for run in low) <= 5
+    # A run that may go on, from noise and from what a short one found with a tenth of noise, says
+    # so in the end; where there was no noise that cannot be known.
+    source, wrong, operator = torch.Generator().manual_seed(1), 0, operator_of(values)
+    for run in shallow[:30]:
+        signs = torch.randn(DIM, generator=source, dtype=torch.float64).sign()
+        size = 0.1 / math.sqrt(DIM)
+        start = run.vectors([run.num_steps - 1])[:, 0] + size * signs
+        # With what the first one has seen it is as sure, and shorter.
+        for first, noise, seen in ((signs, 1.0, ()), (start, size, run.seen)):
+            found = lanczos(operator, first, 40, rtol=0.01, which="max", noise=noise, earlier=seen)
+            assert found.num_steps < 40
+            assert found.is_largest(0.01)
+            wrong += float(found.values[-1]) < 0.99 * 3.3
+    assert wrong <= 3

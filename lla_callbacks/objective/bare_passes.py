@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from lla_callbacks.objective.batches import is_plain_batch, refilled
 from lla_callbacks.objective.evaluation import Evaluator
 from lla_callbacks.objective.randomness import random_marks
+from lla_callbacks.objective.recorded import Program, Recorder, nothing_read
 from lla_callbacks.objective.tensor_copies import differ, separate
 from lla_callbacks.objective.training_step import at_place, present_place
 
@@ -73,9 +74,11 @@ class BarePasses:
         Args:
             moves: Moves the weights each time it is asked for the next item.
         """
+        return self._losses(moves, self._evaluate.objective.loss)
+
+    def _losses(self, moves: Iterable[object], loss: Any) -> tuple[list[float], bool]:
         evaluate = self._evaluate
-        objective = evaluate.objective
-        module, loss = objective.module, objective.loss
+        module = evaluate.objective.module
         copier = evaluate.start(0)
         if self._marks is None:
             self._marks = random_marks()
@@ -106,6 +109,37 @@ class BarePasses:
             return [], False
         del found[len(found) - len(found) % len(passes) :]
         return evaluate.means(found), ended
+
+    def recorded(
+        self, live: Sequence[Tensor], most_bytes: float
+    ) -> tuple[list[float], bool, list[Program] | None]:
+        """Return what :meth:`losses` does at the present weights, and the operations of it.
+
+        Args:
+            live: The weights that move, by their memory.
+            most_bytes: See :class:`~lla_callbacks.objective.recorded.Recorder`.
+
+        Returns:
+            The loss, whether the pass came to its end, and a program for each batch: ``None`` if
+            there is none for one of them.
+        """
+        programs: list[Program | None] = []
+
+        def watched(module: Any, batch: Any) -> Any:
+            with nothing_read() as read, Recorder(most_bytes) as recorder:
+                value = loss(module, batch)
+            known = isinstance(value, Tensor) and not read
+            programs.append(recorder.program((), value, live) if known else None)
+            return value
+
+        loss = self._evaluate.objective.loss
+        losses, right = self._losses([None], watched)
+        found = [p for p in programs if p is not None]
+        return losses, right, found if right and len(found) == len(self._copies) else None
+
+    def means(self, values: list[float]) -> list[float]:
+        """Return the mean over samples of each row of losses, which has one for each batch."""
+        return self._evaluate.means(values)
 
     def _batches_are_whole(self) -> bool:
         device = self._evaluate.objective.device

@@ -13,12 +13,17 @@ from lla_callbacks.objective.evaluation import Statistics
 
 # Bytes that the weights at the present row of a plane may take, kept for the whole row.
 ROW_BYTES = 256 * 2**20
+_NONE: frozenset[int] = frozenset()
 
 
 class Family(Protocol):
     """Weights that depend on a few coordinates."""
 
     space: ParameterSpace
+
+    @property
+    def moved(self) -> list[Tensor]:
+        """The tensors that :meth:`place` writes other numbers into."""
 
     def place(self, point: Sequence[float]) -> None:
         """Write the weights of a point into the parameters."""
@@ -73,8 +78,49 @@ class Offsets:
         # What moves, in one, once many points are asked for at once.
         self._together: tuple[list[int], Tensor, list[Tensor]] | None = None
 
+    @property
+    def live(self) -> list[Tensor]:
+        """The parameters, what this process has of them."""
+        return self._live
+
+    @property
+    def moved(self) -> list[Tensor]:
+        """The tensors that :meth:`place` writes other numbers into."""
+        if not self._moves:
+            return self._live
+        return [self._live[i] for i in sorted({i for moves in self._moves for i in moves})]
+
+    def variants(self, view: Tensor) -> list[Tensor] | None:
+        """Return what a view of moving weights is at the saved ones and in each direction.
+
+        ``None`` if it is of none, or of more than one.
+        """
+        for i, live in enumerate(self._live):
+            if view.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():
+                continue
+            shift = view.storage_offset() - live.storage_offset()
+            reach = sum((n - 1) * step for n, step in zip(view.shape, view.stride(), strict=True))
+            if not live.is_contiguous() or shift < 0 or shift + reach >= live.numel():
+                continue
+            if view.dtype != live.dtype or not any(i in moves for moves in self._moves):
+                return None
+            same = [t.contiguous() for t in (self._saved[i], *(p[i] for p in self._parts))]
+            return [
+                t.as_strided(view.shape, view.stride(), t.storage_offset() + shift) for t in same
+            ]
+        return None
+
     def place(self, point: Sequence[float]) -> None:
         """Write the weights of a point into the parameters."""
+        self.place_partly(point, _NONE)
+
+    def place_partly(self, point: Sequence[float], but: frozenset[int]) -> None:
+        """Write the weights of a point into the parameters, but for some that are not read.
+
+        Args:
+            point: The coordinates.
+            but: Numbers of tensors that may stand anywhere.
+        """
         if self._in_turn or not self._moves:
             self._place_in_turn(point)
             return
@@ -85,9 +131,11 @@ class Offsets:
         parts, start, live = self._parts[-1], self._start, self._live
         moves = self._moves[-1] if c != 0.0 else ()
         for i in moves:
-            torch.add(start[i], parts[i], alpha=c, out=live[i])
+            if i not in but:
+                torch.add(start[i], parts[i], alpha=c, out=live[i])
         for i in self._rest if moves else range(len(live)):
-            live[i].copy_(start[i])
+            if i not in but:
+                live[i].copy_(start[i])
 
     def _place_in_turn(self, point: Sequence[float]) -> None:
         """Place a point by few and large operations, of which a device has one launch each."""

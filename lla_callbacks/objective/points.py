@@ -21,6 +21,7 @@ from lla_callbacks.objective.evaluation import Evaluator, Predict, evaluating
 from lla_callbacks.objective.families import Family
 from lla_callbacks.objective.grid import Keep, gathered
 from lla_callbacks.objective.objective import Objective
+from lla_callbacks.objective.recorded_passes import LEAST_POINTS, MOST_BYTES, RecordedPasses
 
 Evaluation = Literal["auto", "loop", "vmap"]
 
@@ -46,7 +47,8 @@ class PointSettings:
         predict: Gives torchmetrics their pairs; see
             :class:`~lla_callbacks.objective.evaluation.Evaluator`.
         evaluation: ``"loop"``: one point after another, in place. ``"vmap"``: many at once.
-            ``"auto"``: whichever a short measurement finds faster.
+            ``"auto"``: whichever a short measurement finds faster; the loop's operations are
+            recorded and done again without their Python, where that gives the same to the bit.
         time_budget: Seconds after which no further point is begun; ``None``: no limit.
     """
 
@@ -70,7 +72,7 @@ class Values:
             point was not evaluated.
         evaluated: Which points were, shape ``(num_points,)``.
         names: Of the metrics.
-        method: ``"loop"`` or ``"vmap"``.
+        method: ``"loop"``, ``"vmap"``, or ``"recorded"``: the loop, by its operations alone.
         num_new: Points evaluated now, and not before, by all processes.
     """
 
@@ -197,6 +199,8 @@ class _Visit:
         self._together = 1
         self._tries = 3
         self._passes: BarePasses | None = None
+        self._recorded: RecordedPasses | None = None
+        self._may_record = False
 
     def all(self, mine: Sequence[int], exact: Sequence[int]) -> str:
         """Evaluate points in this order and return how."""
@@ -205,9 +209,11 @@ class _Visit:
             waiting.remove(i)
             self._one(i)
         batched = self._batched(waiting)
+        self._may_record = self.settings.evaluation == "auto"
         while waiting and not self._late():
             if batched is None:
-                self._several(waiting)
+                if not self._again(waiting):
+                    self._several(waiting)
                 continue
             chunk = waiting[: batched.size]
             began = self._clock()
@@ -221,7 +227,9 @@ class _Visit:
                 continue
             batched.learn(len(chunk), self._clock() - began)
             self._take(waiting, chunk, found)
-        return "loop" if batched is None else "vmap"
+        if batched is not None:
+            return "vmap"
+        return "loop" if self._recorded is None else "recorded"
 
     def _batched(self, waiting: list[int]) -> BatchedEvaluator | None:
         """Return a batched evaluator if one is asked for, or is found to be faster."""
@@ -284,9 +292,13 @@ class _Visit:
         """Evaluate the first points of a list and take them away, one at least."""
         bare = self._bare()
         if bare is not None:
-            chunk = waiting[: self._together]
-            self._together = min(2 * self._together, MOST_TOGETHER)
-            losses, right = bare.losses(self._placed(chunk))
+            if self._may_record and len(waiting) >= LEAST_POINTS:
+                chunk = waiting[:1]
+                losses, right = self._record(bare, chunk[0])
+            else:
+                chunk = waiting[: self._together]
+                self._together = min(2 * self._together, MOST_TOGETHER)
+                losses, right = bare.losses(self._placed(chunk))
             if losses:
                 done = chunk[: len(losses)]
                 self._take(waiting, done, torch.tensor(losses, dtype=torch.float64)[:, None])
@@ -296,6 +308,32 @@ class _Visit:
             self._together = 0
         if waiting:
             self._one(waiting.pop(0))
+
+    def _record(self, bare: BarePasses, i: int) -> tuple[list[float], bool]:
+        """Evaluate a point and note by which operations."""
+        self._may_record = False
+        self.family.place(self._coordinates[i])
+        losses, right, programs = bare.recorded(self.family.moved, MOST_BYTES)
+        if programs is not None:
+            self._recorded = RecordedPasses(bare, self.family, programs)
+        return losses, right
+
+    def _again(self, waiting: list[int]) -> bool:
+        """Evaluate first points by recorded operations; return whether that was done."""
+        recorded = self._recorded
+        if recorded is None:
+            return False
+        losses = recorded(waiting, self._coordinates, self._late)
+        if losses is None:
+            # They are not what the module does: what they gave is worth nothing.
+            self._recorded = None
+            self.table[recorded.found], self.done[recorded.found] = math.nan, False
+            waiting[:0] = recorded.found
+            return False
+        self._take(
+            waiting, waiting[: len(losses)], torch.tensor(losses, dtype=torch.float64)[:, None]
+        )
+        return True
 
     def _bare(self) -> BarePasses | None:
         """Return passes without a start of their own each, where they may do."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
+_NOTHING: Mapping[int, Tensor] = {}
 # Of which the input need not be kept.
 _IN_PLACE: dict[Any, Any] = {
     _aten.relu.default: _aten.relu_.default,
@@ -20,59 +22,122 @@ _IN_PLACE: dict[Any, Any] = {
 }
 
 
+# By which Python gets at numbers without an operation.
+_READERS = (
+    "numpy", "tolist", "data_ptr", "untyped_storage", "__array__", "__dlpack__", "__reduce_ex__",
+)  # fmt: skip
+_SHAPES_BY_NUMBERS = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within this context the operations that torch carries out are noted.
 
     Those of a ``vmap`` are noted as they are on all points.
+
+    Args:
+        most_bytes: What the results of the operations may take, since all are held for as long as
+            the recorder is; more, and there is no program.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: float = float("inf")) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._left = most_bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
-        self._calls.append((func, args, kwargs or {}, found))
+        if self._left >= 0 and _kind_of(func).fresh:
+            made = _tensors([found])
+            self._left -= sum(t.numel() * t.element_size() for t in made)
+            if self._left < 0:
+                self._calls.clear()
+        if self._left >= 0:
+            self._calls.append((func, args, kwargs or {}, found))
         return found
 
-    def program(self, inputs: Sequence[Tensor], output: Tensor) -> Program | None:
+    def program(
+        self, inputs: Sequence[Tensor], output: Tensor, live: Sequence[Tensor] = ()
+    ) -> Program | None:
         """Return what computes the output anew, from other inputs of the same shapes.
 
-        ``None`` if that cannot be: random numbers are drawn, something is written that is there
+        ``None`` if that cannot be: random numbers may be drawn, something is written that is there
         before and after, or numbers are read that depend on the inputs.
+
+        Args:
+            inputs: Tensors that the recorded computation began with.
+            output: What it ended with.
+            live: Tensors that are no inputs, but whose memory is written between two runs of the
+                program. Views of them are of that memory, and need not be taken again. Whoever
+                gives them has seen that nothing is drawn: attention could, and need not.
         """
+        if self._left < 0:
+            return None
         slots = {id(t): k for k, t in enumerate(inputs)}
-        steps: list[_Step] = []
+        moving = {_memory(t) for t in live}
+        steps: list[Step] = []
         written: set[int] = set()
         read: set[int] = set()
         for func, args, kwargs, found in self._calls:
-            taken = {id(t) for t in _tensors((*args, *kwargs.values()))} & slots.keys()
+            tensors = _tensors((*args, *kwargs.values()))
+            depends = any(id(t) in slots or (moving and _memory(t) in moving) for t in tensors)
             kind = _kind_of(func)
-            if kind.draws:
+            if kind.draws and not live:
                 return None
             changed = _tensors([_get(args, kwargs, k, name) for k, name in kind.written])
-            if not taken:
+            if not depends:
                 # The same each time, as long as nobody else writes it.
                 written |= {_memory(t) for t in changed}
                 continue
-            if any(id(t) not in slots for t in changed):
+            if any(id(t) not in slots for t in changed) or (live and _has_own_shape(func, args)):
                 return None
-            constants = [t for t in _tensors((*args, *kwargs.values())) if id(t) not in slots]
-            read |= {_memory(t) for t in constants}
             made = [found] if isinstance(found, Tensor) else found
             if not isinstance(made, (list, tuple)) or not all(type(t) is Tensor for t in made):
                 return None
+            if moving and not kind.fresh and all(_memory(t) in moving for t in made):
+                continue
+            constants = [t for t in tensors if id(t) not in slots]
+            read |= {_memory(t) for t in constants} - moving
             for t in made:
                 slots.setdefault(id(t), len(slots))
-            steps.append(_Step(func, args, kwargs, found, slots, kind.fresh))
+            steps.append(Step(func, args, kwargs, found, slots, kind))
         if id(output) not in slots or written & read:
             return None
         return Program(steps, len(slots), slots[id(output)])
 
 
-class _Step:
+@contextmanager
+def nothing_read() -> Iterator[list[str]]:
+    """Within this context it is noted by which methods Python gets at numbers without an operation.
+
+    A recorder sees ``.item()`` and ``bool(...)``, but neither ``.tolist()`` nor ``.numpy()``. A
+    function mode would see them, too, but under one torch leaves its fast paths.
+    """
+    seen: list[str] = []
+
+    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return method(*args, **kwargs)
+
+        return called
+
+    own = {name: Tensor.__dict__.get(name) for name in _READERS}
+    try:
+        for name in _READERS:
+            setattr(Tensor, name, watched(name, getattr(Tensor, name)))
+        yield seen
+    finally:
+        for name, method in own.items():
+            if method is None:
+                delattr(Tensor, name)
+            else:
+                setattr(Tensor, name, method)
+
+
+class Step:
     """One operation, with places in a list in the place of tensors that depend on the inputs."""
 
     def __init__(
@@ -82,7 +147,7 @@ class _Step:
         kwargs: dict[str, Any],
         found: Any,
         slots: dict[int, int],
-        fresh: bool,
+        kind: _Kind,
     ) -> None:
         self.func = self.call = func
         self.args = list(args)
@@ -94,8 +159,9 @@ class _Step:
         self.made = [slots[id(t)] for t in ([found] if self.one else found)]
         self.taken = {slot for _, _, slot in self.places}
         self.dropped: list[int] = []
-        # Whether what it makes has memory of its own.
-        self.fresh = fresh
+        # Whether what it makes has memory of its own, and whether it writes into what it takes.
+        self.fresh = kind.fresh
+        self.writes = bool(kind.written)
 
     def _note(self, target: Any, slots: dict[int, int]) -> None:
         keys = list(target) if isinstance(target, dict) else range(len(target))
@@ -112,10 +178,14 @@ class _Step:
 
 
 class Program:
-    """Operations in order; see :meth:`Recorder.program`."""
+    """Operations in order; see :meth:`Recorder.program`.
 
-    def __init__(self, steps: list[_Step], size: int, output: int) -> None:
-        self._steps = steps
+    Attributes:
+        steps: The operations.
+    """
+
+    def __init__(self, steps: list[Step], size: int, output: int) -> None:
+        self.steps = steps = _needed(steps, output)
         self._size = size
         self._output = output
         last: dict[int, int] = {}
@@ -140,7 +210,7 @@ class Program:
             until[root] = max(until.get(root, 0), k)
         for k, step in enumerate(steps):
             step.dropped = [s for s in {*step.taken, *step.made} if last[s] == k]
-            if step.func in _IN_PLACE:
+            if step.func in _IN_PLACE and step.taken:
                 root = roots.get(next(iter(step.taken)), -1)
                 # What it makes has the memory of its own until the end of that.
                 if root in owned and until[root] == k:
@@ -148,11 +218,29 @@ class Program:
             # Past the overload's own Python.
             step.call = step.func._op
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the output for inputs of the recorded shapes."""
+    def reads(self, tensors: Sequence[Tensor]) -> list[bool]:
+        """Return which tensors' memory the steps read."""
+        read = {
+            _memory(t) for step in self.steps for t in _tensors((*step.args, *step.kwargs.values()))
+        }
+        return [_memory(t) in read for t in tensors]
+
+    def take_out(self, step: Step) -> None:
+        """Leave out a step, whose result is given from now on."""
+        self.steps = [s for s in self.steps if s is not step]
+
+    def __call__(self, inputs: Sequence[Tensor], given: Mapping[int, Tensor] = _NOTHING) -> Tensor:
+        """Return the output for inputs of the recorded shapes.
+
+        Args:
+            inputs: In the order of the recording.
+            given: Results of the steps that were taken out, by their slot.
+        """
         held: list[Any] = [None] * self._size
         held[: len(inputs)] = inputs
-        for step in self._steps:
+        for slot, tensor in given.items():
+            held[slot] = tensor
+        for step in self.steps:
             for target, key, slot in step.places:
                 target[key] = held[slot]
             found = step.call(*step.args, **step.kwargs)
@@ -167,6 +255,27 @@ class Program:
                 held[slot] = None
         result: Tensor = held[self._output]
         return result
+
+
+def _needed(steps: list[Step], output: int) -> list[Step]:
+    """Return the steps that the output comes from; what is written in place may be a part of it."""
+    needed = {output}
+    kept = []
+    for step in reversed(steps):
+        if step.writes or needed.intersection(step.made):
+            needed |= step.taken
+            kept.append(step)
+    return kept[::-1]
+
+
+def _has_own_shape(func: Any, args: tuple[Any, ...]) -> bool:
+    """Return whether the shape of the result depends on numbers."""
+    if any(tag in func.tags for tag in _SHAPES_BY_NUMBERS):
+        # Most index by positions, whose number is known.
+        if func is not _aten.index.Tensor:
+            return True
+        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1:]))
+    return False
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

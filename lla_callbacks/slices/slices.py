@@ -33,7 +33,8 @@ class SliceFacts:
         num_samples: Samples behind each value.
         num_params: Trainable parameters.
         precision: Dtype of the arithmetic.
-        method: ``"loop"`` or ``"vmap"``: how points were evaluated.
+        method: How points were evaluated: ``"loop"``, ``"vmap"`` or ``"recorded"``; see
+            :class:`~lla_callbacks.objective.points.Values`.
         num_points: Points evaluated by this call.
         seconds: Wall time of this call.
         self_check: What the objective proved of itself, in a few words; empty if it was not asked.

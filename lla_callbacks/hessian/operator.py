@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from lla_callbacks.linalg.distributed import whole as whole_of
-from lla_callbacks.linalg.errors import (
-    MeasurementError,
-    NoSecondDerivativeError,
-    OutOfMemoryError,
-    forgetful,
-)
+from lla_callbacks.linalg.errors import MeasurementError, forgetful
 from lla_callbacks.linalg.loss_operator import LossOperator
 from lla_callbacks.linalg.operators import SymmetricOperator
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.build import objective_of
 from lla_callbacks.objective.checks import MOST_WORK, module_of, whole
 from lla_callbacks.objective.counting import BatchSize
-from lla_callbacks.objective.engines import engines_of, prove_engine, raise_last
+from lla_callbacks.objective.engines import (
+    engines_of,
+    is_for_differences,
+    prove_engine,
+    raise_last,
+)
 from lla_callbacks.objective.evaluation import Loss
 from lla_callbacks.objective.gauss_newton import Matrix
 from lla_callbacks.objective.objective import Engine, Mode, Objective
@@ -214,12 +214,10 @@ class CurvatureOperator(SymmetricOperator):
             failed: Exception
             try:
                 return use(self._opened())
-            except (NoSecondDerivativeError, OutOfMemoryError) as error:
-                if len(self._engines) == 1:
+            except MeasurementError as error:
+                if len(self._engines) == 1 or not is_for_differences(error):
                     raise_last(error, self.engine_reason)
                 failed = forgetful(error)
-            except MeasurementError as error:
-                raise_last(error, self.engine_reason)
             if self._inner is not None:
                 self._inner.release()
             self._inner = None

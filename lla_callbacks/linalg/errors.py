@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
+Error = TypeVar("Error", bound=Exception)
 
-def forgetful(error: Exception) -> Exception:
+
+def forgetful(error: Error) -> Error:
     """Return an error without tracebacks and causes, so that keeping it keeps nothing alive."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

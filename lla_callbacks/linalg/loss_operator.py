@@ -21,7 +21,7 @@ from lla_callbacks.linalg.vectors import Index, Vectors, vectors_of
 # The loss and its gradients, None for unused parameters.
 Differentiated = tuple[float, Sequence[Tensor | None]]
 
-
+NOT_FINITE = "a Hessian-vector product is not finite although the loss is."
 # A basis of so few bytes is not felt beside Python and torch. Choice.
 LEAST_BASIS = 64 * 2**20
 # A run is shortened to so many steps at the least: from there on ``LanczosRun.beyond`` held the
@@ -196,7 +196,7 @@ class LossOperator(SymmetricOperator):
         total = self._together(lambda: self._local_product(whole, chosen), "product", vectors)
         if not vectors.finite(total):
             raise NonFiniteError(
-                "a Hessian-vector product is not finite although the loss is.",
+                NOT_FINITE,
                 "Look for a function whose second derivative diverges (sqrt, norm or log "
                 "at zero) in the model.",
             )

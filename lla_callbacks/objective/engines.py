@@ -8,11 +8,12 @@ from typing import NoReturn, TypeVar
 
 from lla_callbacks.linalg.errors import (
     MeasurementError,
+    NonFiniteError,
     NoSecondDerivativeError,
     OutOfMemoryError,
     forgetful,
 )
-from lla_callbacks.linalg.loss_operator import LossOperator
+from lla_callbacks.linalg.loss_operator import NOT_FINITE, LossOperator
 from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.objective.objective import Engine, Objective
 from lla_callbacks.objective.product_checks import prove_products
@@ -33,9 +34,9 @@ def with_hessian(
     """Use the Hessian of an objective, by the first engine that can; return why it was that.
 
     The exact engine is tried first. Differences of gradients take over where a second
-    derivative does not exist, is lost, or does not fit in memory, or where parameters are
-    sharded. Before its first use on a run's held batches the objective proves itself, unless it
-    was told not to; what that showed is in ``objective.findings.self_check``.
+    derivative does not exist, is lost, is not finite, or does not fit in memory, or where
+    parameters are sharded. Before its first use on a run's held batches the objective proves
+    itself, unless it was told not to; what that showed is in ``objective.findings.self_check``.
 
     Args:
         objective: The loss.
@@ -64,18 +65,19 @@ def _with_hessian(
     share: Share | None,
 ) -> tuple[Result, str]:
     engines, reason = engines_of(objective, share)
+    failed: MeasurementError | None = None
     for last, engine in enumerate(engines, start=1):
-        failed: Exception
         try:
             with objective.hessian(chunk_size=chunk_size, engine=engine, share=share) as hessian:
                 prove_engine(objective, hessian)
                 return use(hessian), reason
-        except (NoSecondDerivativeError, OutOfMemoryError) as error:
-            if last == len(engines):
+        except MeasurementError as error:
+            if isinstance(error, NonFiniteError) and failed and failed.message == NOT_FINITE:
+                # Differences go where the loss is not defined: the first one says why.
+                raise failed from None
+            if last == len(engines) or not is_for_differences(error):
                 raise_last(error, reason)
             failed = forgetful(error)
-        except MeasurementError as error:
-            raise_last(error, reason)
         reason = f"{type(failed).__name__}: {failed}"
     raise AssertionError("an objective has at least one engine")
 
@@ -101,6 +103,16 @@ def engines_of(objective: Objective, share: Share | None = None) -> tuple[Sequen
             "the parameters are sharded, and torch differentiates through that once only"
         )
     return objective.engines, ""
+
+
+def is_for_differences(error: MeasurementError) -> bool:
+    """Return whether differences of gradients may tell what the exact engine cannot.
+
+    A product that is not finite is one: autograd takes the second derivative of the square of a
+    norm for 0 / 0 at zero, where the gradient is right.
+    """
+    kinds = (NoSecondDerivativeError, OutOfMemoryError)
+    return isinstance(error, kinds) or error.message == NOT_FINITE
 
 
 def raise_last(error: MeasurementError, reason: str) -> NoReturn:

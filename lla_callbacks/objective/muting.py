@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import FunctionType
@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lla_callbacks.objective.disk import Disk
 from lla_callbacks.objective.interrupts import shielded
+from lla_callbacks.objective.switches import switches
 
 _NAMES = ("log", "log_dict")
+_OF_LOGGERS = ("handle", "setLevel", "addHandler", "removeHandler")
 
 
 @contextmanager
@@ -62,45 +65,75 @@ def _silence(*args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def no_output() -> Iterator[None]:
-    """Within this context the calling thread prints nothing, logs nothing, and writes no files.
+    """Within this context the calling thread, and those it starts, print, log and write nothing.
 
-    Files that are opened for writing are in memory, and forgotten; what is read is what is on
-    disk. A debugger in the user's code prints. Environment variables are put back.
+    What is done to files is in memory, or undone, and forgotten
+    (:class:`~lla_callbacks.objective.disk.Disk`). A debugger in the user's code prints, and
+    warnings are heard. Environment variables and switches of the process are put back.
+
+    Raises:
+        RefusedError: If the step calls another program.
     """
-    real, save, handle = io.open, torch.save, logging.Logger.handle
-    stdout, thread = sys.stdout, threading.get_ident()
+    if _Quiet.is_worn():  # within another one
+        yield
+        return
+    real, save, start = io.open, torch.save, threading.Thread.start
+    logs = [(name, vars(logging.Logger)[name]) for name in _OF_LOGGERS]
+    stdout, stderr, thread = sys.stdout, sys.stderr, threading.get_ident()
     # Compared in the form that it is kept in, which takes no time.
     environment: Any = getattr(os.environ, "_data", os.environ)
     variables = environment.copy()
+    started: set[int] = set()
 
-    def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        writes = isinstance(mode, str) and set(mode) & set("wax+")
-        if not writes or isinstance(file, int) or threading.get_ident() != thread:
-            return real(file, mode, *args, **kwargs)
-        return _in_memory(real, file, mode, *args, **kwargs)
+    def is_mine() -> bool:
+        present = threading.get_ident()
+        return present == thread or (bool(started) and id(threading.current_thread()) in started)
+
+    def begun(self: threading.Thread) -> None:
+        if is_mine():
+            started.add(id(self))
+        start(self)
+
+    disk = Disk(is_mine)
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        return disk.opened(*args, **kwargs) if disk.is_asked else real(*args, **kwargs)
 
     def saved(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
         # It writes files past Python.
-        silent = isinstance(f, (str, os.PathLike)) and threading.get_ident() == thread
-        save(obj, io.BytesIO() if silent else f, *args, **kwargs)
+        if isinstance(f, (str, os.PathLike)) and is_mine():
+            with disk.opened(f, "wb") as file:
+                save(obj, file, *args, **kwargs)
+        else:
+            save(obj, f, *args, **kwargs)
 
-    def handled(logger: logging.Logger, record: logging.LogRecord) -> None:
-        if threading.get_ident() != thread:
-            handle(logger, record)
+    def silent(function: Any) -> Any:
+        return lambda *args: None if is_mine() else function(*args)
 
+    restore_switches = switches()
     try:
-        sys.stdout = _Quiet(stdout, thread)
-        logging.Logger.handle = handled  # type: ignore[assignment, method-assign]
+        sys.stdout, sys.stderr = _Quiet(stdout, is_mine), _Quiet(stderr, is_mine)
+        for name, function in logs:
+            setattr(logging.Logger, name, silent(function))
+        threading.Thread.start = begun  # type: ignore[method-assign]
         builtins.open = io.open = opened
         torch.save = saved
+        disk.enter()
         yield
     finally:
+        disk.leave()
+        restore_switches()
         if environment != variables:
             _put_back(variables)
         torch.save = save
         builtins.open = io.open = real
-        logging.Logger.handle = handle  # type: ignore[method-assign]
-        sys.stdout = stdout
+        threading.Thread.start = start  # type: ignore[method-assign]
+        for name, function in logs:
+            setattr(logging.Logger, name, function)
+        sys.stdout, sys.stderr = stdout, stderr
+    if disk.refusals:
+        # Also where the step caught it.
+        raise disk.refusals[0]
 
 
 def _put_back(variables: Any) -> None:
@@ -111,43 +144,25 @@ def _put_back(variables: Any) -> None:
     os.environ.update({k: v for k, v in before.items() if os.environ.get(k) != v})
 
 
-def _in_memory(real: Any, file: Any, mode: str, *args: Any, **kwargs: Any) -> Any:
-    """Return a file in memory that stands for one on disk."""
-    content = b""
-    if "r" in mode or "a" in mode:
-        try:
-            with real(file, "rb") as there:
-                content = there.read()
-        except FileNotFoundError:
-            if "r" in mode:
-                raise
-    elif "x" in mode and os.path.exists(file):
-        raise FileExistsError(file)
-    memory = io.BytesIO(content)
-    if "a" in mode:
-        memory.seek(0, io.SEEK_END)
-    if "b" in mode:
-        memory.name = file
-        return memory
-    names = ("buffering", "encoding", "errors", "newline")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return io.TextIOWrapper(memory, **{k: v for k, v in given.items() if k in names[1:]})
-
-
 class _Quiet(io.TextIOBase):
-    """A standard output that lets nothing through but a debugger's words.
+    """A standard output that lets nothing through but a debugger's words, and warnings.
 
     Args:
         real: The output.
-        thread: Whose words are kept back.
+        is_mine: Whether the calling thread's words are kept back.
     """
 
-    def __init__(self, real: Any, thread: int) -> None:
-        self._real, self._thread = real, thread
+    def __init__(self, real: Any, is_mine: Callable[[], bool]) -> None:
+        self._real, self._is_mine = real, is_mine
+
+    @staticmethod
+    def is_worn() -> bool:
+        """Return whether standard output is one of these."""
+        return type(sys.stdout) is _Quiet
 
     def write(self, text: str) -> int:
         """Take a text."""
-        if threading.get_ident() != self._thread or _is_debugged():
+        if not self._is_mine() or _is_heard():
             return int(self._real.write(text) or 0)
         return len(text)
 
@@ -159,13 +174,13 @@ class _Quiet(io.TextIOBase):
         return getattr(self._real, name)
 
 
-def _is_debugged() -> bool:
+def _is_heard() -> bool:
     frame: Any = inspect.currentframe()
     while frame is not None:
-        if frame.f_globals.get("__name__", "").split(".")[-1] in _DEBUGGERS:
+        if frame.f_globals.get("__name__", "").split(".")[-1] in _HEARD:
             return True
         frame = frame.f_back
     return False
 
 
-_DEBUGGERS = frozenset({"bdb", "pdb", "debugger", "pudb", "pydevd"})
+_HEARD = frozenset({"bdb", "pdb", "debugger", "pudb", "pydevd", "warnings"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,19 @@ class Unrepeatable(Plain):
         if "log" in self.__dict__:  # muted, as in a replay
             raise KeyError("asks for something")
         return plain_loss(self, batch)
+
+
+class Calling(Plain):
+    """Starts another program at each step."""
+
+    def training_step(self, batch, batch_idx):
+        os.system(":")
+        return plain_loss(self, batch)
+
+
+class CallingLater(Plain):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        os.system(":")
 
 
 class Greedy(Plain):
@@ -118,6 +132,11 @@ MONITORS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
         {"make": Unrepeatable},
         "Give loss=callable(module, batch) if the training step cannot be replayed here.",
         {"loss": {"loss": plain_loss}},
+    ),
+    "step that starts a program": (
+        {"make": Calling},
+        "Move that to a hook that is not replayed, such as on_train_batch_end, or give loss=",
+        {"hook": {"make": CallingLater}, "loss": {"loss": plain_loss}},
     ),
     "memory": (
         {"make": Greedy},

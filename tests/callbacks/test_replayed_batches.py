@@ -216,6 +216,10 @@ class Chatty(Changing):
         number = int(count.read_text()) if count.exists() else 0
         count.write_text(str(number + 1))
         torch.save(batch_idx, path.with_name("last.pt"))
+        flag = path.with_name("flag.txt")
+        if batch_idx == 2 and flag.exists():  # one that somebody raises, and the run takes down
+            flag.unlink()
+            number += 1
         loss = cross_entropy(self.net(batch[0]), batch[1])
         return loss * (1 + 0.1 * number)
 
@@ -225,6 +229,7 @@ def test_what_a_step_prints_and_writes_is_there_once(tmp_path, capsys, caplog, m
     def run(watcher, name):
         folder = tmp_path / name
         folder.mkdir()
+        (folder / "flag.txt").write_text("up")
         found = outcome(fit(folder, watcher, Chatty))
         texts = {p.name: p.read_text() for p in folder.glob("*.txt")}
         said = [r.getMessage() for r in caplog.records if r.name in ("chatty", "root", "another")]

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lla_callbacks import HessianReport, convexity_map, loss_line, loss_plane, measure_hessian
+from lla_callbacks import (
+    HessianReport,
+    convexity_map,
+    hessian_operator,
+    loss_line,
+    loss_plane,
+    measure_hessian,
+)
 from lla_callbacks.hessian.measures import CRITERIA
 from lla_callbacks.linalg.errors import MeasurementError, NoSecondDerivativeError
 from lla_callbacks.objective.engines import prove, with_hessian
@@ -232,6 +239,28 @@ def test_products_of_the_check_are_those_that_the_measurement_begins_with() -> N
     assert reports[0].num_matvecs == reports[1].num_matvecs
     assert torch.equal(reports[0].nodes, reports[1].nodes)
     assert reports[0].trace == reports[1].trace
+
+
+def decayed(module: nn.Module, batch: Any) -> Tensor:
+    # Autograd's second derivative of a squared norm at zero is 0 / 0.
+    norms = [p.norm() ** 2 for p in module.parameters()]
+    return cross_entropy(module, batch) + 0.1 * torch.stack(norms).sum()
+
+
+def test_the_square_of_a_norm_at_zero_is_measured_by_differences() -> None:
+    module = tanh_net().double()
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.bias)
+    batch = vectors()
+    report = measure_hessian(module, [batch], loss=decayed, num_steps=40, num_probes=40)
+    assert report.engine == "difference"
+    assert "product is not finite" in report.engine_reason
+    ends = torch.linalg.eigvalsh(dense_by_differences(module, [batch], decayed, "batch"))
+    assert float(report.lambda_max) == pytest.approx(float(ends[-1]), abs=1e-6)
+    assert float(report.lambda_min) == pytest.approx(float(ends[0]), abs=1e-6)
+    with hessian_operator(module, [batch], loss=decayed) as operator:
+        assert torch.isfinite(operator @ torch.ones(len(ends), 1, dtype=torch.float64)).all()
 
 
 def test_a_second_derivative_that_is_lost_is_found_and_measured_by_differences() -> None:

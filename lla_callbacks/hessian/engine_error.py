@@ -107,6 +107,7 @@ def random_error(hessian: LossOperator, seed: int, *known: tuple[Tensor, Tensor]
         size = vectors.norm(product)
         relative.append(vectors.norm(error) / size if size else 0.0)
         forms.append(vectors.inner(probe, error))
+        del probe, product, error
     return EngineError(max(relative), math.sqrt(sum(f * f for f in forms) / len(forms)))
 
 

@@ -80,10 +80,12 @@ def runs_and_traces(
         )
 
     if half:
+        hessian.save_memory()
         # What the checks took in pieces.
         give_back()
-    # Of the first run only the engine's error asks for its first product again.
-    keep = hessian.engine != "exact"
+    # Of the first run only the engine's error asks for its first product again, which costs one
+    # more where memory is tight.
+    keep = hessian.engine != "exact" and not half
     runs = [run_from(None, keep_product=keep)]
     # Where memory is tight they are made anew for each probe.
     weights = scale if half else scale()

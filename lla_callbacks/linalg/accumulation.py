@@ -22,9 +22,10 @@ PIECE_ELSEWHERE = 2**22
 SMALL, LARGE = 1e-30, 1e30
 
 
-def inner(a: Tensor, b: Tensor) -> float:
-    """Return the inner product of two vectors, shape ``(n,)``."""
-    pairs = zip(_pieces(a), _pieces(b.to(a.device)), strict=True)
+def inner(a: Tensor, b: Tensor, *, wide: bool = False) -> float:
+    """Return the inner product of two vectors, shape ``(n,)``; ``wide``: all of it in float64."""
+    parts = (widened(_pieces(v), torch.float64 if wide else v.dtype) for v in (a, b.to(a.device)))
+    pairs = zip(*parts, strict=True)
     return _added([x.dot(y) for x, y in pairs])
 
 

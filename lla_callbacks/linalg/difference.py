@@ -65,6 +65,7 @@ class DifferenceOperator(LossOperator):
             do. Each process's term is scaled beforehand, so that the mean is the sum of all terms.
             0: gradients are of this process's terms alone.
         settle: Called once weights have been put back, for modules that keep copies of them.
+        moving: Entered while weights are somewhere else and will be put back.
 
     Attributes:
         step: ``h``, a length in parameter space.
@@ -90,6 +91,7 @@ class DifferenceOperator(LossOperator):
         differentiate: Differentiate = first_derivative,
         averages: int = 0,
         settle: Callable[[], None] | None = None,
+        moving: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         super().__init__(terms, parameters, context=context, share=share)
         if self.eps > 1e-5:
@@ -102,9 +104,13 @@ class DifferenceOperator(LossOperator):
         # Of vectors as the weights lie.
         self._lengths = self.space.vectors(self.share)
         self._settle = settle
+        self._elsewhere = moving
         self._differentiate = differentiate
         self._averages = averages
         self.is_summed = averages > 0
+        self._saves = False
+        # Whether some parameters are left out of the shards, and so of the mean.
+        self._is_mixed = averages > 1 and not all(map(is_spread, self.space.tensors))
         self._originals: list[Tensor] = []
         self._begin(self._first_gradient)
         self.step = 0.0
@@ -119,7 +125,12 @@ class DifferenceOperator(LossOperator):
         Where the truncated series dominates this is three times the product's error, where
         rounding does it is about as large as the error.
         """
-        return self._difference(vector, 2 * self.step) - product
+        return self._difference(vector, 2 * self.step).sub_(product)
+
+    def save_memory(self) -> None:
+        """See the base class; and gradients at both points are taken out of one another at once."""
+        super().save_memory()
+        self._saves = True
 
     def _local_product(self, columns: Tensor, chosen: Sequence[int]) -> Tensor:
         whole = len(chosen) == len(self.space.tensors)
@@ -150,10 +161,14 @@ class DifferenceOperator(LossOperator):
             return torch.zeros_like(vector)
         with self._moving() as move:
             move(vector, step / size)
-            ahead = self._gradient()[1]
+            difference = self._gradient()[1]
             move(vector, -step / size)
-            behind = self._gradient()[1]
-        return ahead.sub_(behind).mul_(size / (2 * step))
+            if self._saves or len(self._terms) == 1:
+                self._gradient(difference, -1.0)
+            else:
+                # Equal sums over batches cancel to the bit.
+                difference.sub_(self._gradient()[1])
+        return difference.mul_(size / (2 * step))
 
     @contextmanager
     def _moving(self) -> Iterator[Callable[[Tensor, float], None]]:
@@ -168,7 +183,7 @@ class DifferenceOperator(LossOperator):
                 torch.add(original, local_part(part), alpha=distance, out=w.data)
 
         try:
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.no_grad(), torch.inference_mode(False), self._elsewhere():
                 yield move
         finally:
             with torch.no_grad(), torch.inference_mode(False):
@@ -176,6 +191,9 @@ class DifferenceOperator(LossOperator):
                     w.data.copy_(original)
             if self._settle is not None:
                 self._settle()
+
+    def _gradient_again(self) -> Tensor:
+        return self._gradient()[1]
 
     def _first_gradient(self) -> tuple[float, Tensor]:
         loss, gradient = self._gradient()
@@ -187,9 +205,18 @@ class DifferenceOperator(LossOperator):
             )
         return loss, gradient
 
-    def _gradient(self) -> tuple[float, Tensor]:
-        """Return this process's summand of the loss and of its gradient."""
-        loss, gradient = 0.0, self.space.zeros()
+    def _gradient(self, to: Tensor | None = None, factor: float = 1.0) -> tuple[float, Tensor]:
+        """Return this process's summand of the loss and of its gradient.
+
+        Args:
+            to: What the gradient is added to, where it stands; ``None``: to zeros.
+            factor: It is times this.
+        """
+        if to is not None and self._is_mixed:
+            # Parts of it are means yet to be taken, of the gradient alone.
+            loss, gradient = self._gradient()
+            return loss, to.add_(gradient, alpha=factor)
+        loss, gradient = 0.0, self.space.zeros() if to is None else to
         i = 0
         while i < len(self._terms):
             term = self._terms[i]
@@ -202,7 +229,7 @@ class DifferenceOperator(LossOperator):
                     else:
                         value, gradients = differentiated(term.evaluate())
                 weight = 1.0 if self._averages else term.weight
-                self.space.add_to(gradient, gradients, weight)
+                self.space.add_to(gradient, gradients, factor * weight)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -214,10 +241,9 @@ class DifferenceOperator(LossOperator):
             del gradients
             loss += term.weight * value
             i += 1
-        if self._averages > 1:
+        if self._is_mixed:
             for name, tensor in zip(self.space.names, self.space.tensors, strict=True):
                 if not is_spread(tensor):
-                    # Left out of the shards, and so of the mean.
                     part = gradient[self.space.slices[name]]
                     part.copy_(self.share.total(part) / self._averages)
         return loss, gradient

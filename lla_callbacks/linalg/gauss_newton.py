@@ -98,13 +98,13 @@ class GaussNewtonOperator(HessianOperator):
         super()._forget_graphs()
         self._linear = []
 
-    def _differentiate_all(self) -> tuple[float, Tensor]:
+    def _differentiate_all(self, *, keep: bool = True) -> tuple[float, Tensor]:
         loss, gradient = 0.0, self.space.zeros()
 
         def visit(term: LossTerm) -> None:
             nonlocal loss, gradient
             found = self._linearised(term)
-            if term.keep and self._keeps:
+            if keep and term.keep and self._keeps:
                 self._linear.append((term.weight, found))
             gradient += term.weight * found.gradient
             loss += term.weight * found.loss

@@ -77,14 +77,17 @@ class HessianOperator(LossOperator):
         super().release()
         self._kept, self._sources = [], None
 
-    def _differentiate_all(self) -> tuple[float, Tensor]:
+    def _gradient_again(self) -> Tensor:
+        return self._differentiate_all(keep=False)[1]
+
+    def _differentiate_all(self, *, keep: bool = True) -> tuple[float, Tensor]:
         """Return loss and gradient, and keep the graphs that are to be kept."""
         loss, gradient = 0.0, self.space.zeros()
 
         def visit(term: LossTerm) -> None:
             nonlocal loss
             value, gradients, _ = self._differentiate(term)
-            if term.keep and self._keeps:
+            if keep and term.keep and self._keeps:
                 self._keep(gradients)
             # Once nothing can go wrong any more, since it would be tried again.
             self.space.add_to(gradient, gradients)

@@ -6,20 +6,19 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.errors import NonFiniteError, OutOfMemoryError
+from lla_callbacks.linalg.loss_term import Differentiated as Differentiated
+from lla_callbacks.linalg.loss_term import LossTerm as LossTerm
+from lla_callbacks.linalg.loss_term import loss_value as loss_value
 from lla_callbacks.linalg.operators import SymmetricOperator
 from lla_callbacks.linalg.sharing import Alone, Share, meet, was_told
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.linalg.vectors import Index, Vectors, vectors_of
-
-# The loss and its gradients, None for unused parameters.
-Differentiated = tuple[float, Sequence[Tensor | None]]
 
 NOT_FINITE = "a Hessian-vector product is not finite although the loss is."
 # A basis of so few bytes is not felt beside Python and torch. Choice.
@@ -27,29 +26,6 @@ LEAST_BASIS = 64 * 2**20
 # A run is shortened to so many steps at the least: from there on ``LanczosRun.beyond`` held the
 # extreme eigenvalue from every start (tests/linalg/test_lanczos.py).
 LEAST_STEPS = 10
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    """One summand ``weight * evaluate()`` of a loss, usually one batch.
-
-    Attributes:
-        evaluate: Returns the scalar loss of this batch at the present parameters, with
-            its autograd graph; called twice, it returns the same number.
-        weight: Share of this batch in the whole loss; over all processes they add up to one.
-        keep: Whether the gradient's graph of this batch is kept between products
-            (2 gradients a product) or built anew for each (3 gradients, less memory).
-        guarded: Calls a function of the loss while whatever the evaluation changes is still as
-            it made it, for backward passes that compute parts of the forward pass again.
-        halves: Returns the same summand as two of half the samples, for where memory runs
-            out; ``None`` if the samples see each other, or there is one only.
-    """
-
-    evaluate: Callable[[], Tensor]
-    weight: float
-    keep: bool = True
-    halves: Callable[[], Sequence[LossTerm]] | None = None
-    guarded: Callable[[Callable[[Tensor], Differentiated]], Differentiated] | None = None
 
 
 class LossOperator(SymmetricOperator):
@@ -74,7 +50,6 @@ class LossOperator(SymmetricOperator):
         matrix: ``"hessian"``, or ``"ggn"`` for its Gauss-Newton part.
         space: Layout of the flat vectors.
         loss: The loss ``L``, a float.
-        gradient: ``dL/dtheta``, as vectors are held.
         room: Bytes that vectors may take on the device; more of them live on the CPU.
         basis_room: Bytes that a basis may take where there is nowhere else to go, beside the
             vectors that are at work.
@@ -117,7 +92,25 @@ class LossOperator(SymmetricOperator):
         # All who take part in a product.
         self._everyone = self.share if self.share.size > 1 else self.vectors.share
         self.loss = 0.0
-        self.gradient = torch.zeros(self.vectors.length, dtype=self.dtype, device=self.device)
+        self._gradient_now: Tensor | None = None
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient, as vectors are held."""
+        if self._gradient_now is None:
+            self._gradient_now = self._together(self._gradient_again, "gradient, again")
+        return self._gradient_now
+
+    def save_memory(self) -> None:
+        """Hold less from here on, for where memory is tight; all processes, or none.
+
+        The gradient is given up until it is asked for, which computes it again, to the bit.
+        """
+        self._gradient_now = None
+
+    @abstractmethod
+    def _gradient_again(self) -> Tensor:
+        """Return this process's summand of the gradient once more."""
 
     def block(self, names: Sequence[str]) -> HessianBlockOperator:
         """Return the Hessian of some parameters alone."""
@@ -147,7 +140,7 @@ class LossOperator(SymmetricOperator):
 
     def basis_device(self, num_vectors: int) -> torch.device:
         """Return where so many vectors should live."""
-        size = num_vectors * self.vectors.length * self.gradient.element_size()
+        size = num_vectors * self.vectors.length * self.dtype.itemsize
         return self.device if size <= self.room else torch.device("cpu")
 
     def keeps_half(self, num_vectors: int) -> bool:
@@ -158,7 +151,7 @@ class LossOperator(SymmetricOperator):
         """
         if self.device.type != "cpu" or self.dtype != torch.float32:
             return False
-        size = num_vectors * self.gradient.element_size()
+        size = num_vectors * self.dtype.itemsize
         if size * -(-self.shape[0] // self._everyone.size) <= LEAST_BASIS:
             return False
         fits = size * self.vectors.length <= self.basis_room
@@ -174,7 +167,7 @@ class LossOperator(SymmetricOperator):
         """
         if self._everyone.size > 1 or not self.keeps_half(num_steps * num_runs):
             return num_steps
-        a_step = num_runs * self.vectors.length * self.gradient.element_size() / 2
+        a_step = num_runs * self.vectors.length * self.dtype.itemsize / 2
         fitting = int(max(self.basis_room, LEAST_BASIS) / a_step)
         return min(num_steps, max(LEAST_STEPS, fitting))
 
@@ -269,7 +262,7 @@ class LossOperator(SymmetricOperator):
         """
         if self._everyone.size == 1:
             return compute()
-        part, trouble = self.gradient, None
+        part, trouble = torch.empty(0), None
         try:
             part = compute()
         except Exception as error:  # noqa: BLE001 - raised again, in all processes
@@ -295,12 +288,12 @@ class LossOperator(SymmetricOperator):
             losses.append(loss)
             return found
 
-        self.gradient = self._together(gradient, "gradient")
+        found = self._gradient_now = self._together(gradient, "gradient")
         self.loss = losses[0]
         if self.share.size > 1:
             mine = torch.tensor(losses, dtype=torch.float64)
             self.loss = float(self.share.total(mine)[0])
-        if not self.vectors.finite(self.gradient):
+        if not self.vectors.finite(found):
             raise NonFiniteError(
                 "the gradient of the loss is not finite.",
                 "Look for a division by zero or an overflow in the model at these weights.",
@@ -363,25 +356,3 @@ class HessianBlockOperator(SymmetricOperator):
 
     def _matmat(self, columns: Tensor) -> Tensor:
         return self._hessian.product(columns, self._chosen, self.vectors)
-
-
-def loss_value(loss: Tensor) -> float:
-    """Return a loss as a number, once it is known to be one that can be differentiated.
-
-    Raises:
-        ValueError: If it is no scalar with a graph.
-        NonFiniteError: If it is not finite.
-    """
-    if loss.numel() != 1 or not loss.requires_grad:
-        raise ValueError(
-            f"the loss has shape {tuple(loss.shape)} and requires_grad="
-            f"{loss.requires_grad}; it must be a scalar that depends on a "
-            "trainable parameter."
-        )
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"the loss is {value}.",
-            "Lower the learning rate, clip gradients, or look for bad samples in the held batches.",
-        )
-    return value

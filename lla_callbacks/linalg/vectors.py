@@ -40,9 +40,9 @@ class Vectors:
         self.dim = self.length = dim
         self.share: Share = Alone()
 
-    def inner(self, a: Tensor, b: Tensor) -> float:
-        """Return the inner product of two vectors."""
-        return accumulation.inner(a, b)
+    def inner(self, a: Tensor, b: Tensor, *, wide: bool = False) -> float:
+        """Return the inner product of two vectors; ``wide``: all of it in float64."""
+        return accumulation.inner(a, b, wide=wide)
 
     def norm(self, vector: Tensor) -> float:
         """Return the Euclidean norm of a vector."""
@@ -159,17 +159,17 @@ class Pieces(Vectors):
         self.share = share
         self._counted = counted
 
-    def inner(self, a: Tensor, b: Tensor) -> float:
-        """Return the inner product of two vectors."""
-        b = b.to(a.device)
-        mine = [accumulation.inner(x, y) for x, y in zip(self._own(a), self._own(b), strict=True)]
+    def inner(self, a: Tensor, b: Tensor, *, wide: bool = False) -> float:
+        """Return the inner product of two vectors; ``wide``: all of it in float64."""
+        pairs = zip(self._own(a), self._own(b.to(a.device)), strict=True)
+        mine = [accumulation.inner(x, y, wide=wide) for x, y in pairs]
         return float(self._added(torch.tensor([sum(mine)], dtype=torch.float64))[0])
 
     def norm(self, vector: Tensor) -> float:
         """Return the Euclidean norm of a vector."""
         square = self.inner(vector, vector)
         if not accumulation.SMALL < square < accumulation.LARGE:
-            square = self.inner(vector.double(), vector.double())
+            square = self.inner(vector, vector, wide=True)
         return math.sqrt(square)
 
     def norms(self, vector: Tensor, parts: Sequence[Index]) -> list[float]:

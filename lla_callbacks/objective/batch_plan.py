@@ -166,7 +166,7 @@ class BatchPlan:
             graph = (
                 plan.graph * max(1, plan.num_kept) if plan.parts == 1 else plan.graph / plan.parts
             )
-        return basis_room(saved, graph, self._weight_bytes(), self.max_memory)
+        return basis_room(saved, graph, self._weight_bytes(), self.max_memory, engine)
 
     def _weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in trainable(self.held.module).values())

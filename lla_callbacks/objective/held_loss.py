@@ -98,6 +98,8 @@ class HeldLoss:
         self.keeps_weights = False
         # Where the guard stays entered; see held_open.py.
         self.held_open: HeldOpen | None = None
+        # Whether whoever moves the weights has a copy of them.
+        self.kept_elsewhere = False
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("there is no batch to measure on: give at least one.")
@@ -318,7 +320,13 @@ class HeldLoss:
 
     def _preserved(self, place: int) -> AbstractContextManager[Copier]:
         seed = stream(self.seed, place)
-        return preserved(self.module, seed=seed, widen=self.widens, loss=self.loss)
+        return preserved(
+            self.module,
+            seed=seed,
+            check_weights=not self.kept_elsewhere,
+            widen=self.widens,
+            loss=self.loss,
+        )
 
     def check_finite(self, loss: Tensor, place: int) -> None:
         """Raise a NonFiniteError, naming the held batch, if its loss is not finite."""

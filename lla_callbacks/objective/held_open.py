@@ -1,4 +1,4 @@
-"""A guard that stays entered from one question to the next, where several come in a row."""
+"""A guard that stays entered from one question to the next, and one that keeps no weights."""
 
 from __future__ import annotations
 
@@ -81,3 +81,20 @@ def held_in_one(objective: Any) -> Iterator[None]:
     finally:
         objective.held_open = None
         held.release()
+
+
+@contextmanager
+def weights_kept_elsewhere(objective: Any) -> Iterator[None]:
+    """Make no copies of the weights inside, since whoever moves them has one and puts it back.
+
+    That the loss leaves them alone was seen where they stand.
+
+    Args:
+        objective: The :class:`~lla_callbacks.objective.held_loss.HeldLoss`.
+    """
+    # Those that are no variables are not moved, and so not kept.
+    objective.kept_elsewhere = objective.names is None
+    try:
+        yield
+    finally:
+        objective.kept_elsewhere = False

@@ -23,10 +23,9 @@ LEAST_MEMORY = 256 * 2**20
 PROCESS = 400 * 2**20
 # The peak that a measurement aims at, in peaks of the process that trains.
 AIM = 1.5
-# Vectors as long as the weights that are at work beside a basis with the exact engine: about nine
-# were measured on a network of ten million weights (docs/benchmarks/engines.md), and differences
-# take more.
-AT_WORK = 9
+# Vectors as long as the weights that are at work beside a basis, by engine: 5.6 and 6.6 measured on
+# a network of ten million weights (docs/benchmarks/engines.md).
+AT_WORK = {"exact": 6, "difference": 7}
 
 
 @dataclass
@@ -109,7 +108,9 @@ def allowed_memory(saved: float, weights: float, max_memory: int | None) -> floa
     return max(LEAST_MEMORY, (COPIES_IN_TRAINING * weights + saved) / 2)
 
 
-def basis_room(saved: float, graph: float, weights: float, max_memory: int | None) -> float:
+def basis_room(
+    saved: float, graph: float, weights: float, max_memory: int | None, engine: str = "exact"
+) -> float:
     """Return the bytes that a Lanczos basis may take on the CPU, negative if there is no room.
 
     By default so many that the peak of the process stays at :data:`AIM` times what it has in
@@ -121,11 +122,12 @@ def basis_room(saved: float, graph: float, weights: float, max_memory: int | Non
         graph: Bytes of the graphs that are kept.
         weights: Bytes of the trainable weights.
         max_memory: Bytes allowed for all, or ``None``.
+        engine: How products are computed.
     """
     held = PROCESS + COPIES_IN_TRAINING * weights
     peak = held + max(saved, 2 * weights)
     allowed = AIM * peak - held if max_memory is None else max_memory
-    return allowed - graph - AT_WORK * weights
+    return allowed - graph - AT_WORK[engine] * weights
 
 
 def saved_bytes(evaluate: Callable[[], Any], weights: Sequence[Tensor]) -> int:

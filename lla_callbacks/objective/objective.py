@@ -23,6 +23,7 @@ from lla_callbacks.objective.held_loss import HeldLoss
 from lla_callbacks.objective.held_loss import Mode as Mode
 from lla_callbacks.objective.held_loss import check_mode as check_mode
 from lla_callbacks.objective.held_loss import trainable as trainable
+from lla_callbacks.objective.held_open import weights_kept_elsewhere
 from lla_callbacks.objective.loss import Loss, Statistics
 from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.parts import Parameters
@@ -187,6 +188,7 @@ class Objective(HeldLoss):
                     differentiate=sharded_gradients if sharded else first_derivative,
                     averages=share.size if sharded else 0,
                     settle=partial(reshard, self.module) if sharded else None,
+                    moving=partial(weights_kept_elsewhere, self),
                 )
             )
         return self._finished(

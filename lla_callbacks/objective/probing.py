@@ -166,7 +166,7 @@ class Prober:
         By the gradient, and by steps as they were rounded into the weights.
 
         Args:
-            gradient: Shape ``(dim,)``, float64.
+            gradient: Shape ``(dim,)``.
             steps: How far.
         """
 
@@ -178,7 +178,8 @@ class Prober:
             try:
                 for step in steps:
                     family.place([step])
-                    rises.append(self.vectors.inner(gradient, self._flat().sub_(start)))
+                    moved = self._flat().sub_(start)
+                    rises.append(self.vectors.inner(gradient, moved, wide=True))
                     found.append(self._part(*inside))
             finally:
                 family.restore()
@@ -189,8 +190,8 @@ class Prober:
         return list(zip(self._totals(found), rises, strict=True))
 
     def _flat(self) -> Tensor:
-        """Return the weights in one vector, float64."""
-        return torch.cat([part.reshape(-1) for part in self._live]).double()
+        """Return the weights in one vector."""
+        return torch.cat([part.reshape(-1).to(self.space.dtype) for part in self._live])
 
     def _part(self, evaluate: Evaluator, statistics: Statistics) -> float:
         """Return this process's part of the loss."""

@@ -125,6 +125,8 @@ def _by_gradients(
     ):
         # Constants in one place and weights in another: differences cannot tell them apart.
         return [first, Check("product", "not tried", words="a padding vector is tied")], 1.0
+    if hessian.keeps_half(USUAL_STEPS):
+        hessian.save_memory()
     second, spent = _difference(objective, hessian, plain, *pairs[0])
     return [first, second], 1.0 + spent
 
@@ -132,7 +134,7 @@ def _by_gradients(
 def _symmetry(hessian: LossOperator, pairs: list[tuple[Tensor, Tensor]]) -> Check:
     (u, hu), (v, hv) = pairs
     inner, size_of = hessian.vectors.inner, hessian.vectors.norm
-    one, other = inner(v.double(), hu.double()), inner(u.double(), hv.double())
+    one, other = inner(v, hu, wide=True), inner(u, hv, wide=True)
     size = size_of(hu) * size_of(v) + size_of(hv) * size_of(u)
     if size == 0:
         return Check("symmetry", "passed", 0.0, 0.0)

@@ -182,8 +182,7 @@ class _Slopes:
         # By definition these are constants, though they are stored among the weights.
         padding = padding_vectors(prober.objective)
         self._padding = None if padding is None else padding.to(gradient.device)
-        self._direction = self._without_padding(gradient)
-        self._gradient = self._direction.double()
+        self._gradient = self._without_padding(gradient)
         space = prober.space
         self._norm = self._vectors.norm(space.flatten(space.tensors))
         self.jumps = False
@@ -201,7 +200,7 @@ class _Slopes:
             return Check("slope", "not tried", words="the loss or its gradient is not finite")
         found = []
         for name in ("the gradient", "a random direction"):
-            direction = self._direction if name == "the gradient" else self._random()
+            direction = self._gradient if name == "the gradient" else self._random()
             norm = self._vectors.norm(direction)
             if norm == 0:
                 continue
@@ -240,7 +239,7 @@ class _Slopes:
 
     def _along(self, unit: Tensor) -> tuple[str, Slope]:
         """Return the outcome along a direction, from as many steps as it takes."""
-        slope = self._vectors.inner(unit.double(), self._gradient)
+        slope = self._vectors.inner(unit, self._gradient, wide=True)
         reach = REACH * (self._norm or 1.0)
         # So far that the change of the loss has half of its digits.
         wanted = math.sqrt(self._eps) * (abs(self._value) or 1.0)

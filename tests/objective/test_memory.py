@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from lla_callbacks import measure_hessian
 from lla_callbacks.linalg import heap, loss_operator
 from lla_callbacks.linalg.errors import MeasurementError, OutOfMemoryError
+from lla_callbacks.objective import held_loss
 from lla_callbacks.objective.batch_plan import BatchPlan
 from lla_callbacks.objective.memory import (
     AT_WORK,
@@ -20,6 +21,7 @@ from lla_callbacks.objective.memory import (
     basis_room,
 )
 from lla_callbacks.objective.objective import Objective
+from lla_callbacks.objective.state import preserved
 
 MIB = 2**20
 
@@ -211,11 +213,14 @@ def test_a_basis_is_kept_in_half_and_then_shortened(monkeypatch, vectors, settin
 def test_what_a_basis_may_take():
     gib = 2**30
     # Adam on a GiB of weights: five GiB and a third in all. Half as much again, less what stays.
+    exact = AT_WORK["exact"]
     room = basis_room(0, 0, gib, None)
     peak = PROCESS + 6 * gib
-    assert room == pytest.approx(1.5 * peak - (PROCESS + 4 * gib) - AT_WORK * gib)
+    assert room == pytest.approx(1.5 * peak - (PROCESS + 4 * gib) - exact * gib)
     assert basis_room(0, gib, gib, None) == room - gib
-    assert basis_room(0, 0, gib, 8 * gib) == (8 - AT_WORK) * gib
+    assert basis_room(0, 0, gib, 8 * gib) == (8 - exact) * gib
+    differing = basis_room(0, 0, gib, 8 * gib, "difference")
+    assert differing == (8 - AT_WORK["difference"]) * gib
 
 
 @pytest.mark.parametrize("allowed", [1, 10**9])
@@ -281,3 +286,39 @@ def test_what_is_free_is_given_back_while_large_graphs_are_made(monkeypatch, fun
     torch.testing.assert_close(hessian @ vector, wanted)
     # Once when they are made and once when they are walked, at least.
     assert (len(calls) > made > 0) == trims
+
+
+@pytest.mark.parametrize("engine", ["exact", "difference"])
+def test_a_gradient_that_was_put_aside_comes_back_to_the_bit(engine):
+    net, batches = problem()
+    hessian = Objective(net, batches, loss, engine=engine).hessian()
+    known = hessian.gradient
+    vector = torch.linspace(-1, 1, hessian.shape[0]).double()
+    product = hessian @ vector
+    hessian.save_memory()
+    assert torch.equal(hessian.gradient, known)
+    assert hessian.gradient.data_ptr() != known.data_ptr()
+    # Differences are then taken out of one another at once.
+    torch.testing.assert_close(hessian @ vector, product, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("some", [None, ["0.weight"]])
+def test_weights_that_differences_move_are_kept_once(monkeypatch, some):
+    net, batches = problem()
+    hessian = Objective(net, batches, loss, engine="difference", parameters=some).hessian()
+    before = [p.detach().clone() for p in net.parameters()]
+    asked = []
+
+    def noting(module, **settings):
+        asked.append(settings["check_weights"])
+        return preserved(module, **settings)
+
+    monkeypatch.setattr(held_loss, "preserved", noting)
+    hessian @ torch.ones(hessian.shape[0]).double()
+    # Where only some are moved, the others are kept by nobody else.
+    assert set(asked) == {some is not None}
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+    hessian.save_memory()
+    asked.clear()
+    assert bool(hessian.gradient.isfinite().all())
+    assert set(asked) == {True}

@@ -27,16 +27,21 @@ def cost_of(timing: Timing, trainer: Any, steps: float) -> str:
         steps: What one measurement takes, in training steps.
     """
     words = f"a measurement takes {steps_of(steps)} (batches of {timing.batch_samples})"
+    adds = "adds about"
+    if timing.most_seconds < math.inf:
+        # How long a step takes is not known yet.
+        words += f", but no longer than {timing.most_seconds:g} s (time_budget)"
+        adds = "adds at most about"
     added = []
     every = timing.schedule.every_n_train_steps
     accumulate = getattr(trainer, "accumulate_grad_batches", 1) or 1
     if every is not None:
         many = "step" if every == 1 else f"{every} steps"
-        added.append(f"every {many} adds about {_percent(steps / (every * accumulate))}")
+        added.append(f"every {many} {adds} {_percent(steps / (every * accumulate))}")
     epochs, batches = timing.schedule.every_n_epochs, trainer.num_training_batches
     if epochs is not None and 0 < batches < math.inf:
         many = "epoch" if epochs == 1 else f"{epochs} epochs"
-        added.append(f"every {many} adds about {_percent(steps / (epochs * batches))}")
+        added.append(f"every {many} {adds} {_percent(steps / (epochs * batches))}")
     said = "; ".join([words, *added]) + " to training. "
     if every is not None and epochs is not None:
         said += "Both schedules are kept; what falls due by both is measured once. "
@@ -76,6 +81,16 @@ def too_short(timing: Timing, full: float) -> str:
     return (
         f"the run was too short to plan for; its end is measured on {choice.words}. "
         f"{_remedy(timing, full)}"
+    )
+
+
+def no_room_for_light(timing: Timing, step: int) -> str:
+    """Return why the curve of light measurements has a gap, and what to do."""
+    limit = _percent(timing.account.limit)
+    return (
+        f"no room for a light measurement at step {step}: max_overhead allows {limit} of training "
+        "time, and the rest of that is put aside for full measurements. Until there is room again "
+        "the curves have gaps between these. Raise max_overhead, or track less often."
     )
 
 

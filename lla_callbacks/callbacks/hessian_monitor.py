@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from lla_callbacks.callbacks.account import booked
-from lla_callbacks.callbacks.compat import step_of
+from lla_callbacks.callbacks.compat import say, step_of
+from lla_callbacks.callbacks.foretold import no_room_for_light
 from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.light_record import LightRecord
 from lla_callbacks.callbacks.monitor_settings import shared
@@ -226,7 +227,7 @@ class HessianMonitor(Watching):
             self.spectrum, num_steps=num_steps is not None, num_probes=num_probes is not None
         )
         super().__init__([self.record], given, sizer, alone=True)
-        self._light_cost = 0.0
+        self._light_cost, self._told_no_room = 0.0, False
         # Optimizer steps when the light schedule was last asked.
         self._seen_light = 0
 
@@ -260,7 +261,7 @@ class HessianMonitor(Watching):
         return self.tracking_schedule.is_given
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._light_cost = 0.0
+        self._light_cost, self._told_no_room = 0.0, False
         super().on_train_start(trainer, pl_module)
         self._seen_light = trainer.global_step
 
@@ -282,7 +283,7 @@ class HessianMonitor(Watching):
             and step not in (self.timing.last_step, self.record.last_light)
             and self.tracking_schedule.after_step(trainer.global_step, before)
             and not self._is_about_to_fire(trainer)
-            and self.subject.processes.agree(self._has_room_for_light())
+            and self._may_track(trainer, step)
         ):
             self.record.last_light = step
             began = time.monotonic()
@@ -312,6 +313,15 @@ class HessianMonitor(Watching):
         after = self.schedule.after_epoch(trainer.current_epoch)
         fits = self.is_asked or self.timing.fits
         return bool(after and self.subject.processes.agree(fits))
+
+    def _may_track(self, trainer: Any, step: int) -> bool:
+        """Return whether there is room for a light measurement; say once that there is none."""
+        if self.subject.processes.agree(self._has_room_for_light()):
+            return True
+        if not self._told_no_room:
+            self._told_no_room = True
+            say(trainer, f"{type(self).__name__}: {no_room_for_light(self.timing, step)}")
+        return False
 
     def _has_room_for_light(self) -> bool:
         """Return whether a light measurement as long as the last one fits."""

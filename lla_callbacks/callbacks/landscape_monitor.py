@@ -58,7 +58,7 @@ class LossLandscapeMonitor(Watching):
         predict: ``predict(module, batch)`` returns predictions and targets for torchmetrics;
             ``None``: the module's output against ``batch[1]``.
         plane_points: Points along each side of a plane, odd. Default 17: with a spline of the log
-            loss (``interpolate``) it is off by 0.01 decades in the mean on most networks
+            loss (``interpolate``) it is off by 2 % in the mean on most networks
             (docs/benchmarks/planes.md).
         line_points: Points of a line, odd.
         reach: How far slices reach, as a multiple of each direction's own range (1 filter norm

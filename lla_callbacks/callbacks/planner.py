@@ -71,6 +71,7 @@ class Planner:
         batches = -(-held.samples // timing.batch_samples)
         saved = self.sizer.saved(self._served(held.samples).num_steps)
         timing.foretold = batches * (self.sizer.gradients - saved)
+        timing.most_seconds = self.sizer.most_seconds
         say(trainer, f"{self.owner}: {cost_of(timing, trainer, timing.foretold)}")
 
     def plan_when_ready(self, trainer: Any, module: nn.Module) -> bool:

@@ -96,6 +96,11 @@ class Sizer(ABC):
         """What a measurement of the default size takes, in gradients of its samples, about."""
         return sum(quantity.gradients for quantity in self._quantities)
 
+    @property
+    def most_seconds(self) -> float:
+        """How long a measurement takes at most, where its quantities end themselves."""
+        return sum(quantity.most_seconds for quantity in self._quantities)
+
     def depth(self, timing: Timing) -> int:
         """Return how deep a Lanczos run of the whole Hessian each measurement has, 0 for none."""
         return 0
@@ -128,7 +133,8 @@ class SamplesSizer(Sizer):
         def cost(samples: int) -> float:
             assert costs is not None
             gradient = costs.of(costs.gradient, costs.batch_gradient, samples)
-            return costs.fixed + self.gradients * gradient
+            each = (min(q.gradients * gradient, q.most_seconds) for q in self._quantities)
+            return costs.fixed + sum(each)
 
         samples, points, fits = sizes[-1], 1, False
         if costs is not None:
@@ -176,7 +182,10 @@ class SpectrumSizer(Sizer):
             size, fits = choose_spectrum(seconds, costs, ladder, figures=NUM_FIGURES)
             cost = costs.spectrum(size)
             draws = has_room_to_draw(seconds, cost, size.points, MOST_FIGURES, costs.figure)
-        words = f"{size.samples} samples ({size.num_steps} Lanczos steps, {size.num_probes} probes)"
+        words = (
+            f"{size.samples} samples ({size.num_steps} Lanczos steps for eigenvalues, "
+            f"{size.num_probes} probes for the trace)"
+        )
         figures = means.figures
         return Choice(size.samples, size.points, cost, figures, fits, words, draws, asdict(size))
 
@@ -217,7 +226,8 @@ class SlicesSizer(Sizer):
 
     def choose(self, means: Means) -> Choice:
         """Choose the best size that fits once; how often it fits follows."""
-        costs, least, held, told = means.costs, means.least, means.held, means.told
+        least, held, told = means.least, means.held, means.told
+        costs = self._within(means.costs)
         samples = min(max(told or held, least), held)
         served = means.served(samples)
         ladder = self._ladder(served.num_steps)
@@ -248,7 +258,7 @@ class SlicesSizer(Sizer):
         choice = timing.pace.choice
         if moment.function != "fit" or choice is None:
             return {}
-        size, costs = SlicesSize(**choice.size), timing.account.costs
+        size, costs = SlicesSize(**choice.size), self._within(timing.account.costs)
         if moment.last and costs is not None:
             # Whatever was spent since the plan was made, this one pays for.
             aside = sum(timing.account.reserved.values())
@@ -259,6 +269,10 @@ class SlicesSizer(Sizer):
                 max(seconds, 0.0), costs, ladder, subject.held.num_held, figures=NUM_FIGURES
             )[0]
         return self._sized(size)
+
+    def _within(self, costs: UnitCosts | None) -> UnitCosts | None:
+        """Return costs with the time that slices have at most."""
+        return None if costs is None else replace(costs, most=self.most_seconds)
 
     def _sized(self, size: SlicesSize) -> dict[str, Any]:
         s, given = self._quantity.settings, self._given

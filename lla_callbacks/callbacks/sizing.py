@@ -7,6 +7,7 @@ Lanczos run cost least accuracy, then samples, then points of the curve.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,7 @@ class UnitCosts:
         step: A training step on that batch.
         figure: Drawing and writing one figure.
         fixed: Scalars, arrays and whatever else does not depend on samples.
+        most: Seconds after which no further point of a slice is begun.
     """
 
     forward: float
@@ -51,6 +53,7 @@ class UnitCosts:
     step: float
     figure: float = 0.12
     fixed: float = 0.015
+    most: float = math.inf
 
     def of(self, few: float, batch: float, samples: int) -> float:
         """Return what takes ``few`` and ``batch`` seconds at the two known sizes, at another."""
@@ -80,7 +83,7 @@ class UnitCosts:
         passes += size.more + 4
         left = max(0, size.products - size.at_hand)
         found = gradient + left * product if left else 0.0
-        return self.fixed + forward * passes + found
+        return self.fixed + min(forward * passes + found, self.most)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Timing:
         batch_samples: Samples in a batch of the user's own, 0 until one was seen.
         count: Measurements so far.
         foretold: Training steps that one takes, as was said beforehand.
+        most_seconds: How long one takes at most, where a time budget ends it.
         left_out: Figures of the last measurement for which there was no room.
     """
 
@@ -66,6 +67,7 @@ class Timing:
         self.batch_samples = 0
         self.count = 0
         self.foretold = math.nan
+        self.most_seconds = math.inf
         self.left_out = 0
         self._ending = False
         self.pace = Pace()
@@ -163,7 +165,7 @@ class Timing:
         """Say beforehand that a measurement will take long; return whether it was said."""
         expected = self.pace.cost
         if not expected and self.foretold > 0 and self.account.batches > 1:
-            expected = self.foretold * self.account.seconds_a_batch
+            expected = min(self.foretold * self.account.seconds_a_batch, self.most_seconds)
         if moment.light or not expected >= LONG:
             return False
         say(trainer, f"{self.owner}: a measurement of about {expected:.0f} s begins.")
@@ -175,7 +177,7 @@ class Timing:
         batch = self.account.seconds_a_batch
         if self.count == 2 and not self.is_bounded and batch > 0:
             # Not the first, in which everything happens for the first time.
-            tell_if_far(self, trainer, seconds, self.foretold * batch)
+            tell_if_far(self, trainer, seconds, min(self.foretold * batch, self.most_seconds))
         if self.pace.planned and not self._ending:
             self.pace.reserve(self.account, self.name)
 

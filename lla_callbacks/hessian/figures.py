@@ -171,6 +171,12 @@ def _gap_figure(m: HessianMeasurement, title: str) -> Figure:
     return figure
 
 
+def spent_words(runs: int, num_steps: int, num_probes: int) -> list[str]:
+    """Return on what a measurement rests, and what for."""
+    each = f"{runs} runs of {num_steps}" if runs > 1 else f"{num_steps}"
+    return [f"{each} Lanczos steps (eigenvalues)", f"{num_probes} probes (trace)"]
+
+
 def finish_measured(
     figure: Sheet,
     m: HessianMeasurement,
@@ -186,7 +192,7 @@ def finish_measured(
             f"{m.num_params:,} parameters",
             f"{m.num_samples:,} samples",
             MODES.get(m.mode, m.mode),
-            f"{len(m.run_sizes)} × {m.num_steps} Lanczos steps, {m.num_probes} probes",
+            *spent_words(len(m.run_sizes), m.num_steps, m.num_probes),
             m.precision if m.engine == "exact" else f"{m.precision}, by differences of gradients",
             f"seed {m.seed}",
             "" if m.self_check is None else m.self_check.footer(),

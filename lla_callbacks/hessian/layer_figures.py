@@ -312,8 +312,9 @@ def _spectra(m: HessianMeasurement) -> dict[str, LayerSpectrum]:
 
 def _footer(m: HessianMeasurement) -> str:
     sizes = next(iter(_spectra(m).values())).run_sizes
+    runs = f"{len(sizes)} runs of " if len(sizes) > 1 else ""
     depth = max(max(s.run_sizes) for s in _spectra(m).values())
-    parts = [f"each layer's own block by {len(sizes)} × {depth} Lanczos steps", outside_words(m)]
+    parts = [f"each layer's own block by {runs}{depth} Lanczos steps", outside_words(m)]
     return " · ".join(part for part in parts if part)
 
 

@@ -185,7 +185,9 @@ def custom_scalars_layout(name: str = "hessian", *, layer_spectra: bool = False)
     return {
         name: {
             **lines,
-            "KH05 (band: 2 standard errors)": band("kh05"),
+            "KH05: negative over positive part of the spectrum (band: 2 standard errors)": band(
+                "kh05"
+            ),
             "lambda_min (band: residual, and where the lowest may be)": band("lambda_min"),
             "lambda_max (band: residual, and where the largest may be)": band("lambda_max"),
             "trace (band: 2 standard errors)": band("trace"),

@@ -50,10 +50,16 @@ def describe(measurement: HessianMeasurement) -> str:
             "  (mean along random directions as long as the filters; comparable between networks)"
         )
     if math.isfinite(c["c_t"]):
+        side = "above" if m.spectrum_type == "mainly positive" else "below"
+        ratio = with_error(c["c_t"], m.criteria_errors["c_t"])
         lines.append(
-            f"  spectrum            smallest/largest {c['c_t']:.2g} ({m.spectrum_type} by LLA's "
-            f"threshold -0.6); KH05 {with_error(c['kh05'], m.criteria_errors['kh05'])} at depth "
-            f"{m.num_steps}"
+            f"  spectrum            smallest/largest {ratio}"
+            f"  ({side} -0.6, which Gabdullin 2025 calls {m.spectrum_type})"
+        )
+        lines.append(
+            f"  KH05                {with_error(c['kh05'], m.criteria_errors['kh05'])}  (negative "
+            f"over positive part of the spectrum; compare it at the same num_steps, here "
+            f"{m.num_steps})"
         )
     if m.engine == "difference":
         lines.append(

@@ -109,19 +109,36 @@ class SelfCheck:
     def _words(self, name: str) -> str:
         return "; ".join(c.words for c in self.checks if c.name == name and c.outcome == "failed")
 
+    @property
+    def _open(self) -> list[Check]:
+        """Checks that were not decided and concern a reader.
+
+        Differences of gradients say nothing across the kinks of ReLU in float32, whatever the loss:
+        where products are symmetric, that they were no further check is no news.
+        """
+        usual = self.outcome("symmetry") == "passed"
+        return [
+            c for c in self.checks
+            if c.outcome == "not decided" and not (usual and c.name == "product")
+        ]  # fmt: skip
+
     def lines(self) -> list[str]:
         """Return the outcome in words, a line each."""
-        asked = [c for c in self.checks if c.outcome != "not tried"]
+        left = self._open
+        asked = [c for c in self.checks if c.outcome in ("passed", "failed") or c in left]
         passed = sum(c.outcome == "passed" for c in asked)
-        open_ones = sum(c.outcome == "not decided" for c in asked)
-        undecided = f", {open_ones} not decided" if open_ones else ""
+        undecided = f", {len(left)} not decided" if left else ""
         price = f"at the price of {self.num_gradients:.2g} gradients"
         found = [f"self-check: {passed} of {len(asked)} passed{undecided}, {price}"]
         for check in self.checks:
-            if check.outcome != "passed":
-                words = f": {check.words}" if check.words else ""
-                whether = "whether " if check.outcome == "not decided" else ""
-                found.append(f"{check.outcome}: {whether}{QUESTIONS[check.name]}{words}")
+            words = f": {check.words}" if check.words else ""
+            if check in left:
+                found.append(
+                    f"not decided: whether {QUESTIONS[check.name]}{words}; in float64 (a module "
+                    "and batches in double) it can be told"
+                )
+            elif check.outcome in ("failed", "not tried"):
+                found.append(f"{check.outcome}: {QUESTIONS[check.name]}{words}")
         if self.hooks:
             found.append(
                 "hooks on tensors are part of the derivative and kept"
@@ -145,7 +162,7 @@ class SelfCheck:
         failed = [c.name for c in self.checks if c.outcome == "failed"]
         if failed:
             return f"self-check failed: {', '.join(failed)}"
-        open_ones = [c.name for c in self.checks if c.outcome == "not decided"]
+        open_ones = [c.name for c in self._open]
         passed = "self-check passed"
         return passed + (f" (not decided: {', '.join(open_ones)})" if open_ones else "")
 

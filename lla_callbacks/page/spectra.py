@@ -38,8 +38,8 @@ FIRST = {
     "gradient_norm": ("Norm of the gradient", "on the held batches"),
 }
 _WORDS = {
-    "kh05": "KH05",
-    "kh1": "KH1",
+    "kh05": "KH05, negative over positive part of the spectrum",
+    "kh1": "KH1: KH05 without its root",
     "r_e": "r_e = |λmin / λmax|",
     "c_t": "C_t = λmin / λmax",
     "filter_curvature": "Filter curvature",

@@ -30,6 +30,7 @@ class Quantity(ABC):
         name: First part of every tag, and the folder of its files.
         gradients: What measuring takes, in gradients of all held samples, about: by this a run
             with ``max_overhead`` is planned.
+        most_seconds: How long it takes at most, where it ends itself; infinite where it does not.
         result: Class of the results.
         watches: Whether :meth:`before_step` and :meth:`after_step` are called.
         proves_itself: Whether :meth:`measure` has the loss prove itself; else that is done before.
@@ -41,6 +42,7 @@ class Quantity(ABC):
 
     name: str
     gradients: float = 1.0
+    most_seconds: float = math.inf
     result: ClassVar[Any] = Result
     watches: bool = False
     proves_itself: ClassVar[bool] = False

@@ -101,7 +101,7 @@ class Basin:
 
         ``n rtol / (2 ln 10)``: a radius that is known to 1 % is known to 0.5 % on either side, and
         raised to the power ``n``, so that the error grows with the number of parameters: 2,171
-        decades for a million. What further rays would add is no error and comes on top.
+        orders of magnitude for a million. What further rays would add is no error and comes on top.
         """
         return self.dim * self.rtol / (2 * math.log(10))
 

@@ -196,7 +196,9 @@ class DirectionSource:
         named = [n for n in names if isinstance(n, str)]
         self.prepare([n for n in named if n not in self._known])
         return tuple(
-            self._named(n) if isinstance(n, str) else direction_of(n, self._space(), f"own {k}")
+            self._named(n)
+            if isinstance(n, str)
+            else direction_of(n, self._space(), f"your direction {k}")
             for k, n in enumerate(names, start=1)
         )
 

@@ -129,7 +129,7 @@ def normalized(
     return Direction(vector, direction.name, UNITS[normalization])
 
 
-def direction_of(thing: Any, space: ParameterSpace, name: str = "own") -> Direction:
+def direction_of(thing: Any, space: ParameterSpace, name: str = "your direction") -> Direction:
     """Return the user's own direction, taken as it is.
 
     Args:
@@ -171,7 +171,7 @@ def direction_of(thing: Any, space: ParameterSpace, name: str = "own") -> Direct
         raise ValueError(f"directions: {name!r} is not finite: give finite entries.")
     if isinstance(thing, Direction):
         return replace(thing, vector=vector)
-    return Direction(vector, name, "own")
+    return Direction(vector, name, "its length")
 
 
 def difference(start: Any, end: Any, space: ParameterSpace, name: str = "difference") -> Direction:

@@ -208,7 +208,7 @@ def facts_of(facts: SliceFacts, points: str) -> list[str]:
 
 
 def counted(evaluated: int, total: int) -> str:
-    """Return how many points there are."""
+    """Return how many points there are, and of how many where time was over before."""
     return f"{total:,} points" if evaluated == total else f"{evaluated:,} of {total:,} points"
 
 

@@ -127,8 +127,11 @@ class Picture:
         """What is drawn between the points, and how far it is off."""
         if math.isnan(self.error):
             return self.form.name
-        unit = " decades" if self.decades else ""
-        return f"{self.form.name}, off by up to about {self.error:.2g}{unit} in the mean"
+        if not self.decades:
+            return f"{self.form.name}, off by up to about {self.error:.2g} in the mean"
+        factor = 10**self.error
+        off = f"a factor of {factor:.2g}" if factor >= 2 else f"{100 * (factor - 1):.2g} %"
+        return f"{self.form.name}, off by up to about {off} in the mean"
 
 
 def picture_of(plane: Plane) -> Picture | None:

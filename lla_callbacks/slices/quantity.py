@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from lla_callbacks.report.quantity import Drawn, Quantity
 from lla_callbacks.report.step_words import step_text
 from lla_callbacks.slices.choice import DirectionSource
 from lla_callbacks.slices.eigenvectors import NAMES, Known, known_directions
+from lla_callbacks.slices.fields import counted
 from lla_callbacks.slices.landscape import (
     PASSES_A_MAP_POINT,
     PASSES_A_RAY,
@@ -97,6 +99,8 @@ class Slices(Quantity):
         self._dim = 0
         self._previous: tuple[int, Tensor] | None = None
         self._scale: tuple[float, float] | None = None
+        # Whether it was said that time was over before all points were there.
+        self._was_late = False
 
     @property
     def settings(self) -> LandscapeSettings:
@@ -110,6 +114,12 @@ class Slices(Quantity):
         passes = len(s.planes) * s.plane_points**2 + len(s.lines) * s.line_points + 4
         passes += PASSES_A_RAY * s.num_rays + PASSES_A_MAP_POINT * s.convexity_points**2
         return FORWARD * passes + (PRODUCT * PRODUCTS if needs_products(s) else 0)
+
+    @property
+    def most_seconds(self) -> float:  # type: ignore[override]
+        """Seconds after which no further point is begun; infinite without a limit."""
+        budget = self.settings.time_budget
+        return math.inf if budget is None else budget
 
     # -- measured -----------------------------------------------------------------------
 
@@ -137,10 +147,35 @@ class Slices(Quantity):
             objective, settings, source, share=lent.share, progress=lent.progress
         )
         result = LandscapeReport.of(found, training_steps=lent.in_steps(found.seconds))
+        self._tell_if_late(result, settings, lent.say)
         if self._scale is None and result.loss > 0 and not lent.only:
             # Four decades about the first loss, for all pictures of the run.
             self._scale = (1e-3 * result.loss, 10 * result.loss)
         return result
+
+    def _tell_if_late(
+        self, result: LandscapeReport, settings: LandscapeSettings, say: Callable[[str], object]
+    ) -> None:
+        """Say once a run that time was over before all points were there."""
+        done = {f"plane_{name}": plane.evaluated for name, plane in result.planes.items()}
+        done |= {f"line_{name}": line.evaluated for name, line in result.lines.items()}
+        if result.convexity is not None:
+            done["convexity"] = result.convexity.evaluated
+        cut = [
+            f"{name} has {counted(int(points.sum()), points.numel())}"
+            for name, points in done.items()
+            if not bool(points.all())
+        ]
+        if result.basin is not None and len(result.basin.radii) < settings.num_rays:
+            cut.append(f"basin has {len(result.basin.radii)} of {settings.num_rays} rays")
+        if not cut or self._was_late:
+            return
+        self._was_late = True
+        say(
+            f"time_budget={settings.time_budget:g} s was over before all points were there: "
+            f"{'; '.join(cut)}. Coarse pictures are drawn of them. Raise time_budget (None: no "
+            "limit), or ask for fewer points, slices or samples."
+        )
 
     def _common_points(self, moment: Moment, share: Share) -> list[int]:
         """Return which recorded weights are earlier ones that every process has."""
@@ -197,7 +232,7 @@ class Slices(Quantity):
     def begin(self) -> None:
         """Forget all earlier runs."""
         self.end()
-        self._scale = None
+        self._scale, self._was_late = None, False
 
     def end(self) -> None:
         """Drop the path."""

@@ -26,6 +26,7 @@ from lla_callbacks.slices.results import (
     ConvexityMap,
     LossLine,
     LossPlane,
+    counted_of,
     finite_range,
 )
 from lla_callbacks.slices.scalars import landscape_scalars
@@ -228,7 +229,7 @@ class LandscapeReport(Result):
         for name, plane in self.planes.items():
             lines.append(
                 f"  plane {name:<12} loss {finite_range(plane.loss)} on "
-                f"{int(plane.evaluated.sum())} points"
+                f"{counted_of(plane.evaluated)}"
             )
             lines += [f"  {'':18} {_unsettled(d)}" for d in plane.directions if not d.settled]
             if plane.path is not None:
@@ -243,6 +244,8 @@ class LandscapeReport(Result):
             if direction.eigenvalue is not None:
                 known = with_error(direction.eigenvalue, direction.residual or math.nan)
                 text += f", where the Hessian's eigenvalue is {known}"
+            if not bool(line.evaluated.all()):
+                text += f", on {counted_of(line.evaluated)}"
             lines.append(text)
             lines += [f"  {'':18} {_unsettled(d)}" for d in line.directions if not d.settled]
         if self.basin is not None:

@@ -11,6 +11,7 @@ from lla_callbacks.report.result import Result
 from lla_callbacks.slices.arrays import load_slice, save_slice
 from lla_callbacks.slices.basin import Basin
 from lla_callbacks.slices.convexity import Convexity
+from lla_callbacks.slices.fields import counted
 from lla_callbacks.slices.landscape_figures import (
     basin_figure,
     convexity_figure,
@@ -75,7 +76,7 @@ class LossLine(Line, _Saved):
 
     def __repr__(self) -> str:
         return (
-            f"<LossLine along {self.directions[0].name!r}: {len(self.alphas)} points, loss "
+            f"<LossLine along {self.directions[0].name!r}: {counted_of(self.evaluated)}, loss "
             f"{finite_range(self.loss)}, {self.facts.num_samples} samples>"
         )
 
@@ -99,7 +100,8 @@ class LossPlane(Plane, _Saved):
     """
 
     def __repr__(self) -> str:
-        done = "" if self.complete else f" ({int(self.evaluated.sum())} of them evaluated)"
+        late = f" ({int(self.evaluated.sum())} of them evaluated before {LATE} was over)"
+        done = "" if self.complete else late
         return (
             f"<LossPlane of {self.directions[0].name!r} and {self.directions[1].name!r}: "
             f"{len(self.alphas)} x {len(self.betas)} points{done}, loss {finite_range(self.loss)}, "
@@ -184,7 +186,7 @@ class ConvexityMap(Convexity, _Saved):
 
     def __repr__(self) -> str:
         return (
-            f"<ConvexityMap: {len(self.alphas)} x {len(self.betas)} points, "
+            f"<ConvexityMap: {counted_of(self.evaluated)}, "
             f"|lambda_min/lambda_max| {finite_range(self.ratio)}, {self.num_matvecs} products>"
         )
 
@@ -224,6 +226,16 @@ class BasinRadii(Basin, _Saved):
     def figure(self, *, title: str = "") -> Figure:
         """Return the distribution of radii."""
         return basin_figure({"basin": self}, title=title)
+
+
+# What ends a slice before all of its points are there.
+LATE = "time_budget"
+
+
+def counted_of(evaluated: Any) -> str:
+    """Return how many points were evaluated, and of how many if not all."""
+    text = counted(int(evaluated.sum()), evaluated.numel())
+    return text if bool(evaluated.all()) else f"{text} ({LATE} was over)"
 
 
 def finite_range(values: Any) -> str:

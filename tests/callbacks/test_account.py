@@ -2,6 +2,8 @@
 
 import math
 import re
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -420,6 +422,37 @@ def test_what_was_foretold_and_what_was_seen(tmp_path, clock):
     with pytest.warns(UserWarning, match="foretold. Lower num_samples") as caught:
         watch(clock, tmp_path, hessian, train=36)
     assert len([w for w in caught if "foretold" in str(w.message)]) == 1
+
+
+def test_what_is_foretold_of_slices_keeps_to_their_time_budget(
+    tmp_path, clock, caplog, monkeypatch
+):
+    passing = SimpleNamespace(monotonic=clock.monotonic, thread_time=time.thread_time)
+    monkeypatch.setattr("lla_callbacks.objective.points.time", passing)
+    watcher = LossLandscapeMonitor(
+        loss=costly(clock, PRICE), figures=False, every_n_epochs=1, plane_points=9, time_budget=20
+    )
+    with caplog.at_level("INFO"):
+        watch(clock, tmp_path, watcher, train=4, max_epochs=2)
+    said = [r.message for r in caplog.records]
+    (line,) = [t for t in said if "a measurement takes" in t]
+    assert re.search(
+        r"takes about .* steps of yours \(batches of 16\), but no longer than 20 s "
+        r"\(time_budget\); every epoch adds at most about .* %",
+        line,
+    )
+    # By then a step's time is known: it would take far longer.
+    assert any("a measurement of about 20 s begins" in t for t in said)
+    watcher = LossLandscapeMonitor(every_n_epochs=1, time_budget=None)
+    assert watcher.planner.sizer.most_seconds == math.inf
+    costs = UnitCosts(*[1.0] * 3, 8, *[2.0] * 3, 16, 3.0, figure=0.0, fixed=0.0)
+    whole, capped = (
+        choose_slices(100.0, replace(costs, most=most), SLICES, 16, figures=0)
+        for most in (math.inf, 20.0)
+    )
+    # What ends after 20 s fits five times, however many points it would have had.
+    assert whole[0] != SLICES[0]
+    assert capped == (SLICES[0], 5, True)
 
 
 def test_explicit_sizes_are_kept(tmp_path, clock):

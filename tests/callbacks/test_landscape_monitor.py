@@ -1,5 +1,6 @@
 """The landscape monitor: bitwise unchanged training, exact tags, gaps instead of crashes."""
 
+import re
 import warnings
 
 import numpy as np
@@ -84,6 +85,31 @@ def test_settings_end_in_the_same_bits(tmp_path, watching):
     watcher = watch(**{"every_n_train_steps": 1, **watching})
     assert differences(run_without(tmp_path), stateful_run(tmp_path, watcher)) == []
     assert steps(watcher)[0] == 0
+
+
+def test_slices_that_a_time_budget_cut_are_told_once(tmp_path, caplog):
+    watcher = watch(
+        every_n_train_steps=2, time_budget=1e-9, plane_points=5, line_points=7, planes=["random"],
+        lines=["random"], convexity_points=3, num_rays=3,
+    )  # fmt: skip
+    with caplog.at_level("INFO"):
+        fit(tmp_path, watcher)
+    said = [r.message for r in caplog.records if "was over before" in r.message]
+    (line,) = said
+    assert re.fullmatch(
+        r"LossLandscapeMonitor: time_budget=1e-09 s was over before all points were there: "
+        r"plane_random has \d+ of 25 points; line_random has \d of 7 points; convexity has 1 of 9 "
+        r"points; basin has 1 of 3 rays. Coarse pictures are drawn of them. Raise time_budget "
+        r"\(None: no limit\), or ask for fewer points, slices or samples.", line
+    )  # fmt: skip
+    assert len(watcher.history) > 1
+    text = watcher.report.summary()
+    assert re.search(r"on \d+ of 25 points \(time_budget was over\)", text)
+    assert re.search(r"on \d of 7 points \(time_budget was over\)", text)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        fit(tmp_path, watch(every_n_train_steps=2, num_rays=2))
+    assert not [r for r in caplog.records if "was over before" in r.message]
 
 
 def test_all_monitors_together_end_in_the_same_bits(tmp_path):

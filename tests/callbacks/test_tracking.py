@@ -140,14 +140,25 @@ def test_a_gap_longer_than_the_schedule_unlinks_the_chain(tmp_path, monkeypatch)
     assert linked == {1: True, 2: True, 4: False, 5: True, 6: True, 7: True}
 
 
-def test_an_own_limit_holds_light_measurements_up_too(tmp_path):
+def test_an_own_limit_holds_light_measurements_up_too(tmp_path, caplog):
     free = monitor(track_every_n_train_steps=1)
     limited = monitor(track_every_n_train_steps=1, max_overhead=1e-9)
+    said = []
     for watcher in (free, limited):
-        fit(tmp_path, watcher, max_epochs=2)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            fit(tmp_path, watcher, max_epochs=2)
+        said.append([r.message for r in caplog.records if "no room for a light" in r.message])
     # The default's limit is for the default schedule of full measurements alone.
     assert tracked_steps(free)[:3] == [1, 2, 3]
     assert limited.tracked == []
+    # Of which there is one line, once.
+    assert said[0] == []
+    (line,) = said[1]
+    assert line.startswith(
+        "HessianMonitor: no room for a light measurement at step 1: max_overhead"
+    )
+    assert "Raise max_overhead, or track less often" in line
 
 
 def test_a_failing_light_measurement_leaves_a_gap_and_one_warning(tmp_path):

@@ -410,6 +410,8 @@ def test_a_time_budget_that_is_over_at_once_leaves_the_centre() -> None:
     plane = loss_plane(tanh_net(), two_batches()[:1], **settings)
     line = loss_line(tanh_net(), two_batches()[:1], directions="top1", **settings)
     assert int(plane.evaluated.sum()) == int(line.evaluated.sum()) == 1
+    assert "(1 of them evaluated before time_budget was over)" in plane.summary()
+    assert "1 of 41 points (time_budget was over)" in line.summary()
     plane.figure()
     titles = [text.get_text() for text in line.figure().findobj(Text)]
     assert any("curvature undefined" in title for title in titles), titles

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lla_callbacks.callbacks.compat import MisconfigurationException, source_of_loaders
 from lla_callbacks.objective.copies import Copier
+from lla_callbacks.objective.inventory import inventory_of
 from lla_callbacks.objective.rules import ATOMS
 from lla_callbacks.objective.state import copier_for
 
@@ -40,7 +41,7 @@ def apart(trainer: Any, module: nn.Module, loader: Any, source: Any = None) -> A
     Raises:
         SharedLoaderError: If it cannot be copied and shares something with training.
     """
-    copier: Copier = copier_for(module)
+    copier: Copier = copier_for(inventory_of(module))
     copier.with_workers = True
     copied = copier.copy(loader, (None, "dataloader"))
     if not copier.replaced:

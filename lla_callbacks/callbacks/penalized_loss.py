@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from lla_callbacks.callbacks.moments import is_unsized
 from lla_callbacks.callbacks.replay import trainer_loss
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.batches import fresh
+from lla_callbacks.objective.checkpoints import no_checkpoints
+from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.loss import Loss
 from lla_callbacks.objective.objective import trainable
-from lla_callbacks.objective.state import preserved
+from lla_callbacks.objective.state import preserved_each
 from lla_callbacks.penalty.displacement import DisplacedLoss
 from lla_callbacks.penalty.elsewhere import Elsewhere
 from lla_callbacks.penalty.middle import penalized_parameters
@@ -73,10 +76,8 @@ class Penalized:
         return self._names
 
 
-def batch_loss(
-    trainer: Any, module: Any, batch: tuple[Any, int], loss: Loss | None, *, as_trained: bool
-) -> Callable[[], Tensor]:
-    """Return a function of nothing: the loss of a batch at the weights as they stand.
+class BatchLoss:
+    """The loss of a batch at the weights as they stand: a function of nothing, with its graph.
 
     Args:
         trainer: The Trainer.
@@ -85,19 +86,48 @@ def batch_loss(
         loss: The user's own; ``None`` replays ``training_step``.
         as_trained: Whether the Trainer's precision is kept.
     """
-    inner = trainer_loss(trainer, loss, batch_idx=batch[1], as_trained=as_trained)
 
-    def evaluate() -> Tensor:
-        gradients = torch.is_grad_enabled()
+    def __init__(
+        self, trainer: Any, module: Any, batch: tuple[Any, int], loss: Loss | None, *,
+        as_trained: bool,
+    ) -> None:  # fmt: skip
+        self._inner = trainer_loss(trainer, loss, batch_idx=batch[1], as_trained=as_trained)
+        self._module = module
+        self._batch = batch[0]
+        self._begin: Callable[[], Copier] | None = None
+
+    def __call__(self) -> Tensor:
+        """Return it; the module is as it was, at once or after :meth:`together`."""
+        if self._begin is None:
+            with self._guard() as begin:
+                return self._evaluate(begin)
+        return self._evaluate(self._begin)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Guard several evaluations and their backward passes at once, which is cheaper.
+
+        Each begins from the state in which this was entered. Whatever is entered inside is to be
+        left inside.
+        """
+        with self._guard() as begin:
+            self._begin = begin
+            try:
+                yield
+            finally:
+                self._begin = None
+
+    def _guard(self) -> AbstractContextManager[Callable[[], Copier]]:
         # From where random streams stand: the dropout mask of the step that follows.
         # The weights are put back by who moves them.
-        with (
-            preserved(module, seed=None, check_weights=False, loss=inner) as copier,
-            torch.set_grad_enabled(gradients),
-        ):
-            return inner(module, fresh(batch[0], module.device, copier=copier))
+        return preserved_each(self._module, seed=None, check_weights=False, loss=self._inner)
 
-    return evaluate
+    def _evaluate(self, begin: Callable[[], Copier]) -> Tensor:
+        gradients = torch.is_grad_enabled()
+        batch = fresh(self._batch, self._module.device, copier=begin())
+        # Reentrant checkpoints would hide the parameters from torch.autograd.grad.
+        with torch.set_grad_enabled(gradients), no_checkpoints(reentrant_only=True):
+            return self._inner(self._module, batch)
 
 
 def loss_around(
@@ -125,7 +155,7 @@ def loss_around(
         relative: Whether displacements are in units of each tensor's size.
         autocast: Whether the Trainer's precision is kept.
     """
-    evaluate = batch_loss(trainer, module, batch, loss, as_trained=autocast)
+    evaluate = BatchLoss(trainer, module, batch, loss, as_trained=autocast)
     # A manual step may have frozen some of them meanwhile.
     penalized.look(module)
     return DisplacedLoss(
@@ -137,6 +167,7 @@ def loss_around(
         relative=relative,
         loss_scale=loss_scale(trainer) if autocast else 1.0,
         place=penalized.place,
+        together=evaluate.together,
     )
 
 

@@ -18,7 +18,7 @@ from lla_callbacks.callbacks.compat import (
 from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.moments import is_unsized
 from lla_callbacks.callbacks.noise_penalty import NoisePenalty, announce, check_noise
-from lla_callbacks.callbacks.penalized_loss import Penalized, batch_loss, loss_around
+from lla_callbacks.callbacks.penalized_loss import BatchLoss, Penalized, loss_around
 from lla_callbacks.callbacks.penalty_record import CHANGED, checked_state, warn_of_skipped, write
 from lla_callbacks.callbacks.refusals import refuse_surroundings, refuse_training
 from lla_callbacks.callbacks.spawned import ComesHome
@@ -388,7 +388,7 @@ class HessianTraceRegularizer(ComesHome):
         """Let the user's own step, which comes next, be a displaced one."""
         assert self._batch is not None
         step, schedule = step_of(trainer), self.schedule
-        evaluate = batch_loss(trainer, module, self._batch, self.loss, as_trained=True)
+        evaluate = BatchLoss(trainer, module, self._batch, self.loss, as_trained=True)
         names = self._penalized.names(module, evaluate)
         index = (step - schedule.start_step) // schedule.every_n_train_steps
         strength, logs = self._strength(step), self._is_to_log(trainer, step)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lla_callbacks.objective.inventory import Inventory
+
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 @contextmanager
-def no_gradient_hooks(module: nn.Module) -> Iterator[None]:
+def no_gradient_hooks(held: Inventory) -> Iterator[None]:
     """Within this context backward hooks of a module and its parameters are not called.
 
     They may count, log or clip the training's gradients; a measurement would show up there,
@@ -23,12 +24,12 @@ def no_gradient_hooks(module: nn.Module) -> Iterator[None]:
     they change is part of the loss.
     """
     of_modules = [
-        (m.__dict__, name, m.__dict__[name])
-        for m in module.modules()
+        (m.__dict__, name, hooks)
+        for m in held.modules
         for name in _HOOKS
-        if m.__dict__.get(name)
+        if (hooks := m.__dict__.get(name))
     ]
-    of_parameters = [(p, p._backward_hooks) for p in module.parameters() if p._backward_hooks]
+    of_parameters = [(p, hooks) for p in held.parameters if (hooks := p._backward_hooks)]
     try:
         for namespace, name, _ in of_modules:
             namespace[name] = OrderedDict()
@@ -42,25 +43,52 @@ def no_gradient_hooks(module: nn.Module) -> Iterator[None]:
             p._backward_hooks = hooks
 
 
-def hooks_of(module: nn.Module) -> Callable[[], None]:
+@contextmanager
+def unwatched(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context hooks on parameters' gradients are not called; for a backward pass.
+
+    Unlike :func:`no_gradient_hooks` it also holds for hooks that the forward pass before it has
+    registered.
+    """
+    saved = [(p, hooks) for p in parameters if (hooks := p._backward_hooks)]
+    try:
+        for p, _ in saved:
+            p._backward_hooks = None
+        yield
+    finally:
+        for p, hooks in saved:
+            p._backward_hooks = hooks
+
+
+def hooks_of(held: Inventory) -> Callable[[], None]:
     """Return what puts the hooks on parameters' gradients back, whoever added or removed some."""
     saved = [
-        (p, name, hooks, None if hooks is None else dict(hooks))
-        for p in module.parameters()
-        for name in _OF_PARAMETERS
-        for hooks in (getattr(p, name),)
+        (p, backward, accumulating, _content(backward), _content(accumulating))
+        for p in held.parameters
+        for backward, accumulating in ((p._backward_hooks, p._post_accumulate_grad_hooks),)
     ]
 
     def restore() -> None:
-        for p, name, hooks, held in saved:
-            if getattr(p, name) is not hooks:
-                setattr(p, name, hooks)
-            if hooks is not None and hooks != held:
-                # In place: handles know the hooks by this dictionary.
-                hooks.clear()
-                hooks.update(held)
+        for p, backward, accumulating, first, second in saved:
+            if p._backward_hooks is not backward:
+                p._backward_hooks = backward
+            if p._post_accumulate_grad_hooks is not accumulating:
+                p._post_accumulate_grad_hooks = accumulating
+            _refill(backward, first)
+            _refill(accumulating, second)
 
     return restore
+
+
+def _content(hooks: Any) -> Any:
+    return None if hooks is None else dict(hooks)
+
+
+def _refill(hooks: Any, held: Any) -> None:
+    if hooks is not None and hooks != held:
+        # In place: handles know the hooks by this dictionary.
+        hooks.clear()
+        hooks.update(held)
 
 
 def register_nothing(tensor: Tensor, hook: Any) -> RemovableHandle:

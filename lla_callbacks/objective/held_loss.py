@@ -19,6 +19,7 @@ from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.counting import BatchSize, counts_of
 from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
 from lla_callbacks.objective.held_open import HeldOpen
+from lla_callbacks.objective.inventory import inventory_of
 from lla_callbacks.objective.loss import Loss, Statistics, load_statistics
 from lla_callbacks.objective.memory import Findings
 from lla_callbacks.objective.parts import Parameters, chosen_names
@@ -240,7 +241,10 @@ class HeldLoss:
     @contextmanager
     def context(self) -> Iterator[None]:
         """Surround a pass that is differentiated twice."""
-        with twice_differentiable(dropout=self.dropout), no_gradient_hooks(self.module):
+        with (
+            twice_differentiable(dropout=self.dropout),
+            no_gradient_hooks(inventory_of(self.module)),
+        ):
             yield
 
     def _note_hook(self) -> None:
@@ -254,7 +258,7 @@ class HeldLoss:
             once_differentiable(
                 dropout=self.dropout, hooks=self.keeps_hooks, on_hook=self._note_hook
             ),
-            no_gradient_hooks(self.module),
+            no_gradient_hooks(inventory_of(self.module)),
         ):
             yield
 

@@ -16,10 +16,10 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
 
 from lla_callbacks.objective.disk import Disk
 from lla_callbacks.objective.interrupts import shielded
+from lla_callbacks.objective.inventory import Inventory
 from lla_callbacks.objective.switches import switches
 
 _NAMES = ("log", "log_dict")
@@ -28,14 +28,14 @@ _OF_LOGGERS = ("handle", "setLevel", "addHandler", "removeHandler")
 
 @contextmanager
 @shielded
-def no_logging(module: nn.Module) -> Iterator[None]:
+def no_logging(held: Inventory) -> Iterator[None]:
     """Within this context ``log`` and ``log_dict`` of a LightningModule do nothing.
 
     They may have been kept elsewhere, as ``self.write = self.log``, in a partial or a closure, or
     be called as ``LightningModule.log(self, ...)``. All of these lead to one function, so it is
     that function which does nothing meanwhile: its code is exchanged, not its name.
     """
-    kinds: set[Any] = {type(m) for m in module.modules()}
+    kinds = set(map(type, held.modules))
     functions = {f for kind in kinds for f in _functions(kind)}
     saved = [(f, f.__code__, f.__defaults__, f.__kwdefaults__) for f in functions]
     try:

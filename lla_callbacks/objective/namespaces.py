@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.interrupts import shielded
+from lla_callbacks.objective.inventory import Inventory
 from lla_callbacks.objective.outside import Outside
 from lla_callbacks.objective.precision import HALF
 from lla_callbacks.objective.rules import ATOMS, LIBRARIES
@@ -20,8 +21,10 @@ from lla_callbacks.objective.watching import Unchanged, Watch, all_unchanged, wa
 _ELSEWHERE = frozenset({"training", "_buffers", "_parameters"})
 # torch's own attributes hold modules, hooks and flags; the user's may hold anything.
 _TORCH_KEYS = frozenset(nn.Module().__dict__)
-_DICTIONARIES = frozenset(
-    key for key, value in nn.Module().__dict__.items() if isinstance(value, (dict, set))
+_DICTIONARIES = tuple(
+    key
+    for key, value in nn.Module().__dict__.items()
+    if isinstance(value, (dict, set)) and key not in _ELSEWHERE
 )
 # What a class defines, and does not count with.
 _DEFINITIONS = (
@@ -34,13 +37,14 @@ class Namespaces:
     """What the submodules have as attributes, and the user's classes among theirs.
 
     Args:
-        module: The module, as it is now; it is not changed yet.
+        held: What the module consists of, as it is now; it is not changed yet.
         loss: The user's own, whose globals are kept as well.
     """
 
-    def __init__(self, module: nn.Module, loss: Any = None) -> None:
-        self._modules = [_Namespace(m) for m in module.modules()]
-        self._classes = [_Class(kind) for kind in _classes_of(module)]
+    def __init__(self, held: Inventory, loss: Any = None) -> None:
+        self._modules = [_Namespace(m) for m in held.modules]
+        kinds = set(map(type, held.modules))
+        self._classes = [_Class(kind) for kind in {b for k in kinds for b in _own_bases(k)}]
         self._known = {c.kind for c in self._classes}
         self._outside = Outside(self._known, (loss,))
 
@@ -103,23 +107,26 @@ class _Namespace:
         self.module = module
         self.kind = type(module)
         self.live = live
-        self.saved = {k: v for k, v in live.items() if k not in _ELSEWHERE}
+        self.saved = saved = live.copy()
+        for key in _ELSEWHERE:
+            saved.pop(key, None)
         scripted = isinstance(module, torch.jit.ScriptModule)
         self.own = [
             (key, value)
-            for key, value in self.saved.items()
-            if type(value) not in ATOMS and key not in _TORCH_KEYS and not scripted
+            for key, value in saved.items()
+            if key not in _TORCH_KEYS and type(value) not in ATOMS and not scripted
         ]
         # Of hooks and submodules: filled ones are copied as containers, empty ones emptied again.
-        filled: list[tuple[str, Any]] = []
+        self.filled: list[tuple[str, Any]] = []
         self.empty: list[Any] = []
-        for key in () if scripted else _DICTIONARIES - _ELSEWHERE:
-            value = self.saved.get(key)
-            if value:
-                filled.append((key, value))
-            elif value is not None:
-                self.empty.append(value)
-        self.filled = filled
+        if not scripted:
+            kept = [*map(saved.get, _DICTIONARIES)]
+            self.empty = [value for value in kept if not value and value is not None]
+            if any(kept):
+                pairs = zip(_DICTIONARIES, kept, strict=True)
+                self.filled = [(key, value) for key, value in pairs if value]
+        # Whether anything may be other than it was.
+        self.is_touched = False
 
     def register(self, copier: Copier) -> None:
         """Let references to dictionaries of hooks lead to the copies."""
@@ -128,19 +135,11 @@ class _Namespace:
             copier.memo[id(value)] = copied
             self.live[key] = copied
 
-    def _revert(self) -> None:
-        if type(self.module) is not self.kind:  # parametrizations give a module another class
-            self.module.__class__ = self.kind
-
     def put_copies(self, copier: Copier) -> None:
-        self._revert()
-        live = self.live
-        _drop_others(live, self.saved)
-        live.update(self.saved)
-        for dictionary in self.empty:
-            if dictionary:
-                dictionary.clear()
-        module = self.module
+        if self.is_touched:
+            self.restore()
+        self.is_touched = True
+        module, live = self.module, self.live
         for key, value in self.filled:
             copied = copier.memo[id(value)]
             if key.endswith("hooks"):
@@ -155,12 +154,14 @@ class _Namespace:
             live.update(dict.fromkeys(halves, torch.float32))
 
     def restore(self) -> None:
-        self._revert()
+        if type(self.module) is not self.kind:  # parametrizations give a module another class
+            self.module.__class__ = self.kind
         _drop_others(self.live, self.saved)
         self.live.update(self.saved)
-        for dictionary in self.empty:
-            if dictionary:
+        if any(self.empty):
+            for dictionary in self.empty:
                 dictionary.clear()
+        self.is_touched = False
 
     def watch(self) -> Watch | None:
         copied = [(self.live.get(key), value) for key, value in self.own]
@@ -219,9 +220,10 @@ def _data_of(kind: type) -> dict[str, Any]:
     }
 
 
-def _classes_of(module: nn.Module) -> Iterable[type]:
-    kinds = {type(m) for m in module.modules()}
-    return {base for kind in kinds for base in kind.__mro__ if _is_of_the_user(base)}
+@lru_cache(maxsize=1024)
+def _own_bases(kind: type) -> tuple[type, ...]:
+    """Return the user's classes that a class derives from, itself included."""
+    return tuple(base for base in kind.__mro__ if _is_of_the_user(base))
 
 
 def _is_of_the_user(kind: type) -> bool:

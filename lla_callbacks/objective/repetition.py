@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lla_callbacks.objective.copies import Copier
+from lla_callbacks.objective.inventory import inventory_of
 from lla_callbacks.objective.namespaces import Namespaces
 from lla_callbacks.objective.precision import ORIGINAL
 from lla_callbacks.objective.sharded import resharded
@@ -85,9 +86,10 @@ class Repetition:
     ) -> None:
         self._seed = seed
         self._forget_gathered = forget_gathered
-        self._attributes = Namespaces(module, loss)
+        held = inventory_of(module)
+        self._attributes = Namespaces(held, loss)
         self._tensors = _Tensors(module)
-        self._template = copier_for(module, refusals=outer.refusals)
+        self._template = copier_for(held, refusals=outer.refusals)
         # A scripted module keeps its mode elsewhere, where no forward pass changes it.
         self._modes = [
             (m.__dict__, m.training) for m in module.modules() if "training" in m.__dict__

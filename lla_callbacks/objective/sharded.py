@@ -65,9 +65,10 @@ def resharded(module: nn.Module) -> Iterator[Callable[[], None]]:
 
 def units(module: nn.Module) -> list[Any]:
     """Return the parts of a module that ``fully_shard`` was applied to."""
-    return [
-        m
-        for m in module.modules()
-        # Asked of the class: a module looks up what it does not have at length.
-        if hasattr(type(m), "reshard") and hasattr(type(m), "set_reshard_after_backward")
-    ]
+    # Asked of the class: a module looks up what it does not have at length.
+    return [m for m in module.modules() if is_unit(type(m))]
+
+
+def is_unit(kind: type) -> bool:
+    """Return whether modules of a class are what ``fully_shard`` has made of others."""
+    return hasattr(kind, "reshard") and hasattr(kind, "set_reshard_after_backward")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,19 @@ from torch.nn.modules.dropout import _DropoutNd
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.space import local_part
 from lla_callbacks.objective.copies import Copier
-from lla_callbacks.objective.gradient_hooks import hooks_of, no_gradient_hooks
+from lla_callbacks.objective.gradient_hooks import no_gradient_hooks
 from lla_callbacks.objective.interrupts import deliver, held_back, shielded
+from lla_callbacks.objective.inventory import Inventory, inventory_of
 from lla_callbacks.objective.muting import no_logging
 from lla_callbacks.objective.namespaces import Namespaces
 from lla_callbacks.objective.precision import ORIGINAL
-from lla_callbacks.objective.sharded import is_sharded
 from lla_callbacks.objective.stand_ins import RefusedError
-from lla_callbacks.objective.tensor_copies import restored_values, same_bits, separate
+from lla_callbacks.objective.swapped import (
+    preserved_buffers,
+    preserved_frozen_parameters,
+    preserved_gradients,
+)
+from lla_callbacks.objective.tensor_copies import same_bits
 
 _DROPPING = frozenset(
     kind.__name__
@@ -73,39 +78,84 @@ def preserved(
         MeasurementError: If the trainable weights were changed inside (they are restored, but
             what was computed is no function of them), or if a stand-in was used.
     """
-    with held_back(), ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(preserved_random_streams(seed))
-        copier = copier_for(module, widen=widen)
-        stack.enter_context(_nothing_refused(copier))
-        if check_weights:
-            stack.enter_context(unchanged_weights(module))
-        stack.enter_context(_preserved_frozen_parameters(module, copier))
-        stack.enter_context(_preserved_buffers(module, copier))
-        stack.enter_context(_preserved_attributes(module, copier, loss))
-        stack.enter_context(_preserved_gradients(module, copier))
-        stack.enter_context(no_gradient_hooks(module))
-        stack.enter_context(no_logging(module))
-        stack.enter_context(preserved_modes(module))
-        stack.enter_context(torch.enable_grad())
-        yield copier
+    with preserved_each(
+        module, seed=seed, check_weights=check_weights, widen=widen, loss=loss
+    ) as begin:
+        yield begin()
+
+
+@contextmanager
+def preserved_each(
+    module: nn.Module,
+    *,
+    seed: int | None,
+    check_weights: bool = True,
+    widen: bool = False,
+    loss: Any = None,
+) -> Iterator[Callable[[], Copier]]:
+    """Do as :func:`preserved` does for several evaluations, each of which is begun by a call.
+
+    Each begins from the very state in which this was entered, as if the guard had been left and
+    entered again: whatever it swaps is the original for a moment, and then a new copy of it. What
+    there is to be kept is found out once.
+
+    Args:
+        module: See :func:`preserved`.
+        seed: Likewise.
+        check_weights: Likewise.
+        widen: Likewise.
+        loss: Likewise.
+
+    Yields:
+        What begins an evaluation, and returns its copier. Before the first, nothing is swapped.
+
+    Raises:
+        MeasurementError: See :func:`preserved`.
+    """
+    with (
+        held_back(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        preserved_random_streams(seed) as restart,
+        ExitStack() as stack,
+    ):
+        held = inventory_of(module)
+        namespaces = Namespaces(held, loss)
+        begun = False
+
+        def begin() -> Copier:
+            nonlocal begun
+            stack.close()
+            if begun:
+                restart()
+            begun = True
+            copier = copier_for(held, widen=widen)
+            stack.enter_context(_nothing_refused(copier))
+            if check_weights:
+                stack.enter_context(unchanged_weights(module))
+            stack.enter_context(preserved_frozen_parameters(held, copier))
+            stack.enter_context(preserved_buffers(held, copier))
+            stack.enter_context(_preserved_attributes(namespaces, copier))
+            stack.enter_context(preserved_gradients(held, copier))
+            stack.enter_context(no_gradient_hooks(held))
+            stack.enter_context(no_logging(held))
+            stack.enter_context(preserved_modes(held))
+            return copier
+
+        yield begin
     deliver()
 
 
 def copier_for(
-    module: nn.Module, *, widen: bool = False, refusals: list[RefusedError] | None = None
+    held: Inventory, *, widen: bool = False, refusals: list[RefusedError] | None = None
 ) -> Copier:
     """Return a copier that leaves a module's own parts what they are."""
-    tensors = [*module.parameters(), *module.buffers()]
-    known: list[tuple[Any, Any]] = [(m, m) for m in module.modules()]
-    known += [(t, t) for t in tensors]
-    pairs = [(t, t) for t in tensors]
+    pairs: list[tuple[Any, Any]] = [(t, t) for t in (*held.parameters, *held.buffers)]
     if widen:
         # References to what was widened lead to what it was widened to.
-        wide = [(t.__dict__[ORIGINAL], t) for t in tensors if ORIGINAL in t.__dict__]
-        known += wide
-        pairs += wide
-    copier = Copier(known, widen=widen, root=module, refusals=refusals)
+        pairs += [(t.__dict__[ORIGINAL], t) for t, _ in pairs if ORIGINAL in t.__dict__]
+    modules = [(m, m) for m in held.modules]
+    copier = Copier([*modules, *pairs], widen=widen, root=held.root, refusals=refusals)
     # By what stands for them once they are asked for: copies of buffers are not made yet.
     copier.storages_of(lambda memo: ((old, memo.get(id(old), new)) for old, new in pairs))
     return copier
@@ -175,14 +225,16 @@ def _put(module: nn.Module, snapshot: Snapshot) -> None:
 
 @contextmanager
 @shielded
-def preserved_modes(module: nn.Module) -> Iterator[None]:
+def preserved_modes(held: Inventory) -> Iterator[None]:
     """Restore the train or eval mode of every submodule on leaving."""
-    modes = [(m, m.training) for m in module.modules()]
+    modes = [(m, m.training) for m in held.modules]
     try:
         yield
     finally:
         for m, training in modes:
-            m.training = training
+            # Asked first, since a module sets its attributes at length.
+            if m.training != training:
+                m.training = training
 
 
 def set_mode(
@@ -228,25 +280,39 @@ def _train(module: nn.Module) -> None:
 
 @contextmanager
 @shielded
-def preserved_random_streams(seed: int | None) -> Iterator[None]:
+def preserved_random_streams(seed: int | None) -> Iterator[Callable[[], None]]:
     """Restore every random stream on leaving; inside, all start from ``seed`` if there is one.
 
     The default dtype, as global as these, is put back too.
+
+    Yields:
+        What lets them start again, as at first.
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = _cuda_states()
     dtype = torch.get_default_dtype()
-    try:
-        if seed is not None:
-            seed_everything(seed)
-        yield
-    finally:
+
+    def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         torch.set_default_dtype(dtype)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+    def restart() -> None:
+        if seed is None:
+            restore()
+        else:
+            torch.set_default_dtype(dtype)
+            seed_everything(seed)
+
+    try:
+        if seed is not None:
+            seed_everything(seed)
+        yield restart
+    finally:
+        restore()
 
 
 def seed_everything(seed: int) -> None:
@@ -267,8 +333,7 @@ def _cuda_states() -> list[Tensor]:
 
 @contextmanager
 @shielded
-def _preserved_attributes(module: nn.Module, copier: Copier, loss: Any) -> Iterator[None]:
-    namespaces = Namespaces(module, loss)
+def _preserved_attributes(namespaces: Namespaces, copier: Copier) -> Iterator[None]:
     try:
         # The copies go live, so that the originals come back untouched.
         namespaces.put_copies(copier)
@@ -296,105 +361,3 @@ def unchanged_weights(module: nn.Module) -> Iterator[None]:
             "the loss changes the trainable weights while it is computed, so it has no Hessian.",
             "Give loss=callable(module, batch) that leaves them alone.",
         )
-
-
-@contextmanager
-@shielded
-def _preserved_frozen_parameters(module: nn.Module, copier: Copier) -> Iterator[None]:
-    """Put copies in the places of parameters that are not trained, such as a target network's.
-
-    Those of a class of their own (quantized weights) stay what they are, as nothing else knows
-    how to make one; what they hold is put back if it was written.
-    """
-    stores: list[tuple[nn.Module, Any]] = []
-    entries: list[tuple[Any, str, nn.Parameter]] = []
-    in_place = is_sharded(module)
-    special: dict[int, nn.Parameter] = {}
-    try:
-        for m in module.modules():
-            store: Any = m._parameters
-            if type(store) is dict and not in_place:
-                # Parameters that are registered meanwhile go with it.
-                stores.append((m, store))
-                store = m.__dict__["_parameters"] = dict(store)
-            for name, p in list(store.items()):
-                if p is None or p.requires_grad:
-                    continue
-                if type(p) is not nn.Parameter or in_place:
-                    special[id(p)] = p
-                    continue
-                if type(store) is not dict:
-                    entries.append((store, name, p))
-                if copier.memo.get(id(p), p) is p:
-                    copied = nn.Parameter(separate(p), requires_grad=False)
-                    copied.__dict__.update(p.__dict__)
-                    _stand_for(p, copied, copier)
-                store[name] = copier.memo[id(p)]
-        with restored_values(special.values()):
-            yield
-    finally:
-        for store, name, p in entries:
-            store[name] = p
-        for m, store in stores:
-            m.__dict__["_parameters"] = store
-
-
-@contextmanager
-@shielded
-def _preserved_buffers(module: nn.Module, copier: Copier) -> Iterator[None]:
-    saved: list[tuple[nn.Module, Any, dict[str, Tensor | None]]] = []
-    try:
-        for m in module.modules():
-            store: Any = m._buffers
-            before = dict(store.items())
-            saved.append((m, store, before))
-            if type(store) is dict:
-                store = m.__dict__["_buffers"] = dict(store)
-            for name, buffer in before.items():
-                if isinstance(buffer, Tensor):
-                    if copier.memo.get(id(buffer), buffer) is buffer:
-                        _stand_for(buffer, separate(buffer), copier)
-                    store[name] = copier.memo[id(buffer)]
-        yield
-    finally:
-        for m, store, buffers in saved:
-            if type(store) is dict:
-                m.__dict__["_buffers"] = store
-                continue
-            # Key by key: the buffers of a scripted module are no full dictionary.
-            for name, _ in list(store.items()):
-                if name not in buffers:
-                    del store[name]
-            for name, buffer in buffers.items():
-                store[name] = buffer
-
-
-def _stand_for(tensor: Tensor, copied: Tensor, copier: Copier) -> None:
-    """Let references to a tensor, and to what it was widened from, lead to its copy."""
-    copier.memo[id(tensor)] = copied
-    if tensor.__dict__:
-        original = tensor.__dict__.get(ORIGINAL)
-        if original is not None:
-            copier.memo[id(original)] = copied
-
-
-@contextmanager
-@shielded
-def _preserved_gradients(module: nn.Module, copier: Copier) -> Iterator[None]:
-    saved = [(p, p.grad, p.requires_grad, dict(p.__dict__)) for p in module.parameters()]
-    restore_hooks = hooks_of(module)
-    try:
-        for p, _, _, attributes in saved:
-            p.grad = None
-            for key, value in attributes.items():
-                if key != ORIGINAL:
-                    p.__dict__[key] = copier.copy(value, ((None, "parameter"), f".{key}"))
-        yield
-    finally:
-        restore_hooks()
-        for p, gradient, requires_grad, attributes in saved:
-            p.requires_grad_(requires_grad)
-            p.grad = gradient
-            if p.__dict__ or attributes:
-                p.__dict__.clear()
-                p.__dict__.update(attributes)

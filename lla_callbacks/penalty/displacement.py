@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from lla_callbacks.linalg.probes import (
     signs_between,
 )
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.objective.gradient_hooks import unwatched
 from lla_callbacks.penalty.elsewhere import Elsewhere, has_memory_alone
 
 # One gradient per parameter of a space, in its order; None where the loss sees none of it.
@@ -56,6 +57,8 @@ class DisplacedLoss:
         loss_scale: Factor on the loss in the backward pass, taken out of gradients again;
             for half precision, where small gradients vanish.
         place: Where the weights stand meanwhile, whose memory is kept from one loss to the next.
+        together: Surrounds several evaluations and their backward passes, where one guard of the
+            module's state is cheaper than one for each.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class DisplacedLoss:
         relative: bool = False,
         loss_scale: float = 1.0,
         place: Elsewhere | None = None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         names = set(chosen)
         self.evaluate = evaluate
@@ -80,6 +84,7 @@ class DisplacedLoss:
         self._key = tuple(key)
         self._loss_scale = loss_scale
         self._place = Elsewhere() if place is None else place
+        self.together = together
         self._originals: list[Tensor] = []
         self._drawn: tuple[int | None, list[Tensor]] = (None, [])
         self._groups = _grouped(self.weights)
@@ -197,16 +202,17 @@ class DisplacedLoss:
         with torch.inference_mode(False), torch.enable_grad():
             loss = self.evaluate()
             scaled = loss if factor == 1.0 else loss * factor
-            try:
-                # Not before: a loss may differentiate by the weights on its own way.
-                if take is not None:
-                    for i, tensor in enumerate(self.space.tensors):
-                        hook = partial(take, i)
-                        handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
-                gradients = torch.autograd.grad(scaled, self.space.tensors, allow_unused=True)
-            finally:
-                for handle in handles:
-                    handle.remove()
+            # Not before: a loss may differentiate by the weights on its own way.
+            with unwatched(self.space.tensors):
+                try:
+                    if take is not None:
+                        hooks = [partial(take, i) for i in range(len(self.space.tensors))]
+                        for tensor, hook in zip(self.space.tensors, hooks, strict=True):
+                            handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
+                    gradients = torch.autograd.grad(scaled, self.space.tensors, allow_unused=True)
+                finally:
+                    for handle in handles:
+                        handle.remove()
         return loss.detach(), list(gradients)
 
     def pulled_back(

@@ -10,6 +10,7 @@ from torch import Tensor
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.gauss_newton import Call
 from lla_callbacks.objective.criteria import heard, known_criteria
+from lla_callbacks.objective.gradient_hooks import unwatched
 from lla_callbacks.penalty.displacement import DisplacedLoss, Gradients, combined
 
 
@@ -113,5 +114,6 @@ def _pull(
     distance: float,
     probe: int,
 ) -> Gradients:
-    found = torch.autograd.grad(outputs, loss.space.tensors, cotangents, allow_unused=True)
+    with unwatched(loss.space.tensors):
+        found = torch.autograd.grad(outputs, loss.space.tensors, cotangents, allow_unused=True)
     return loss.pulled_back(found, distance, probe)

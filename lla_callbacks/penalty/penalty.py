@@ -136,7 +136,8 @@ def penalty_gradient(
     compare = compare or max_ratio is not None
     with loss.displacing():
         if settings.estimator == "perturbation" and with_task and not compare:
-            around = _pairs(loss, math.sqrt(2 * strength), settings.num_probes)[1]
+            with loss.together():
+                around = _pairs(loss, math.sqrt(2 * strength), settings.num_probes)[1]
             return PenaltyGradient(_finite(around), contains_task=True)
         penalty, value, task, total = _penalty(loss, strength, settings, compare=compare)
     comparison, factor = None, 1.0
@@ -163,8 +164,9 @@ def _penalty(
         # Noise is compared, and its strength found, by both signs.
         replaces = settings.estimator != "difference"
         step = math.sqrt(2 * strength) if replaces else _step(loss)
-        loss_around, around = _pairs(loss, step, count)
-        loss_here, here = loss.gradient(0.0, 0)
+        with loss.together():
+            loss_around, around = _pairs(loss, step, count)
+            loss_here, here = loss.gradient(0.0, 0)
         amplification = 2 * strength / step**2
         penalty = combined((amplification, around), (-amplification, here))
         value = amplification * float(loss_around - loss_here)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lla_callbacks.linalg.errors import MeasurementError
 from lla_callbacks.linalg.hessian import explaining_missing_derivative, refuse_dead_ends
 from lla_callbacks.linalg.lost_graphs import refusing_lost_graphs
+from lla_callbacks.objective.gradient_hooks import unwatched
 from lla_callbacks.objective.twice_differentiable import twice_differentiable
 from lla_callbacks.penalty.displacement import DisplacedLoss, Gradients
 
@@ -44,12 +45,13 @@ def quadratic_form_gradient(loss: DisplacedLoss, num_probes: int) -> list[tuple[
         loss.move(0.0, 0)
         value = loss.evaluate()
         _refuse_wrong_nodes(value)
-        with refusing_lost_graphs(value):
-            gradients = torch.autograd.grad(
-                value, loss.weights, create_graph=True, allow_unused=True
-            )
-        refuse_dead_ends(gradients)
-        return [_one_probe(loss, gradients, probe) for probe in range(num_probes)]
+        with unwatched(loss.space.tensors):
+            with refusing_lost_graphs(value):
+                gradients = torch.autograd.grad(
+                    value, loss.weights, create_graph=True, allow_unused=True
+                )
+            refuse_dead_ends(gradients)
+            return [_one_probe(loss, gradients, probe) for probe in range(num_probes)]
 
 
 def _one_probe(

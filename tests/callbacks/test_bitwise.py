@@ -207,7 +207,7 @@ def weights_left_behind(module, snapshot):
 @pytest.mark.parametrize(
     ("owner", "guard", "without", "sign"),
     [
-        (state, "_preserved_buffers", nothing_guarded, "/state/net.1.num_batches_tracked"),
+        (state, "preserved_buffers", nothing_guarded, "/state/net.1.num_batches_tracked"),
         (state, "_preserved_attributes", nothing_guarded, "/attributes/calls"),
         (state, "preserved_random_streams", nothing_guarded, "/state/net.0.weight"),
         (state, "preserved_modes", nothing_guarded, "/state/net.0.weight"),

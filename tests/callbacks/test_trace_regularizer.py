@@ -10,6 +10,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from lla_callbacks import HessianTraceRegularizer
 from lla_callbacks.callbacks import refusals
@@ -318,6 +319,77 @@ def test_comparison_would_see_the_penalty(tmp_path):
     found = differences(stateful(tmp_path), stateful(tmp_path, regularizer()))
     assert "/state/net.0.weight" in found
     assert "/random/2" not in found
+
+
+@pytest.mark.parametrize("always", [True, False], ids=["registered once", "in each step"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_hooks_on_gradients_are_called_once_a_step(tmp_path, estimator, always):
+    """As if the penalty were part of the loss: twice the gradient is not four times it."""
+
+    def double(g):
+        called.append(1)
+        return 2 * g
+
+    class Doubled(Double):
+        def __init__(self):
+            super().__init__(smooth=True)
+            if always:
+                self.net[0].weight.register_hook(double)
+
+        def loss(self, batch):
+            handle = None if always else self.net[0].weight.register_hook(double)
+            self.handles = [handle]
+            return super().loss(batch)
+
+        def on_train_batch_end(self, *_):
+            for handle in self.handles:
+                if handle is not None:
+                    handle.remove()
+
+    class Halved(torch.optim.SGD):
+        """Takes back what the hook has done."""
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            loss = closure()
+            self.param_groups[0]["params"][0].grad.div_(2)
+            super().step()
+            return loss
+
+    def halved(parameters):
+        return Halved(parameters, 0.1, momentum=0.9)
+
+    def make():
+        module = Doubled()
+        module.make_optimizer = halved
+        return module
+
+    called = []
+    settings = {"estimator": estimator, "layers": ["net.0", "net.4"]}
+    found = trained(tmp_path, make, regularizer(**settings))
+    assert len(called) == 6
+    plain = trained(tmp_path, lambda: Double(smooth=True), regularizer(**settings))
+    assert deviation(found, plain) < (1e-9 if estimator == "difference" else 1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("estimator", ["perturbation", "difference"])
+def test_checkpoints_compute_again_without_a_trace(tmp_path, estimator, reentrant):
+    """In the backward pass, when each extra pass must still be guarded."""
+
+    class Checkpointed(Double):
+        def loss(self, batch):
+            x = batch[0].clone().requires_grad_()
+            for layers in (self.net[:3], self.net[3:]):
+                x = checkpoint(layers, x, use_reentrant=reentrant)
+            return cross_entropy(x, batch[1])
+
+    found, plain = (
+        trained(tmp_path, lambda k=kind: k(dropout=0.5), regularizer(estimator=estimator))
+        for kind in (Checkpointed, Double)
+    )
+    # Running statistics too.
+    assert deviation(found, plain) < 1e-9
 
 
 def test_exception_in_a_pass_restores_everything(tmp_path):

@@ -80,17 +80,20 @@ def sources(outputs: Iterable[Tensor | None], places: Mapping[int, int]) -> list
 
 
 @contextmanager
-def gathering(found: Sequence[Source], to: Mapping[int, Tensor]) -> Iterator[set[int]]:
+def gathering(
+    found: Sequence[Source], to: Mapping[int, Tensor], *, begun: Iterable[int] = ()
+) -> Iterator[set[int]]:
     """Add what backward passes inside give to large parameters to tensors; these are not given it.
 
     Args:
         found: The nodes that do.
         to: Place of a parameter to where its sum is to be, shaped as the parameter, any entries.
+        begun: Those of which something is there already, to which the rest is added.
 
     Yields:
         The places where something has been written; the others hold what they held.
     """
-    written: set[int] = set()
+    written = set(begun)
 
     def hook(
         edges: Sequence[tuple[int, int, bool]],

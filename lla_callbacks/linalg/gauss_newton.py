@@ -6,16 +6,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.accumulation import norm
 from lla_callbacks.linalg.errors import MeasurementError, is_out_of_memory
+from lla_callbacks.linalg.gathering import gathering, sources
 from lla_callbacks.linalg.hessian import (
     HessianOperator,
     explaining_missing_derivative,
+    is_since,
+    mark,
     refuse_dead_ends,
+    without_value,
 )
 from lla_callbacks.linalg.loss_operator import LossTerm, loss_value
 from lla_callbacks.linalg.lost_graphs import refusing_lost_graphs
@@ -102,46 +107,75 @@ class GaussNewtonOperator(HessianOperator):
         loss, gradient = 0.0, self.space.zeros()
 
         def visit(term: LossTerm) -> None:
-            nonlocal loss, gradient
-            found = self._linearised(term)
+            nonlocal loss
+            found, (value, slope) = self._linearised(term)
             if keep and term.keep and self._keeps:
                 self._linear.append((term.weight, found))
-            gradient += term.weight * found.gradient
-            loss += term.weight * found.loss
+            gradient.add_(slope, alpha=term.weight)
+            loss += term.weight * value
 
         self._visit_terms(visit, lambda term: True)
         return loss, gradient
 
     def _local_product(self, columns: Tensor, chosen: Sequence[int]) -> Tensor:
-        total = torch.zeros_like(columns)
-        if self._keeps:
+        total: Tensor | None = None
+        if self._keeps and self._linear:
             try:
+                total = torch.zeros_like(columns)
                 for weight, found in self._linear:
-                    total += weight * self._multiplied(found, columns, chosen)
+                    self._multiply(found, weight, columns, chosen, total)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                total = torch.zeros_like(columns)
+                total = None
                 self._forget_graphs()
         keeps = self._keeps
 
         def visit(term: LossTerm) -> None:
             nonlocal total
-            part = self._multiplied(self._linearised(term), columns, chosen)
-            total = total + term.weight * part
+            found, _ = self._linearised(term, again=True)
+            part = torch.zeros_like(columns)
+            self._multiply(found, term.weight, columns, chosen, part, last=found.is_own)
+            # Once nothing can go wrong any more, since it would be tried again.
+            total = part if total is None else total.add_(part)
 
         self._visit_terms(visit, lambda term: not (term.keep and keeps))
-        return total
+        return torch.zeros_like(columns) if total is None else total
 
-    def _multiplied(self, found: _Linearised, columns: Tensor, chosen: Sequence[int]) -> Tensor:
+    def _multiply(
+        self,
+        found: _Linearised,
+        weight: float,
+        columns: Tensor,
+        chosen: Sequence[int],
+        total: Tensor,
+        *,
+        last: bool = False,
+    ) -> None:
+        """Add a batch's products to a total; ``last``: its graphs are not needed any more."""
         with self._differentiating(), explaining_missing_derivative():
-            products = [found.product(self.space, column, chosen) for column in columns.T]
-        return torch.stack(products, dim=1)
+            for j, column in enumerate(columns.T):
+                free = last and j + 1 == columns.shape[1]
+                found.multiply(self.space, column, chosen, weight, total[:, j], self._large, free)
 
-    def _linearised(self, term: LossTerm) -> _Linearised:
+    def _linearised(
+        self, term: LossTerm, *, again: bool = False
+    ) -> tuple[_Linearised, tuple[float, Tensor]]:
+        """Return one batch made linear, with its loss and gradient.
+
+        Args:
+            term: The batch.
+            again: Whether it was asked before: it is not checked again, and has no gradient.
+        """
+        return self._trimming(term, partial(self._made_linear, again=again))
+
+    def _made_linear(
+        self, term: LossTerm, *, again: bool
+    ) -> tuple[_Linearised, tuple[float, Tensor]]:
         with self._differentiating():
+            begin = mark()
             total, calls, others = self._heard(term.evaluate)
-            value = loss_value(total)
+            value, own = loss_value(total), is_since(total, begin)
             parameters = self.space.tensors
             # Computed under no_grad, for show, or in an earlier try: no part of the loss.
             calls = [call for call in calls if call.value.requires_grad]
@@ -157,29 +191,45 @@ class GaussNewtonOperator(HessianOperator):
             pairs = [(c, w) for c, w in zip(calls, weights, strict=True) if w is not None]
             if not pairs:
                 raise _refusal(others, "calls no criterion whose curvature is known")
-            gradient = self.space.flatten(
-                torch.autograd.grad(
-                    total.reshape(()), parameters, retain_graph=True, allow_unused=True
-                )
-            )
             outputs = [c.outputs for c, _ in pairs]
             curved = [_Curved(c, w.detach()) for c, w in pairs]
+            gradient = torch.empty(0) if again else self._checked(total, outputs, curved, others)
             seeds = [torch.zeros_like(z, requires_grad=True) for z in outputs]
             with explaining_missing_derivative(), refusing_lost_graphs(total):
                 pulled = torch.autograd.grad(
                     outputs, parameters, seeds, create_graph=True, allow_unused=True
                 )
                 refuse_dead_ends(pulled)
-            slopes = [c.slope.detach() for c in curved]
-            through = self.space.flatten(
-                torch.autograd.grad(
-                    outputs, parameters, slopes, retain_graph=True, allow_unused=True
-                )
+            linear = [
+                None if p is None or not p.requires_grad else without_value(p) for p in pulled
+            ]
+        return _Linearised(outputs, curved, seeds, linear, own), (value, gradient)
+
+    def _checked(
+        self,
+        loss: Tensor,
+        outputs: Sequence[Tensor],
+        curved: Sequence[_Curved],
+        others: Sequence[str],
+    ) -> Tensor:
+        """Return the gradient of a loss that is its criteria and nothing beside.
+
+        Raises:
+            MeasurementError: If it is not.
+        """
+
+        def flat(of: Sequence[Tensor], times: Sequence[Tensor] | None) -> Tensor:
+            found = torch.autograd.grad(
+                of, self.space.tensors, times, retain_graph=True, allow_unused=True
             )
-        apart = norm(through - gradient)
-        if apart > math.sqrt(self.eps) * max(norm(gradient), norm(through)):
+            return self.space.flatten(found)
+
+        gradient = flat([loss.reshape(())], None)
+        through = flat(outputs, [c.slope.detach() for c in curved])
+        size = max(norm(gradient), norm(through))
+        if norm(through.sub_(gradient)) > math.sqrt(self.eps) * size:
             raise _refusal(others, "has a part beside its criteria (a weight penalty, say)")
-        return _Linearised(value, gradient, outputs, curved, seeds, list(pulled))
+        return gradient
 
 
 class _Curved:
@@ -203,40 +253,71 @@ class _Curved:
 
 @dataclass
 class _Linearised:
-    """One batch, its network as a linear map and its criteria as quadratic forms."""
+    """One batch, its network as a linear map and its criteria as quadratic forms.
 
-    loss: float
-    gradient: Tensor
+    Attributes:
+        outputs: What the criteria are of, with the network's graph.
+        curved: The criteria.
+        seeds: ``u``, of which ``pulled`` is a linear function.
+        pulled: ``J'u``, their graphs without their values.
+        is_own: Whether the graph is nobody else's.
+    """
+
     outputs: list[Tensor]
     curved: list[_Curved]
     seeds: list[Tensor]
     pulled: list[Tensor | None]
+    is_own: bool
 
-    def product(self, space: ParameterSpace, column: Tensor, chosen: Sequence[int]) -> Tensor:
+    def multiply(
+        self,
+        space: ParameterSpace,
+        column: Tensor,
+        chosen: Sequence[int],
+        weight: float,
+        total: Tensor,
+        places: Mapping[int, int],
+        free: bool,
+    ) -> None:
+        """Add a product times a weight to a vector, where it stands.
+
+        Args:
+            space: The parameters.
+            column: ``v`` of the chosen ones, shape ``(size,)``.
+            chosen: Which.
+            weight: The weight.
+            total: Shape ``(size,)``.
+            places: Of large parameters, whose parts are added as they come.
+            free: Whether the graphs are not needed any more.
+        """
         likes = [space.tensors[i] for i in chosen]
-        parts = torch.split(column, [like.numel() for like in likes])
-        sources, cotangents = [], []
-        for i, like, part in zip(chosen, likes, parts, strict=True):
+        sizes = [like.numel() for like in likes]
+        sources_of, cotangents = [], []
+        for i, like, part in zip(chosen, likes, torch.split(column, sizes), strict=True):
             pulled = self.pulled[i]
-            if pulled is not None and pulled.requires_grad:
-                sources.append(pulled)
+            if pulled is not None:
+                sources_of.append(pulled)
                 cotangents.append(part.reshape(like.shape).to(pulled.dtype))
-        if not sources:
-            return torch.zeros_like(column)
+        if not sources_of:
+            return
         pushed = torch.autograd.grad(
-            sources, self.seeds, cotangents, retain_graph=True, allow_unused=True,
+            sources_of, self.seeds, cotangents, retain_graph=not free, allow_unused=True,
             materialize_grads=True,
         )  # fmt: skip
-        curved = [c.product(delta) for c, delta in zip(self.curved, pushed, strict=True)]
-        found = torch.autograd.grad(
-            self.outputs, likes, curved, retain_graph=True, allow_unused=True
-        )
-        return torch.cat(
-            [
-                column.new_zeros(like.numel()) if f is None else f.reshape(-1).to(column.dtype)
-                for f, like in zip(found, likes, strict=True)
-            ]
-        )
+        curved = [weight * c.product(delta) for c, delta in zip(self.curved, pushed, strict=True)]
+        parts = torch.split(total, sizes)
+        to = {
+            i: part.view(like.shape)
+            for i, like, part in zip(chosen, likes, parts, strict=True)
+            if id(like) in places and like.dtype == total.dtype
+        }
+        with gathering(sources(self.outputs, places) if to else (), to, begun=to):
+            found = torch.autograd.grad(
+                self.outputs, likes, curved, retain_graph=not free, allow_unused=True
+            )
+        for part, gradient in zip(parts, found, strict=True):
+            if gradient is not None:
+                part.add_(gradient.reshape(-1).to(part.dtype))
 
 
 def _refusal(others: Sequence[str], trouble: str) -> MeasurementError:

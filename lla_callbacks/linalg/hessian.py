@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lla_callbacks.linalg.lost_graphs import refusing_lost_graphs
 from lla_callbacks.linalg.sharing import Share
 
 Gradients = list[Tensor | None]
+Made = TypeVar("Made")
 
 
 class HessianOperator(LossOperator):
@@ -165,24 +166,28 @@ class HessianOperator(LossOperator):
 
         And whether all of their graph was made here, so that nobody else may need it.
         """
+        return self._trimming(term, self._differentiated)
+
+    def _trimming(self, term: LossTerm, make: Callable[[LossTerm], Made]) -> Made:
+        """Return what is made of a batch; what is free meanwhile is given back if it is large."""
         large = self._trims and self.device.type == "cpu" and not (term.keep and self._keeps)
         if large:
             try:
                 with trimmed():
-                    return self._differentiated(term)
+                    return make(term)
             except RuntimeError as error:
                 # torch.func inside of a loss refuses hooks.
                 if "saved tensor hooks" not in str(error):
                     raise
                 self._trims = False
-        return self._differentiated(term)
+        return make(term)
 
     def _differentiated(self, term: LossTerm) -> tuple[float, Gradients, bool]:
         with self._differentiating():
-            begin = _mark()
+            begin = mark()
             loss = term.evaluate()
             value = loss_value(loss)
-            own = _is_since(loss, begin)
+            own = is_since(loss, begin)
             with explaining_missing_derivative(), refusing_lost_graphs(loss):
                 gradients = torch.autograd.grad(
                     term.weight * loss.reshape(()),
@@ -299,13 +304,13 @@ class HessianOperator(LossOperator):
         return self._sources
 
 
-def _mark() -> int:
+def mark() -> int:
     """Return the number of the node that autograd makes now; later ones have higher numbers."""
     node: Any = torch.zeros((), requires_grad=True).exp().grad_fn
     return int(node._sequence_nr())
 
 
-def _is_since(loss: Tensor, mark: int) -> bool:
+def is_since(loss: Tensor, mark: int) -> bool:
     """Return whether no node of a loss's graph is older than a mark.
 
     Older ones are of a graph that the user holds (weights that another network made, say) and may
@@ -322,6 +327,14 @@ def _is_since(loss: Tensor, mark: int) -> bool:
                 seen.add(below)
                 waiting.append(below)
     return True
+
+
+def without_value(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same graph without its entries, of which the graph knows nothing."""
+    # Another one, whose entries are nobody else's.
+    found = tensor.clone()
+    _forget_value(found)
+    return found
 
 
 def _forget_value(tensor: Tensor | None) -> None:

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lla_callbacks import MeasurementError, hessian_operator, measure_hessian
+from lla_callbacks.linalg import gathering
+from lla_callbacks.linalg.loss_operator import LossOperator
+from lla_callbacks.objective.batch_plan import BatchPlan
+from lla_callbacks.objective.gauss_newton import GaussNewtonObjective
+from lla_callbacks.objective.memory import MemoryPlan
 from tests.cases import CASES, dense_hessian, trainable
 
 Batch = tuple[Tensor, Tensor]
@@ -252,3 +257,39 @@ def test_batch_statistics_are_part_of_the_network() -> None:
     module.train()
     dense = dense_ggn(module, batches, F.cross_entropy)
     assert float((found - dense).abs().max()) <= 1e-9 * float(dense.norm())
+
+
+def mean_loss(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("kept", [2, 1, 0], ids=["all kept", "one kept", "none kept"])
+def test_products_do_not_depend_on_what_is_kept_and_gathered(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product() -> Tensor:
+        hessian = GaussNewtonObjective(net(), batches_of("labels"), mean_loss).hessian()
+        vectors = torch.linspace(-1, 1, 2 * hessian.shape[0]).double().reshape(-1, 2)
+        assert torch.equal(hessian.gradient, again(hessian))
+        return hessian @ vectors
+
+    def again(hessian: LossOperator) -> Tensor:
+        hessian.save_memory()
+        return hessian.gradient
+
+    wanted = product()
+    freed = []
+    grad = torch.autograd.grad
+
+    def noting(*args: Any, **settings: Any) -> Any:
+        freed.append(settings.get("retain_graph") is False)
+        return grad(*args, **settings)
+
+    monkeypatch.setattr(torch.autograd, "grad", noting)
+    monkeypatch.setattr(gathering, "LEAST", 1)
+    plan = MemoryPlan(kept, 1, 64, 1.0)
+    monkeypatch.setattr(BatchPlan, "_memory_plan", lambda self, counts: plan)
+    found = product()
+    # Graphs that are not kept are taken down by the last walks through them.
+    assert any(freed) == (kept < 2)
+    torch.testing.assert_close(found, wanted, atol=1e-14, rtol=1e-12)

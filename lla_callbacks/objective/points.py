@@ -229,6 +229,10 @@ class _Visit:
             self._take(waiting, chunk, found)
         if batched is not None:
             return "vmap"
+        if self._recorded is not None and not self._recorded.are_right():
+            self._forget(waiting)
+            while waiting and not self._late():
+                self._several(waiting)
         return "loop" if self._recorded is None else "recorded"
 
     def _batched(self, waiting: list[int]) -> BatchedEvaluator | None:
@@ -325,15 +329,18 @@ class _Visit:
             return False
         losses = recorded(waiting, self._coordinates, self._late)
         if losses is None:
-            # They are not what the module does: what they gave is worth nothing.
-            self._recorded = None
-            self.table[recorded.found], self.done[recorded.found] = math.nan, False
-            waiting[:0] = recorded.found
+            self._forget(waiting)
             return False
-        self._take(
-            waiting, waiting[: len(losses)], torch.tensor(losses, dtype=torch.float64)[:, None]
-        )
+        found = torch.tensor(losses, dtype=torch.float64)[:, None]
+        self._take(waiting, waiting[: len(losses)], found)
         return True
+
+    def _forget(self, waiting: list[int]) -> None:
+        """Let what recorded operations gave be worth nothing: it is not what the module does."""
+        assert self._recorded is not None
+        found, self._recorded = self._recorded.found, None
+        self.table[found], self.done[found] = math.nan, False
+        waiting[:0] = [i for i in found if i not in waiting]
 
     def _bare(self) -> BarePasses | None:
         """Return passes without a start of their own each, where they may do."""

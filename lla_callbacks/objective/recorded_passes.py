@@ -20,8 +20,10 @@ LEAST_POINTS = 24
 MOST_BYTES = 128 * 2**20
 # By how much rounding may take apart what first layers taken together give.
 RELATIVE, ABSOLUTE = 1e-4, 1e-6
-# Points in the first block, how much larger the next one is, the most, and seconds.
-FIRST_BLOCK, GROWTH, LARGEST_BLOCK, LONGEST_BLOCK = 4, 4, 128, 0.5
+# After so many points the module is asked first, and again when there are so many times as many.
+FIRST_ASKED, GROWTH = 4, 4
+# Points and seconds of one call.
+LARGEST_BLOCK, LONGEST_BLOCK = 64, 0.5
 
 
 class RecordedPasses:
@@ -30,8 +32,8 @@ class RecordedPasses:
     They are the operations of the module's own pass, in the same order, so that the values are the
     same to the bit; with :class:`~lla_callbacks.objective.first_layers.FirstLayers`, to rounding.
     What does not depend on the weights that move was computed once, and what the loss does not
-    come from is left out. After each block of points the module itself is asked at the last one: if
-    it says something else, none of the values that were found this way is believed.
+    come from is left out. Now and then, and at the end, the module itself is asked at the last
+    point: if it says something else, none of the values that were found this way is believed.
 
     Args:
         passes: Passes by the module itself.
@@ -43,7 +45,8 @@ class RecordedPasses:
         self._passes = passes
         self._family = family
         self._programs = programs
-        self._block = FIRST_BLOCK
+        self._asked, self._ask_at = 0, FIRST_ASKED
+        self._last: tuple[Sequence[float], float] = ((), 0.0)
         self._first: list[FirstLayers] = []
         self._place = family.place
         if type(family) is Offsets:
@@ -61,15 +64,14 @@ class RecordedPasses:
     def __call__(
         self, waiting: Sequence[int], points: Sequence[Sequence[float]], late: Callable[[], bool]
     ) -> list[float] | None:
-        """Return the losses at the first of the points that wait, ``None`` if they were wrong.
+        """Return the losses at first of the points that wait, ``None`` if any so far was wrong.
 
         Args:
             waiting: Numbers of the points.
             points: Coordinates of all.
             late: Whether no further point may be begun.
         """
-        chunk = waiting[: self._block]
-        self._block = min(GROWTH * self._block, LARGEST_BLOCK)
+        chunk = waiting[: min(self._ask_at - len(self.found), LARGEST_BLOCK)]
         until = time.monotonic() + LONGEST_BLOCK
         place, programs, first = self._place, self._programs, self._first
         values = []
@@ -84,13 +86,24 @@ class RecordedPasses:
                 else:
                     values += [program(()).item() for program in programs]
         found = self._passes.means(values)
-        if first:
-            self._family.place(points[chunk[len(found) - 1]])
-        known, right = self._passes.losses([None])
-        if not right or not self._is_same(found[-1], known[0]):
-            return None
         self.found += chunk[: len(found)]
+        self._last = points[self.found[-1]], found[-1]
+        if len(self.found) >= self._ask_at:
+            self._ask_at *= GROWTH
+            if not self.are_right():
+                return None
         return found
+
+    def are_right(self) -> bool:
+        """Return whether the module has the value of the last point, too."""
+        if self._asked == len(self.found):
+            return True
+        self._asked = len(self.found)
+        point, value = self._last
+        if self._first:
+            self._family.place(point)
+        losses, right = self._passes.losses([None])
+        return right and self._is_same(value, losses[0])
 
     def _is_same(self, a: float, b: float) -> bool:
         if self._first:

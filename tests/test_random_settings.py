@@ -53,6 +53,7 @@ RIGHT: dict[str, list[Any]] = {
     "method": ["mds", "pca"],
     "rise": [0.5, 1],
     "interpolate": [True, False],
+    "refine": [True, False],
     "directions": ["random", "hessian", "gradient", "top1", ("random", "gradient")],
     "matrix": ["hessian", "ggn"],
     "straight": [True, False],

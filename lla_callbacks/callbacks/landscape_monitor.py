@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lla_callbacks.callbacks.compat import MisconfigurationException, shards_parameters
 from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.monitor_settings import shared
 from lla_callbacks.callbacks.records import Record
@@ -73,6 +74,11 @@ class LossLandscapeMonitor(Watching):
         cutoff: The loss at the rim itself, instead of ``rise``: the same for all firings, so that
             radii of one run compare. Where the loss is not below it yet, there is a gap.
         interpolate: Whether planes are drawn through a spline of the log loss.
+        refine: Whether what is drawn between the points follows from what the network gives out
+            at them, as in :func:`~lla_callbacks.loss_plane`: closer to the truth, at up to 1.2
+            passes a point more. The loss must call ``module(inputs)`` once a batch and follow
+            from what that returns; else there is a gap, and the usual picture. From seven points
+            a side on; not with ``predict``, nor where parameters are in shards.
         cap: Draw losses above this as this, and say so.
         surface: Whether planes are drawn as surfaces too.
         mesh: Whether TensorBoard gets each plane as a mesh that can be turned.
@@ -163,6 +169,7 @@ class LossLandscapeMonitor(Watching):
         rise: float = LandscapeSettings.rise,
         cutoff: float | None = None,
         interpolate: bool = False,
+        refine: bool = False,
         cap: float | None = None,
         surface: bool = False,
         mesh: bool = False,
@@ -213,6 +220,7 @@ class LossLandscapeMonitor(Watching):
             evaluation=evaluation,
             time_budget=time_budget,
             seed=seed,
+            refine=refine,
         )
         self.mesh = flag("mesh", mesh)
         self.html = flag("html", html)
@@ -231,6 +239,16 @@ class LossLandscapeMonitor(Watching):
         self.record = Record(self.slices)
         super().__init__([self.record], everything, SlicesSizer(self.slices, given), alone=True)
         self.firing.pages = self._pages
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before anything starts."""
+        super().setup(trainer, pl_module, stage)
+        if self.settings.refine and shards_parameters(trainer, pl_module):
+            raise MisconfigurationException(
+                f"{type(self).__name__}(refine=True) keeps what a whole network gives out, and "
+                f"{type(trainer.strategy).__name__} spreads its parameters. Give refine=False, or "
+                "train with DDP or in one process."
+            )
 
     @property
     def settings(self) -> LandscapeSettings:

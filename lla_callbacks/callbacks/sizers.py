@@ -299,7 +299,9 @@ class SlicesSizer(Sizer):
                 len(s.lines),
                 len(s.planes),
                 products=products,
-                more=PASSES_A_RAY * s.num_rays + PASSES_A_MAP_POINT * s.convexity_points**2,
+                more=PASSES_A_RAY * s.num_rays
+                + PASSES_A_MAP_POINT * s.convexity_points**2
+                + round(len(s.planes) * (s.passes_of_a_plane - s.plane_points**2)),
                 at_hand=min(products, at_hand) if largest_alone(s) else 0,
             )
             if made not in found:

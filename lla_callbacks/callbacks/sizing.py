@@ -118,7 +118,7 @@ class SlicesSize:
         lines: How many of the lines, the first ones.
         planes: How many planes.
         products: Products that their directions take.
-        more: Further passes: rays, points of a map.
+        more: Further passes: rays, points of a map, what refining planes is worth.
         at_hand: Products of those for directions that another monitor has done already.
     """
 

@@ -26,6 +26,7 @@ from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.precision import at_precision
 from lla_callbacks.slices.choice import DirectionSource
 from lla_callbacks.slices.landscape import LandscapeSettings, measure_landscape
+from lla_callbacks.slices.refinement import Refinement
 from lla_callbacks.slices.report import LandscapeReport
 
 # What the objective is built with, as far as a file may say it.
@@ -120,7 +121,11 @@ def measure_all(
             source = DirectionSource(objective, s.normalization, s.vectors, s.seed)
             landscape = LandscapeReport.of(
                 measure_landscape(
-                    objective, s, source, progress=lambda text, n: bar(text, n, request.quiet)
+                    objective,
+                    s,
+                    source,
+                    progress=lambda text, n: bar(text, n, request.quiet),
+                    refining=Refinement,
                 )
             )
     return hessian, landscape

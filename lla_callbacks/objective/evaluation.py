@@ -60,6 +60,8 @@ class Evaluator:
         self.metrics = {
             k: deepcopy(m).to(objective.device) for k, m in metrics.items() if is_metric(m)
         }
+        # Whose outputs metrics are fed with.
+        self._gives = next((m.gives for m in metrics.values() if hasattr(m, "gives")), None)
         for metric in self.metrics.values():
             if isinstance(metric, nn.Module):
                 keep_processes_apart(metric)
@@ -129,7 +131,8 @@ class Evaluator:
         def observed(module: nn.Module, batch: Any) -> Tensor:
             # Inside, after the reset, which takes away what hooks were put on meanwhile.
             outputs.clear()
-            hook = module.register_forward_hook(lambda m, a, out: outputs.append(out))
+            gives = self._gives or module
+            hook = gives.register_forward_hook(lambda m, a, out: outputs.append(out))
             try:
                 return self.objective.loss(module, batch)
             finally:

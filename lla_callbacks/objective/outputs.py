@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from lla_callbacks.linalg.sharing import Share
 from lla_callbacks.objective.evaluation import Evaluator, evaluating
 from lla_callbacks.objective.held_loss import HeldLoss
 
@@ -22,11 +23,16 @@ PASS_NUMBERS, PASS_POINTS = 2**20, 1024
 class OutputRecorder:
     """A metric that keeps the outputs it is fed with; its value is their norm, which finds them.
 
+    Args:
+        gives: The module whose outputs these are.
+
     Attributes:
+        gives: The same.
         found: Norm to the outputs of all batches.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gives: nn.Module) -> None:
+        self.gives = gives
         self.found: dict[float, tuple[Tensor, ...]] = {}
         self._parts: list[Tensor] = []
 
@@ -52,6 +58,16 @@ class OutputRecorder:
         self.found[norm] = tuple(self._parts)
         return torch.tensor(norm, dtype=torch.float64)
 
+    def join(self, share: Share) -> None:
+        """Take the outputs of all processes that share the points; one exchange."""
+        if share.size == 1:
+            return
+        mine = {norm: [t.cpu() for t in parts] for norm, parts in self.found.items()}
+        device = next((t.device for parts in self.found.values() for t in parts), None)
+        for found in share.union([mine]):
+            for norm, parts in found.items():
+                self.found.setdefault(norm, tuple(t.to(device) for t in parts))
+
     def of(self, norms: Sequence[float]) -> list[Tensor] | None:
         """Return the outputs with these norms, shapes ``(len(norms), *shape)``, one a batch.
 
@@ -64,14 +80,16 @@ class OutputRecorder:
 
 
 class OutputLoss:
-    """The loss as a function of the module's output, for use in :func:`loss_of_outputs`.
+    """The loss as a function of a module's output, for use in :func:`loss_of_outputs`.
 
     Args:
         evaluate: The evaluator of the loss.
+        giver: The module.
     """
 
-    def __init__(self, evaluate: Evaluator) -> None:
+    def __init__(self, evaluate: Evaluator, giver: nn.Module) -> None:
         self._evaluate = evaluate
+        self._giver = giver
         self._vmap = True
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
@@ -89,7 +107,7 @@ class OutputLoss:
     def _batch(self, i: int, given: Tensor) -> Tensor:
         def one(output: Tensor) -> Tensor:
             def loss(module: Any, batch: Any) -> Tensor:
-                with _giving(module, output):
+                with _giving(self._giver, output):
                     return self._evaluate.objective.loss(module, batch)
 
             found: Tensor = self._evaluate._guarded(i, loss, ())
@@ -109,16 +127,17 @@ class OutputLoss:
 
 
 @contextmanager
-def loss_of_outputs(objective: HeldLoss) -> Iterator[OutputLoss]:
+def loss_of_outputs(objective: HeldLoss, giver: nn.Module) -> Iterator[OutputLoss]:
     """Within this context losses follow from outputs without a forward pass; all is restored."""
     with evaluating(objective, check_weights=False) as evaluate:
-        yield OutputLoss(evaluate)
+        yield OutputLoss(evaluate, giver)
 
 
-def why_not(objective: HeldLoss, num_points: int) -> str:
-    """Return why losses do not follow from the module's outputs; empty if they may.
+def giver_of(objective: HeldLoss, num_points: int) -> tuple[nn.Module | None, str]:
+    """Return the module from whose output losses may follow, and why there is none.
 
-    One pass over one batch tells. Whether they do is seen at points, where both are known.
+    That is the module, or the part of it that the loss calls in its place (``self.net``). One pass
+    over one batch tells. Whether losses do follow is seen at points, where both are known.
 
     Args:
         objective: The loss.
@@ -128,30 +147,56 @@ def why_not(objective: HeldLoss, num_points: int) -> str:
     for batch in objective.batches:
         pair = isinstance(batch, Sequence) and len(batch) >= 2 and isinstance(batch[1], Tensor)
         if not pair:
-            return f"a batch of type {type(batch).__name__} is no pair; give (inputs, targets)"
-    seen: list[Any] = []
+            return (
+                None,
+                f"a batch of type {type(batch).__name__} is no pair; give (inputs, targets)",
+            )
+    calls: list[tuple[nn.Module, Any]] = []
     with evaluating(objective) as evaluate:
-
-        def observed(module: Any, batch: Any) -> Tensor:
-            seen.clear()
-            hook = module.register_forward_hook(lambda m, a, out: seen.append(out))
-            try:
-                return objective.loss(module, batch)
-            finally:
-                hook.remove()
-
-        evaluate._guarded(0, observed, ())
-    if len(seen) != 1:
-        return f"the loss calls {name} {len(seen)} times a batch; give one that does so once"
-    if not (isinstance(seen[0], Tensor) and seen[0].is_floating_point()):
-        return f"{name} gives a {type(seen[0]).__name__}, not one tensor; give a module that does"
+        evaluate._guarded(0, lambda module, batch: _watched(objective, batch, calls), ())
+    if len(calls) != 1:
+        return None, (
+            f"the loss calls {name}, or trained parts of it, {len(calls)} times a batch; give one "
+            "that does so once"
+        )
+    (giver, output), name = calls[0], type(calls[0][0]).__name__
+    if not (isinstance(output, Tensor) and output.is_floating_point()):
+        found = type(output).__name__
+        return None, f"{name} gives a {found}, not one tensor; give a module that does"
     share = objective.counts[0] / objective.num_samples
-    size = seen[0].numel() * seen[0].element_size() / share * num_points
+    size = output.numel() * output.element_size() / share * num_points
     if size > MOST_BYTES:
-        return (
+        return None, (
             f"the outputs at {num_points:,} points take {size / 2**20:,.0f} MiB; give num_samples"
         )
-    return ""
+    return giver, ""
+
+
+def _watched(objective: HeldLoss, batch: Any, calls: list[tuple[nn.Module, Any]]) -> Tensor:
+    """Return the loss, and note the calls of trained modules that none of them makes itself."""
+    calls.clear()
+    depth = 0
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            calls.append((module, output))
+
+    hooks = []
+    try:
+        for m in objective.module.modules():
+            trained = any(p.requires_grad for p in m.parameters())
+            if trained and not isinstance(m, torch.jit.ScriptModule):
+                hooks += [m.register_forward_pre_hook(enter), m.register_forward_hook(leave)]
+        return objective.loss(objective.module, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# Points a side, at least, of which every second one can judge what is between them.
+FEWEST = 7
+
 
 @dataclass(frozen=True, eq=False)
 class FineLoss:

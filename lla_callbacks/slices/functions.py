@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lla_callbacks.objective.build import asked, objective_of
-from lla_callbacks.objective.checks import flag, shown
+from lla_callbacks.objective.checks import shown
 from lla_callbacks.objective.counting import BatchSize
 from lla_callbacks.objective.engines import prove
 from lla_callbacks.objective.evaluation import (
@@ -38,7 +39,7 @@ from lla_callbacks.slices.directions import (
 )
 from lla_callbacks.slices.given import axes_of, fingerprint, point_settings, source_of
 from lla_callbacks.slices.networks import NetworkPlane, names_networks, network_plane
-from lla_callbacks.slices.refinement import Refinement
+from lla_callbacks.slices.refinement import Refinement, check_refine
 from lla_callbacks.slices.results import LossLine, LossPlane
 from lla_callbacks.slices.slices import (
     measure_line,
@@ -259,13 +260,7 @@ def loss_plane(
     settings = point_settings(metrics, predict, evaluation, time_budget)
     check_normalization(normalization, vectors)
     given = axes_of(alphas, betas)
-    if flag("refine", refine):
-        for name, other in (("file", file), ("predict", predict)):
-            if other is not None:
-                raise ValueError(
-                    f"refine is True, and {name} is given, which keeps no outputs of the network: "
-                    f"give refine=False or {name}=None."
-                )
+    refine = check_refine(refine, file=file, predict=predict)
     if file is not None and not (isinstance(file, (str, os.PathLike)) and str(file)):
         raise ValueError(f"file is {shown(file)}; give the path of an .npz file, or None.")
     with ExitStack() as stack:
@@ -306,7 +301,7 @@ def loss_plane(
                 save_progress(Path(file), mark, table, evaluated)
 
         shape = len(axes[0]), len(axes[1])
-        refinement = Refinement(objective, settings, shape, refine)
+        refinement = Refinement(objective, settings, shape, wanted=refine)
         found = measure_plane(
             objective,
             (first, second),
@@ -321,4 +316,10 @@ def loss_plane(
             keep=keep,
         )
         found = refinement.finish(found)
+    if refinement.reason:
+        warnings.warn(
+            "refine=True has no effect, and the picture goes through the losses alone: "
+            f"{refinement.reason}.",
+            stacklevel=3,
+        )
     return LossPlane.of(found)

@@ -11,8 +11,6 @@ import numpy as np
 MOST_GAIN, LEAST_GAIN = 1 / 4, 2 / 3
 # On top, so that the estimate is rarely exceeded (docs/benchmarks/planes.md).
 SAFETY = 2.0
-# Points a side, at least, of which every second one can judge.
-FEWEST = 7
 
 # From indices of rows and columns that are used, and of those that are asked, to losses there.
 Guess = Callable[[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], np.ndarray]

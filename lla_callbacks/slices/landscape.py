@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from lla_callbacks.linalg.errors import forgetful
+from lla_callbacks.linalg.errors import MeasurementError, forgetful
 from lla_callbacks.linalg.sharing import Alone, OutOfStepError, Share, all_or_none
-from lla_callbacks.objective.checks import (
-    MOST_WORK,
-    number,
-    odd_points,
-    positive,
-    seed_of,
-    settle,
-    shown,
-    whole,
-)
 from lla_callbacks.objective.engines import prove
-from lla_callbacks.objective.evaluation import Predict, check_metrics
 from lla_callbacks.objective.grid import centred
 from lla_callbacks.objective.held_open import held_in_one
 from lla_callbacks.objective.moment import Progress
 from lla_callbacks.objective.objective import Objective
-from lla_callbacks.objective.points import Evaluation, PointSettings, space_of
+from lla_callbacks.objective.points import PointSettings, space_of
 from lla_callbacks.objective.self_check import SelfCheck
 from lla_callbacks.slices.basin import Basin, measure_basin
 from lla_callbacks.slices.choice import (
@@ -36,7 +25,9 @@ from lla_callbacks.slices.choice import (
     plane_names,
 )
 from lla_callbacks.slices.convexity import Convexity, measure_convexity
-from lla_callbacks.slices.directions import Normalization, Vectors, check_normalization
+from lla_callbacks.slices.landscape_settings import PASSES_A_MAP_POINT as PASSES_A_MAP_POINT
+from lla_callbacks.slices.landscape_settings import PASSES_A_RAY as PASSES_A_RAY
+from lla_callbacks.slices.landscape_settings import LandscapeSettings as LandscapeSettings
 from lla_callbacks.slices.slices import (
     Line,
     Plane,
@@ -45,102 +36,18 @@ from lla_callbacks.slices.slices import (
     measure_plane,
 )
 
-# Passes that a ray takes, and a Lanczos run of a convexity map's point, about.
-PASSES_A_RAY = 12
-PASSES_A_MAP_POINT = 250
+
+class Refines(Protocol):
+    """Finds the loss between the points of one plane; see ``refinement.py``."""
+
+    settings: PointSettings
+    reason: str
+
+    def finish(self, plane: Plane) -> Plane:
+        """Return a measured plane with the loss between its points."""
 
 
-@dataclass(frozen=True)
-class LandscapeSettings:
-    """Which slices are measured, and how.
-
-    Attributes:
-        planes: Names of planes; see :func:`~lla_callbacks.loss_plane`.
-        lines: Names of lines; see :func:`~lla_callbacks.loss_line`.
-        plane_points: Points along each side of a plane, odd.
-        line_points: Points of a line, odd.
-        convexity_points: Points along each side of a convexity map on the first plane's
-            directions, odd; 0 for none.
-        num_rays: Rays for the basin's radii; 0 for none.
-        rise: Rim of the basin, above the loss at the weights.
-        cutoff: The loss at the rim itself, instead of ``rise``.
-        reach: Multiple of each direction's own range.
-        normalization: Of random directions.
-        vectors: One-dimensional parameters in random directions.
-        metrics: Name to torchmetrics metric or function of (module, batch).
-        predict: Gives torchmetrics their pairs.
-        evaluation: ``"auto"``, ``"loop"`` or ``"vmap"``.
-        time_budget: Seconds for all slices together; ``None``: no limit.
-        seed: Of random directions, rays and start vectors.
-
-    Raises:
-        ValueError: Naming the setting, what was given, and what is allowed.
-    """
-
-    planes: Sequence[str] = ("random",)
-    lines: Sequence[str] = ("random", "top1")
-    plane_points: int = 17
-    line_points: int = 21
-    convexity_points: int = 0
-    num_rays: int = 0
-    rise: float = 0.1
-    cutoff: float | None = None
-    reach: float = 1.0
-    normalization: Normalization = "filter"
-    vectors: Vectors = "zero"
-    metrics: Mapping[str, Any] | None = None
-    predict: Predict | None = None
-    evaluation: Evaluation = "auto"
-    time_budget: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("planes", "lines"):
-            value = getattr(self, name)
-            if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-                raise ValueError(
-                    f"{name} is {shown(value)}; give a list of names, such as ['random']."
-                )
-            for item in value:
-                _name(name, item)
-            if len(set(value)) != len(value):
-                raise ValueError(f"{name} is {shown(value)}; give each name once.")
-        for name in ("plane_points", "line_points", "convexity_points"):
-            found = odd_points(name, getattr(self, name), zero=name == "convexity_points")
-            settle(self, **{name: found})
-        rays = whole("num_rays", self.num_rays, 0, MOST_WORK, other=", 0 for none")
-        settle(self, num_rays=rays, seed=seed_of("seed", self.seed))
-        for name in ("rise", "reach"):
-            settle(self, **{name: positive(name, getattr(self, name))})
-        allowed = "a loss, or None for the one that rise gives"
-        settle(self, cutoff=number("cutoff", self.cutoff, allowed, none=True))
-        check_normalization(self.normalization, self.vectors)
-        check_metrics(self.metrics, self.predict)
-        if not (self.planes or self.lines or self.num_rays):
-            raise ValueError("planes, lines and num_rays are all empty: give one at least.")
-        settle(self, time_budget=self.points(None).time_budget)
-
-    def points(self, budget: float | None) -> PointSettings:
-        """Return how points are evaluated, in what is left of the time."""
-        return PointSettings(
-            self.metrics, self.predict, self.evaluation, budget or self.time_budget
-        )
-
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """Names of all single directions."""
-        pairs = [name for plane in self.planes for name in plane_names(plane)]
-        return (*pairs, *self.lines)
-
-    def smallest(self) -> LandscapeSettings:
-        """Return settings that run every line of code and take no time."""
-        return replace(
-            self,
-            plane_points=3,
-            line_points=5,
-            convexity_points=min(3, self.convexity_points),
-            num_rays=min(2, self.num_rays),
-        )
+Refining = Callable[[Objective, PointSettings, tuple[int, int], Share | None], Refines]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +84,7 @@ def measure_landscape(
     *,
     share: Share | None = None,
     progress: Progress = lambda text, total: nullcontext(lambda count: None),
+    refining: Refining | None = None,
 ) -> Landscape:
     """Return several slices, their directions computed once for all of them.
 
@@ -189,13 +97,16 @@ def measure_landscape(
         source: Of directions.
         share: Processes that divide the points.
         progress: Opens a progress bar.
+        refining: Finds the loss between a plane's points, if ``settings.refine`` asks for it.
     """
     source.expected = settings.wanted
     if space_of(objective).is_spread:
         # Each process holds a part of the weights: a point is computed by all of them together.
         share = source.share = None
     with held_in_one(objective):
-        return _measured(_Work(objective, settings, source, share, progress, time.perf_counter()))
+        return _measured(
+            _Work(objective, settings, source, share, progress, time.perf_counter(), refining)
+        )
 
 
 def _measured(work: _Work) -> Landscape:
@@ -233,6 +144,7 @@ class _Work:
     share: Share | None
     progress: Progress
     began: float
+    refining: Refining | None = None
     missing: dict[str, Exception] = field(default_factory=dict)
     # Passes of the slices that are still to come, by which what is left of the time is shared.
     to_come: float = field(init=False)
@@ -241,7 +153,7 @@ class _Work:
         s = self.settings
         self.to_come = (
             len(s.lines) * s.line_points
-            + len(s.planes) * s.plane_points**2
+            + len(s.planes) * s.passes_of_a_plane
             + PASSES_A_MAP_POINT * s.convexity_points**2
             + PASSES_A_RAY * s.num_rays
         )
@@ -280,20 +192,37 @@ class _Work:
         alphas, betas = plane_coordinates((first, second), path, s.plane_points, s.reach)
         if path is not None:
             path = measure_path(self.objective, path, self.source.weights, share=self.share)
-        budget = self.left(s.plane_points**2)
+        budget = self.left(s.passes_of_a_plane)
+        if budget is not None:
+            # The rest is for what is between the points.
+            budget *= s.plane_points**2 / s.passes_of_a_plane
+        points, refinement = s.points(budget), None
+        if s.refine and self.refining is not None:
+            shape = len(alphas), len(betas)
+            refinement = self.refining(self.objective, points, shape, self.share)
+            points = refinement.settings
         with self.progress(f"Plane {name}", len(alphas) * len(betas)) as advance:
-            return measure_plane(
+            plane = measure_plane(
                 self.objective,
                 (first, second),
                 alphas,
                 betas,
-                s.points(budget),
+                points,
                 normalization=s.normalization if self.source.is_normalized(names) else "",
                 seed=s.seed,
                 path=path,
                 share=self.share,
                 listener=advance,
             )
+        if refinement is not None:
+            plane = refinement.finish(plane)
+            if refinement.reason:
+                # The plane itself is there.
+                why, _, remedy = refinement.reason.partition("; ")
+                self.missing["refine"] = MeasurementError(
+                    f"planes are not refined: {why}.", f"{remedy.capitalize()}, or refine=False."
+                )
+        return plane
 
     def line(self, name: str) -> Line:
         s = self.settings
@@ -351,13 +280,3 @@ class _Work:
                 share=self.share,
                 listener=advance,
             )
-
-
-def _name(setting: str, value: Any) -> None:
-    """Raise a ValueError, of the setting, for what names no plane or no line."""
-    if not isinstance(value, str):
-        raise ValueError(f"{setting} holds {shown(value)}; give names of directions.")
-    try:
-        (plane_names if setting == "planes" else line_names)(value)
-    except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from error

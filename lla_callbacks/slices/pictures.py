@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lla_callbacks.objective.grid import complete_axes
-from lla_callbacks.slices.fine import FineLoss
+from lla_callbacks.slices.fine import FEWEST, FineLoss
 from lla_callbacks.slices.interpolation import fine_axes, spline_matrix
-from lla_callbacks.slices.judging import FEWEST, Guess, estimated, held_out
+from lla_callbacks.slices.judging import Guess, estimated, held_out
 from lla_callbacks.slices.slices import Plane
 
 # Another form takes the place of the first where it errs less than this share of what that errs.

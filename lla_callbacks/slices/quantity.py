@@ -28,6 +28,7 @@ from lla_callbacks.slices.landscape import (
     LandscapeSettings,
     measure_landscape,
 )
+from lla_callbacks.slices.refinement import Refinement
 from lla_callbacks.slices.report import LandscapeReport
 from lla_callbacks.slices.scalars import FEW
 from lla_callbacks.slices.step_words import numbers_of
@@ -111,7 +112,7 @@ class Slices(Quantity):
     def gradients(self) -> float:  # type: ignore[override]
         """What measuring takes, in gradients of all held samples, about."""
         s = self.settings
-        passes = len(s.planes) * s.plane_points**2 + len(s.lines) * s.line_points + 4
+        passes = len(s.planes) * s.passes_of_a_plane + len(s.lines) * s.line_points + 4
         passes += PASSES_A_RAY * s.num_rays + PASSES_A_MAP_POINT * s.convexity_points**2
         return FORWARD * passes + (PRODUCT * PRODUCTS if needs_products(s) else 0)
 
@@ -144,7 +145,12 @@ class Slices(Quantity):
             known=lent.shared.get("directions", Known()),
         )
         found = measure_landscape(
-            objective, settings, source, share=lent.share, progress=lent.progress
+            objective,
+            settings,
+            source,
+            share=lent.share,
+            progress=lent.progress,
+            refining=Refinement,
         )
         result = LandscapeReport.of(found, training_steps=lent.in_steps(found.seconds))
         self._tell_if_late(result, settings, lent.say)

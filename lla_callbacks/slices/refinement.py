@@ -7,27 +7,30 @@ sample, and the loss is computed from them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.sharing import Alone, Share
+from lla_callbacks.objective.checks import flag
+from lla_callbacks.objective.evaluation import is_metric
 from lla_callbacks.objective.grid import complete_axes
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.outputs import (
     PASS_NUMBERS,
     OutputLoss,
     OutputRecorder,
+    giver_of,
     loss_of_outputs,
-    why_not,
 )
 from lla_callbacks.objective.points import PointSettings, space_of
-from lla_callbacks.slices.fine import FineLoss
+from lla_callbacks.slices.fine import FEWEST, FineLoss
 from lla_callbacks.slices.interpolation import FACTOR, fine_axes, spline_matrix
-from lla_callbacks.slices.judging import FEWEST, estimated, held_out
+from lla_callbacks.slices.judging import estimated, held_out
 from lla_callbacks.slices.slices import Plane
 
 # Under which name the recorder goes with the metrics: no tag has such a one.
@@ -43,51 +46,82 @@ class Refinement:
         objective: The loss.
         settings: How points are evaluated.
         shape: Of the grid.
+        share: Processes that divide the points.
         wanted: Whether to do anything. Nothing is done with fewer than seven points a side
             either, which could not tell whether it is for the better.
 
     Attributes:
         settings: How points are to be evaluated, so that outputs are kept.
+        reason: Why there is nothing between the points, and what to do about it; empty if there
+            is, or nothing was to be done.
     """
 
     def __init__(
-        self, objective: Objective, settings: PointSettings, shape: tuple[int, int], wanted: bool
+        self,
+        objective: Objective,
+        settings: PointSettings,
+        shape: tuple[int, int],
+        share: Share | None = None,
+        *,
+        wanted: bool = True,
     ) -> None:
         self._objective = objective
+        self._share = share or Alone()
         self.settings = settings
         self._recorder: OutputRecorder | None = None
-        self._reason = ""
+        self.reason = ""
         if not wanted or min(shape) < FEWEST:
             return
         if space_of(objective).is_spread:
-            self._reason = "parameters are spread over processes; give refine=False"
-        else:
-            self._reason = why_not(objective, shape[0] * shape[1])
-        if not self._reason:
-            self._recorder = OutputRecorder()
+            self.reason = "parameters are spread over processes; give refine=False"
+            return
+        giver, self.reason = giver_of(objective, shape[0] * shape[1])
+        if giver is not objective.module and any(map(is_metric, (settings.metrics or {}).values())):
+            self.reason = self.reason or (
+                f"metrics are of what {type(objective.module).__name__} gives, and the loss is of "
+                f"its part {type(giver).__name__}; give metrics=None"
+            )
+        if giver is not None and not self.reason:
+            self._recorder = OutputRecorder(giver)
             metrics = {**(settings.metrics or {}), NAME: self._recorder}
             self.settings = replace(settings, metrics=metrics)
 
     def finish(self, plane: Plane) -> Plane:
-        """Return a measured plane with the loss between its points; else warn why it has none."""
+        """Return a measured plane with the loss between its points, where that can be had."""
         if self._recorder is not None:
+            self._recorder.join(self._share)
             norms = plane.metrics[NAME]
             metrics = {name: table for name, table in plane.metrics.items() if name != NAME}
             axes = plane.alphas, plane.betas
             centre = [int(axis.abs().argmin()) for axis in axes]
             rows, columns = complete_axes(plane.loss.shape, plane.evaluated, centre)
-            fine, self._reason = refined_loss(
+            fine, self.reason = refined_loss(
                 self._objective, self._recorder, (axes[0][rows], axes[1][columns]),
                 plane.loss[rows][:, columns], norms[rows][:, columns],
             )  # fmt: skip
             plane = replace(plane, metrics=metrics, fine=fine)
-        if self._reason:
-            warnings.warn(
-                "refine=True has no effect, and the picture goes through the losses alone: "
-                f"{self._reason}.",
-                stacklevel=4,
-            )
         return plane
+
+
+def check_refine(refine: Any, **others: Any) -> bool:
+    """Return whether planes are refined.
+
+    Args:
+        refine: True or False.
+        others: By name, what has to be None if they are.
+
+    Raises:
+        ValueError: If it is neither, or one of the others is given.
+    """
+    if not flag("refine", refine):
+        return False
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(
+                f"refine is True, and {name} is given, which keeps no outputs of the network: "
+                f"give refine=False or {name}=None."
+            )
+    return True
 
 
 def refined_loss(
@@ -112,14 +146,12 @@ def refined_loss(
     if outputs is None:
         return None, "outputs are not finite everywhere; give alphas and betas nearer to 0"
     shape = loss.shape
-    with loss_of_outputs(objective) as losses:
+    with loss_of_outputs(objective, recorder.gives) as losses:
         again = losses(outputs).reshape(shape)
         if not torch.allclose(again, loss, rtol=RTOL, atol=ATOL):
-            off = float((again - loss).abs().max())
             return None, (
-                f"the loss is no function of the output of {type(objective.module).__name__} "
-                f"alone, from which it differs by up to {off:.2g}; give a loss that takes nothing "
-                "else from the module"
+                f"the loss is no function of the output of {type(recorder.gives).__name__} "
+                "alone; give a loss that takes nothing else from the module"
             )
         grids = [t.reshape(*shape, *t.shape[1:]) for t in outputs]
         x, y = (axis.numpy() for axis in axes)

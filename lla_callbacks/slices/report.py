@@ -125,7 +125,8 @@ class LandscapeReport(Result):
         """
         drawn: dict[str, Callable[[], Figure]] = {}
         for name, plane in self.planes.items():
-            spline = interpolate or len(plane.alphas) < fine
+            # What is known between the points is shown.
+            spline = interpolate or len(plane.alphas) < fine or plane.fine is not None
             look: dict[str, Any] = {"interpolate": spline, "cap": cap, "run": run}
             title = f"Loss on the {name} plane at step {step}"
             drawn[f"plane_{name}"] = partial(plane.figure, title=title, **look)

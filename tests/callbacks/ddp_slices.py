@@ -112,6 +112,9 @@ def one(folder, case):
     if case == "failing":
         # The failure is to meet an evaluation, not the check that comes first.
         settings |= {"loss": FailsOnSecond(), "check": False}
+    if case == "refined":
+        settings |= {"planes": ["random"], "lines": [], "num_rays": 0, "convexity_points": 0}
+        settings |= {"plane_points": 7, "refine": True}
     if case == "budget":
         settings |= {"every_n_train_steps": 1, "max_overhead": 0.5}
     watcher = None if case == "without" else LossLandscapeMonitor(**settings)
@@ -134,6 +137,8 @@ def one(folder, case):
                 found[key] = part.radii
             else:
                 found[key] = part.loss
+                if getattr(part, "fine", None) is not None:
+                    found[f"{key}/fine"] = part.fine.loss
         found[f"{step}/loss"] = report.loss
         for name, line in report.lines.items():
             values = [d.eigenvalue or 0.0 for d in line.directions]

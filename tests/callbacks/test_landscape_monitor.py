@@ -11,8 +11,12 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lla_callbacks import HessianMonitor, LossLandscapeMonitor, LossPlane
+from lla_callbacks import HessianMonitor, LossLandscapeMonitor, LossPlane, loss_plane
+from lla_callbacks.callbacks import landscape_monitor
+from lla_callbacks.callbacks.sizers import SlicesSizer
 from lla_callbacks.objective.objective import Objective
+from lla_callbacks.slices.landscape_settings import PASSES_OF_REFINING, LandscapeSettings
+from lla_callbacks.slices.quantity import Slices
 
 from .modules import (
     Evaluated,
@@ -76,6 +80,7 @@ def test_training_ends_in_the_same_bits(tmp_path, optimizer, mode):
         pytest.param({"evaluation": "vmap", "loss": plain_loss}, id="vmap"),
         pytest.param({**DRAWN, "mesh": True, "surface": True}, id="figures"),
         pytest.param({**DRAWN, "interpolate": True}, id="interpolated figures"),
+        pytest.param({**DRAWN, "refine": True, "plane_points": 7}, id="refined"),
         pytest.param({"dropout": True}, id="dropout"),
         pytest.param({"time_budget": 1e-3}, id="no time"),
         pytest.param({"dataloader": loader(shuffle=True)}, id="loader"),
@@ -266,6 +271,68 @@ def test_fast_dev_run_runs_every_line_and_takes_no_time(tmp_path):
     assert len(watcher.report.basin.radii) == 2
 
 
+def test_planes_are_refined_and_their_costs_counted(tmp_path):
+    watcher = watch(
+        every_n_train_steps=4, refine=True, plane_points=7, figures=True, evaluation="loop",
+        planes=["random", "gradient+random"],
+    )  # fmt: skip
+    trainer = fit(tmp_path, watcher, logger=TensorBoardLogger(tmp_path, version="r"))
+    # What the part gives that training_step calls in the module's place.
+    held = [next(iter(loader()))]
+    axis = watcher.report.planes["random"].alphas
+    module = trainer.lightning_module
+    settings = {"alphas": axis, "betas": axis, "evaluation": "loop"}
+    plain = loss_plane(module, held, refine=True, **settings)
+    found = watcher.report.planes["random"]
+    assert torch.equal(found.loss, plain.loss)
+    assert torch.equal(found.fine.loss, plain.fine.loss)
+    assert found.metrics == {}
+    assert watcher.report.planes["gradient+random"].fine is not None
+    # Drawn so, and saved.
+    drawn = watcher.report.figures(4)["plane_random"]()
+    notes = " ".join(" ".join(t.get_text().split()) for t in drawn.texts)
+    assert "splines of the network's outputs" in notes
+    file = tmp_path / "lightning_logs" / "r" / "landscape" / "plane_random" / "step_00000004.npz"
+    assert torch.equal(LossPlane.load(file).fine.loss, found.fine.loss)
+    more = [LandscapeSettings(refine=refine) for refine in (True, False)]
+    passes = [s.passes_of_a_plane for s in more]
+    assert passes == [pytest.approx((1 + PASSES_OF_REFINING) * 289), 289]
+    assert Slices(more[0]).gradients > Slices(more[1]).gradients
+    sizers = [SlicesSizer(Slices(s), dict.fromkeys(("lines", "plane_points", "line_points"), False))
+              for s in more]  # fmt: skip
+    # The first size that is too coarse to be refined costs the same.
+    for refined, usual in zip(*(s._ladder(0) for s in sizers), strict=True):
+        points = usual.plane_points
+        assert refined.more - usual.more == round(PASSES_OF_REFINING * points**2) * (points >= 7)
+    assert more[0].smallest().plane_points == 7
+
+
+def test_what_cannot_be_refined_is_one_gap_with_its_remedy_and_the_plane_is_there(tmp_path):
+    def decayed(module, batch):
+        return plain_loss(module, batch) + module.net[0].weight.square().sum()
+
+    watcher = watch(
+        every_n_train_steps=2, refine=True, plane_points=7, loss=decayed, evaluation="loop"
+    )
+    with pytest.warns(UserWarning, match="not refined: the loss is no function of the out") as told:
+        fit(tmp_path, watcher)
+    told = [t for t in told if "not refined" in str(t.message)]
+    assert len(told) == 1
+    assert "Give a loss that takes nothing else from the module, or refine=False." in str(
+        told[0].message
+    )
+    assert steps(watcher) == [0, 2, 4]
+    assert all(report.missing.keys() == {"refine"} for _, report in watcher.history)
+    assert all(report.planes["random"].fine is None for _, report in watcher.history)
+
+
+def test_parameters_in_shards_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(landscape_monitor, "shards_parameters", lambda *_: True)
+    fit(tmp_path, watch())
+    with pytest.raises(MisconfigurationException, match=r"refine=True\).*Give refine=False"):
+        fit(tmp_path, watch(refine=True))
+
+
 def test_a_logger_that_knows_no_images_gets_files(tmp_path):
     watcher = watch(every_n_train_steps=4, figures=True, mesh=True)
     fit(tmp_path, watcher, logger=CSVLogger(tmp_path, version="c"))
@@ -310,6 +377,8 @@ def test_scalars_reach_callback_metrics(tmp_path):
         ({"mode": "eval", "dropout": True}, "dropout is True"),
         ({"time_budget": -3}, "time_budget is -3"),
         ({"interpolate": "yes"}, "interpolate is 'yes'"),
+        ({"refine": "yes"}, "refine is 'yes'"),
+        ({"refine": True, "predict": plain_loss}, "predict is given.*refine=False or predict=None"),
         ({"cap": "10"}, "cap is '10'"),
         ({"planes": [], "lines": []}, "all empty"),
     ],

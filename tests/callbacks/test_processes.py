@@ -22,7 +22,7 @@ from .ddp_slices import EVERYTHING, Net
 from .modules import differences
 from .two_processes import in_two
 
-CASES = ["slices", "without", "failing", "budget", "beside"]
+CASES = ["slices", "without", "failing", "budget", "beside", "refined"]
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +49,39 @@ def test_both_processes_find_the_same(together):
     assert differences({k: first[k] for k in names}, {k: second[k] for k in names}) == []
 
 
-def test_slices_are_those_of_one_process_over_all_batches(together):
-    first, _ = together
-    # The same samples in the same batches: process 0's held ones, then process 1's.
+def of_one_process(found):
+    """The network in the end, and the same samples in the same batches.
+
+    Process 0's held ones, then process 1's.
+    """
     source = torch.Generator().manual_seed(7)
     x = torch.randn(32, 3, generator=source)
     y = (x.sum(1) > 0).long()
     held = [(x[a], y[a]) for a in ([0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15])]
     module = Net()
-    module.load_state_dict(first["weights"])
+    module.load_state_dict(found["weights"])
+    return module, held
 
-    def loss(module, batch):
-        return cross_entropy(module.net(batch[0]), batch[1])
 
+def loss(module, batch):
+    return cross_entropy(module.net(batch[0]), batch[1])
+
+
+def test_both_processes_refine_a_plane_from_the_outputs_of_both(found):
+    first, second = found("refined")
+    assert first["warnings"] == second["warnings"] == []
+    seven = centred(1.0, 7)
+    settings = {"alphas": seven, "betas": seven, "evaluation": "loop", "refine": True}
+    plane = loss_plane(*of_one_process(first), loss=loss, **settings)
+    for each in (first, second):
+        torch.testing.assert_close(each["8/plane_random"], plane.loss, rtol=1e-6, atol=1e-7)
+        fine = each["8/plane_random/fine"]
+        torch.testing.assert_close(fine, plane.fine.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_slices_are_those_of_one_process_over_all_batches(together):
+    first, _ = together
+    module, held = of_one_process(first)
     five = centred(1.0, 5)
     plane = loss_plane(module, held, loss=loss, alphas=five, betas=five, evaluation="loop")
     torch.testing.assert_close(first["8/plane_random"], plane.loss, rtol=1e-6, atol=1e-7)

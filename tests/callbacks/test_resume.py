@@ -149,9 +149,16 @@ CASES = [
     ),
     pytest.param(lambda: landscape(every_n_train_steps=3), "sgd", id="landscape"),
     pytest.param(
-        lambda: landscape(every_n_epochs=1, num_samples=12, num_rays=2, convexity_points=3),
+        lambda: landscape(
+            every_n_epochs=1,
+            num_samples=12,
+            num_rays=2,
+            convexity_points=3,
+            plane_points=7,
+            refine=True,
+        ),
         "sgd",
-        id="landscape, late start",
+        id="landscape, late start, refined",
     ),
 ]
 

@@ -77,6 +77,17 @@ class Lit(LightningModule):
         return found
 
 
+class Parted(LightningModule):
+    """As most are written: what is called is a part of it, and so is the criterion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.criterion = net(), nn.CrossEntropyLoss()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(self.layer(batch[0]), batch[1])
+
+
 def unbatched(module: Any, batch: Any) -> Tensor:
     out = module(batch[0])
     return F.cross_entropy(out, batch[1]) if out.sum().item() < 1e9 else out.sum()
@@ -90,6 +101,8 @@ def unbatched(module: Any, batch: Any) -> Tensor:
         (net(), {"loss": unbatched, "evaluation": "loop", "betas": AXIS[1:-1]}),
         (Own(), {}),
         (Lit(), {"loss": None}),
+        (Parted(), {"loss": None}),
+        (Parted(), {"loss": None, "evaluation": "vmap"}),
     ],
     ids=[
         "plain",
@@ -97,6 +110,8 @@ def unbatched(module: Any, batch: Any) -> Tensor:
         "no vmap",
         "own forward",
         "training step",
+        "part",
+        "part, many points at once",
     ],
 )
 def test_where_outputs_are_linear_the_loss_between_points_is_exact(
@@ -179,6 +194,10 @@ def twice(module: Any, batch: Any) -> Tensor:
     return loss(module, batch) + module(batch[0]).square().mean()
 
 
+def by_layers(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module[2](module[0](batch[0]).tanh()), batch[1])
+
+
 def by_tuple(module: Any, batch: Any) -> Tensor:
     return F.cross_entropy(module(batch[0])[0], batch[1])
 
@@ -191,11 +210,12 @@ def by_name(module: Any, batch: Any) -> Tensor:
     ("module", "function", "held", "match"),
     [
         (net(), decayed, batches(), "no function of the output of Sequential alone"),
-        (net(), twice, batches(), "calls Sequential 2 times a batch; give one that does so once"),
+        (net(), twice, batches(), "calls Sequential, or trained parts of it, 2 times"),
+        (net(5), by_layers, batches(), r"calls Sequential, or trained .* once"),
         (Two(), by_tuple, batches(), "Two gives a tuple, not one tensor; give a module that does"),
         (net(), by_name, [dict(zip("xy", b, strict=True)) for b in batches()], "dict is no pair"),
     ],
-    ids=["weight decay", "two passes", "several outputs", "no pair"],
+    ids=["weight decay", "two passes", "two parts", "several outputs", "no pair"],
 )
 def test_where_it_cannot_be_had_it_says_so_and_the_picture_is_the_usual_one(
     module: nn.Module, function: Callable[..., Tensor], held: Any, match: str
@@ -209,6 +229,19 @@ def test_where_it_cannot_be_had_it_says_so_and_the_picture_is_the_usual_one(
     assert torch.equal(plane.loss, plain.loss)
     assert plane.picture is not None
     assert not plane.picture.from_outputs
+
+
+def by_part(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module.layer(batch[0]), batch[1])
+
+
+def test_metrics_of_a_module_are_not_fed_with_what_its_part_gives() -> None:
+    accuracy = {"accuracy": MulticlassAccuracy(4)}
+    with pytest.warns(UserWarning, match="metrics are of what Lit gives.*give metrics=None"):
+        plane = plane_of(Lit(), loss=by_part, metrics=accuracy)
+    assert plane.fine is None
+    plane = plane_of(Lit(), loss=by_part, metrics={"one": lambda m, b: torch.ones(())})
+    assert plane.fine is not None
 
 
 def test_many_outputs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

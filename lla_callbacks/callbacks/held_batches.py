@@ -165,7 +165,7 @@ class HeldBatches:
 
     def _hash(self) -> str:
         found = hashlib.sha256()
-        for tensor in tensors_of(self.batches):
+        for tensor in (part for held in tensors_of(self.batches) for part in _parts(held)):
             found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             if tensor.layout is torch.strided:
                 found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -180,6 +180,8 @@ def is_same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if type(one) is Tensor:
+        if one.is_nested or other.is_nested:  # it has no shape that could be asked
+            return False
         alike = all(
             getattr(one, name) == getattr(other, name)
             for name in ("dtype", "shape", "layout", "requires_grad")
@@ -206,4 +208,14 @@ def is_plain(batch: Any) -> bool:
         return all(is_plain(key) and is_plain(item) for key, item in batch.items())
     if type(batch) in (list, tuple):
         return all(map(is_plain, batch))
-    return type(batch) is Tensor
+    return type(batch) is Tensor and not batch.is_nested
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Return the tensors that a nested or a sparse one is made of; of others, themselves."""
+    if tensor.is_nested:
+        return tensor.unbind()
+    if tensor.layout is torch.sparse_coo:
+        coalesced = tensor.coalesce()
+        return coalesced.indices(), coalesced.values()
+    return (tensor,)

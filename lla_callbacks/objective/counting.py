@@ -177,7 +177,7 @@ def _agreed(batch: Any) -> int | None:
         return next(iter(common))
     # Lists of tensors, each of all samples or each one sample: views of a batch, or images.
     tensors = _tensors(batch)
-    leading = {int(t.shape[0]) for t in tensors}
+    leading = {int(t.size(0)) for t in tensors}
     if len(leading) == 1 and leading <= common and all(t.ndim != 3 for t in tensors):
         return leading.pop()
     return None
@@ -242,7 +242,7 @@ def _sizes(entry: Any) -> set[int]:
     if isinstance(entry, Tensor):
         return {int(entry.size(0))} if entry.ndim else set()
     if isinstance(entry, np.ndarray):
-        return {int(entry.shape[0])} if entry.ndim else set()
+        return {int(entry.size(0))} if entry.ndim else set()
     own = _own_count(entry)
     if own is not None:
         return {own}

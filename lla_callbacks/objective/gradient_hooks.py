@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lla_callbacks.objective.inventory import Inventory
 
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+# Of all modules there are.
+_OF_ALL = ("_global_backward_hooks", "_global_backward_pre_hooks")
 
 
 @contextmanager
 def no_gradient_hooks(held: Inventory) -> Iterator[None]:
-    """Within this context backward hooks of a module and its parameters are not called.
+    """Within this context backward hooks of a module, its parameters, and all modules are silent.
 
     They may count, log or clip the training's gradients; a measurement would show up there,
     or be of something that is no derivative of the loss. Hooks of forward passes stay: what
@@ -30,7 +33,11 @@ def no_gradient_hooks(held: Inventory) -> Iterator[None]:
         if (hooks := m.__dict__.get(name))
     ]
     of_parameters = [(p, hooks) for p in held.parameters if (hooks := p._backward_hooks)]
+    found = [getattr(torch.nn.modules.module, name, None) for name in _OF_ALL]
+    of_all = [(hooks, dict(hooks)) for hooks in found if hooks]
     try:
+        for hooks, _ in of_all:
+            hooks.clear()
         for namespace, name, _ in of_modules:
             namespace[name] = OrderedDict()
         for p, _ in of_parameters:
@@ -41,6 +48,9 @@ def no_gradient_hooks(held: Inventory) -> Iterator[None]:
             namespace[name] = hooks
         for p, hooks in of_parameters:
             p._backward_hooks = hooks
+        for hooks, kept in of_all:
+            hooks.clear()
+            hooks.update(kept)
 
 
 @contextmanager

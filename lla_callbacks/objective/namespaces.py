@@ -26,6 +26,10 @@ _DICTIONARIES = tuple(
     for key, value in nn.Module().__dict__.items()
     if isinstance(value, (dict, set)) and key not in _ELSEWHERE
 )
+_OF_ALL = (
+    "_global_forward_pre_hooks", "_global_forward_hooks", "_global_parameter_registration_hooks",
+    "_global_buffer_registration_hooks", "_global_module_registration_hooks",
+)  # fmt: skip
 # What a class defines, and does not count with.
 _DEFINITIONS = (
     types.FunctionType, types.BuiltinFunctionType, classmethod, staticmethod, property, type,
@@ -46,6 +50,7 @@ class Namespaces:
         kinds = set(map(type, held.modules))
         self._classes = [_Class(kind) for kind in {b for k in kinds for b in _own_bases(k)}]
         self._known = {c.kind for c in self._classes}
+        self._hooks = [_Hooks(found) for found in map(_hooks_of_torch, _OF_ALL) if found]
         self._outside = Outside(self._known, (loss,))
 
     @shielded
@@ -55,8 +60,9 @@ class Namespaces:
             namespace.register(copier)
         for namespace in self._modules:
             namespace.put_copies(copier)
-        for kind in self._classes:
-            kind.put_copies(copier)
+        parts: list[_Class | _Hooks] = [*self._classes, *self._hooks]
+        for part in parts:
+            part.put_copies(copier)
         self._outside.put_copies(copier)
         # Classes of the user's objects, and functions, come to light while these are copied.
         while True:
@@ -76,8 +82,9 @@ class Namespaces:
         """Let every attribute be the original."""
         for namespace in self._modules:
             namespace.restore()
-        for kind in self._classes:
-            kind.restore()
+        parts: list[_Class | _Hooks] = [*self._classes, *self._hooks]
+        for part in parts:
+            part.restore()
         self._outside.restore()
 
     def watch(self) -> Unchanged | None:
@@ -90,7 +97,7 @@ class Namespaces:
         found += [kind.watch() for kind in self._classes]
         watched = [w for w in found if w is not None]
         outside = self._outside.watch()
-        if len(watched) < len(found) or outside is None:
+        if len(watched) < len(found) or outside is None or any(h.keeps for h in self._hooks):
             return None
         attributes = all_unchanged(watched)
         return Unchanged(
@@ -164,6 +171,11 @@ class _Namespace:
         self.is_touched = False
 
     def watch(self) -> Watch | None:
+        if any(
+            key.endswith("hooks") and list(self.live[key].values()) != list(value.values())
+            for key, value in self.filled
+        ):
+            return None  # a hook keeps something
         copied = [(self.live.get(key), value) for key, value in self.own]
         filled = [self.live[key] for key, _ in self.filled]
         return watch(self.module, copied, filled, self.empty)
@@ -204,6 +216,39 @@ class _Class:
         for key, value in self.saved.items():
             if present.get(key, self) is not value:
                 type.__setattr__(self.kind, key, value)
+
+
+class _Hooks:
+    """Hooks that torch calls for every module there is, with what they keep."""
+
+    def __init__(self, live: dict[Any, Any]) -> None:
+        self._live = live
+        self._saved = dict(live)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether one keeps something that it may change."""
+        return any(self._live.get(key) is not hook for key, hook in self._saved.items())
+
+    def put_copies(self, copier: Copier) -> None:
+        self._hold(
+            {
+                key: copier.copy(hook, ((None, "torch's hooks for all modules"), ""))
+                for key, hook in self._saved.items()
+            }
+        )
+
+    def restore(self) -> None:
+        self._hold(self._saved)
+
+    def _hold(self, hooks: dict[Any, Any]) -> None:
+        # In place: handles know the hooks by this dictionary.
+        self._live.clear()
+        self._live.update(hooks)
+
+
+def _hooks_of_torch(name: str) -> dict[Any, Any]:
+    return getattr(torch.nn.modules.module, name, None) or {}
 
 
 def _drop_others(live: dict[str, Any], saved: dict[str, Any]) -> None:

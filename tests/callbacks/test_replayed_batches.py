@@ -132,6 +132,29 @@ def test_what_a_batch_holds_and_cannot_be_copied_is_refused_by_name(tmp_path):
     assert differences(without, found) == []
 
 
+class Nested(Changing):
+    """Its batches have tensors without a shape."""
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self.net(torch.cat(batch[0].unbind())), batch[1])
+
+
+def nested(rows):
+    parts = [x[None] for x, *_ in rows]
+    return torch.nested.nested_tensor(parts), torch.stack([y for _, y, *_ in rows])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_a_shape_are_held(tmp_path):
+    def run(watchers):
+        loader = DataLoader(data(), 4, collate_fn=nested)
+        return outcome(fit(tmp_path, None, Nested, lambda: loader, callbacks=watchers))
+
+    watchers = [make(every_n_train_steps=2, num_samples=4) for make in (monitor, landscape)]
+    assert differences(run([]), run(watchers)) == []
+    assert [steps(w) for w in watchers] == [[0, 2, 4], [0, 2, 4]]
+
+
 # -- the regularizer's passes ---------------------------------------------------------------------
 
 

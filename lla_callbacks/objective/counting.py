@@ -240,9 +240,15 @@ def _sizes(entry: Any) -> set[int]:
     if isinstance(entry, _PLAIN):
         return set()
     if isinstance(entry, Tensor):
-        return {int(entry.size(0))} if entry.ndim else set()
+        if not entry.ndim:
+            return set()
+        # One of a nested tensor has no shape, and a size.
+        return {int(entry.size(0) if isinstance(entry, Tensor) else entry.shape[0])}
     if isinstance(entry, np.ndarray):
-        return {int(entry.size(0))} if entry.ndim else set()
+        if not entry.ndim:
+            return set()
+        # One of a nested tensor has no shape, and a size.
+        return {int(entry.size(0) if isinstance(entry, Tensor) else entry.shape[0])}
     own = _own_count(entry)
     if own is not None:
         return {own}

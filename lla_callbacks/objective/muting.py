@@ -21,9 +21,9 @@ from lla_callbacks.objective.disk import Disk
 from lla_callbacks.objective.interrupts import shielded
 from lla_callbacks.objective.inventory import Inventory
 from lla_callbacks.objective.switches import switches
+from lla_callbacks.objective.trackers import silence, speak
 
 _NAMES = ("log", "log_dict")
-_OF_LOGGERS = ("handle", "setLevel", "addHandler", "removeHandler")
 
 
 @contextmanager
@@ -68,8 +68,9 @@ def no_output() -> Iterator[None]:
     """Within this context the calling thread, and those it starts, print, log and write nothing.
 
     What is done to files is in memory, or undone, and forgotten
-    (:class:`~lla_callbacks.objective.disk.Disk`). A debugger in the user's code prints, and
-    warnings are heard. Environment variables and switches of the process are put back.
+    (:class:`~lla_callbacks.objective.disk.Disk`). Packages that track experiments, W&B and its
+    like, hear nothing. A debugger in the user's code prints, and warnings are heard. Environment
+    variables and switches of the process are put back.
 
     Raises:
         RefusedError: If the step calls another program.
@@ -78,7 +79,7 @@ def no_output() -> Iterator[None]:
         yield
         return
     real, save, start = io.open, torch.save, threading.Thread.start
-    logs = [(name, vars(logging.Logger)[name]) for name in _OF_LOGGERS]
+    handle = logging.Logger.handle
     stdout, stderr, thread = sys.stdout, sys.stderr, threading.get_ident()
     # Compared in the form that it is kept in, which takes no time.
     environment: Any = getattr(os.environ, "_data", os.environ)
@@ -107,14 +108,16 @@ def no_output() -> Iterator[None]:
         else:
             save(obj, f, *args, **kwargs)
 
-    def silent(function: Any) -> Any:
-        return lambda *args: None if is_mine() else function(*args)
+    def handled(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if not is_mine():
+            handle(logger, record)
 
     restore_switches = switches()
+    trackers: list[Any] = []
     try:
+        trackers = silence(is_mine)
         sys.stdout, sys.stderr = _Quiet(stdout, is_mine), _Quiet(stderr, is_mine)
-        for name, function in logs:
-            setattr(logging.Logger, name, silent(function))
+        logging.Logger.handle = handled  # type: ignore[assignment, method-assign]
         threading.Thread.start = begun  # type: ignore[method-assign]
         builtins.open = io.open = opened
         torch.save = saved
@@ -122,14 +125,14 @@ def no_output() -> Iterator[None]:
         yield
     finally:
         disk.leave()
+        speak(trackers)
         restore_switches()
         if environment != variables:
             _put_back(variables)
         torch.save = save
         builtins.open = io.open = real
         threading.Thread.start = start  # type: ignore[method-assign]
-        for name, function in logs:
-            setattr(logging.Logger, name, function)
+        logging.Logger.handle = handle  # type: ignore[method-assign]
         sys.stdout, sys.stderr = stdout, stderr
     if disk.refusals:
         # Also where the step caught it.

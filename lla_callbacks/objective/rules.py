@@ -20,6 +20,7 @@ from torch import nn
 
 from lla_callbacks.objective.shadows import is_shadowed
 from lla_callbacks.objective.stand_ins import is_logger
+from lla_callbacks.objective.trackers import TRACKERS
 
 # What cannot change is never copied.
 ATOMS = frozenset({
@@ -102,7 +103,9 @@ def is_atomic(value: Any, kind: type) -> bool:
         return True
     if issubclass(kind, nn.Module):
         return kind.__module__.startswith(_ATOMIC_MODULES)
-    return kind.__module__.startswith(_ATOMIC)
+    # A run of W&B, say, which is silent meanwhile.
+    tracks = kind.__module__.split(".")[0] in TRACKERS and not is_logger(kind)
+    return tracks or kind.__module__.startswith(_ATOMIC)
 
 
 def is_machinery(kind: type) -> bool:

@@ -3,6 +3,8 @@
 import logging
 import pathlib
 import re
+import sys
+import threading
 import types
 import warnings
 from collections import UserDict
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader
 from lla_callbacks import HessianTraceRegularizer, LossLandscapeMonitor
 from lla_callbacks.objective.muting import no_output
 
-from .modules import data, differences, fit, monitor, outcome, small_net, steps
+from .modules import data, differences, fit, monitor, outcome, plain_loss, small_net, steps
 
 
 class Batch:
@@ -274,3 +276,96 @@ def test_a_debugger_in_a_replayed_step_is_heard(capsys):
         print("silent")
         exec("print('heard')", {"__name__": "pdb"})
     assert capsys.readouterr().out == "heard\n"
+
+
+TRACKER = """
+import functools
+rows = []
+
+def checked(function):
+    calls = []
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+    return inner
+
+def log(data, *, step=None):
+    rows.append(("log", tuple(data)))
+
+class Run:
+    def __init__(self):
+        self.summary, self.lock = {}, (i for i in range(3))
+
+    @checked
+    def log(self, data, step=None):
+        rows.append(("run", tuple(data)))
+
+    def value(self):
+        return 1.0
+
+run = Run()
+log_alias = run.log
+"""
+
+
+def test_packages_that_track_experiments_hear_of_training_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "wandb.py").write_text(TRACKER)
+    monkeypatch.syspath_prepend(str(folder))
+    import wandb
+
+    direct, held = wandb.log, wandb.run
+
+    class Tracking(Changing):
+        def __init__(self):
+            super().__init__()
+            self.run = held
+
+        def training_step(self, batch, batch_idx):
+            loss = plain_loss(self, batch)
+            wandb.log({"a": 1}, step=1)
+            direct({"b": 1})
+            held.log({"c": 1})
+            self.run.log({"d": 1})
+            wandb.log_alias({"e": 1})
+            thread = threading.Thread(target=wandb.log, args=({"f": 1},))
+            thread.start()
+            thread.join()
+            return loss * held.value()
+
+    try:
+        watchers = [make(every_n_train_steps=2, num_samples=4) for make in (monitor, landscape)]
+        fit(tmp_path, None, Tracking, callbacks=watchers)
+        assert [name for _, (name,) in wandb.rows] == list("abcdef") * 4
+        assert [steps(w) for w in watchers] == [[0, 2, 4], [0, 2, 4]]
+        with no_output():
+            thread = threading.Thread(target=wandb.log, args=({"g": 1},))
+        thread.start()
+        thread.join()
+        assert wandb.rows[-1] == ("log", ("g",))
+    finally:
+        del sys.modules["wandb"]
+
+
+def test_another_thread_is_heard_by_a_tracker(monkeypatch):
+    rows, ready, go = [], threading.Event(), threading.Event()
+    package = types.ModuleType("wandb")
+    exec("def log(data, *, commit=True):\n    rows.append((data, commit))", vars(package))
+    package.rows = rows
+    monkeypatch.setitem(sys.modules, "wandb", package)
+
+    def tell():
+        ready.wait()
+        package.log(1)
+        go.set()
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    with no_output():
+        package.log(2)
+        ready.set()
+        go.wait()
+    thread.join()
+    assert rows == [(1, True)]

@@ -16,6 +16,7 @@ from lla_callbacks.alignment.matching import match
 from lla_callbacks.alignment.tracing import traced_groups
 from lla_callbacks.objective.checks import MOST_WORK, module_of, seed_of, shown, whole
 from lla_callbacks.objective.networks import networks_of
+from lla_callbacks.objective.spelling import spelled
 from lla_callbacks.objective.state import preserved_random_streams
 
 # Largest relative change of the output in float64; right groups gave 4e-16 to 7e-16, a wrong one
@@ -54,6 +55,7 @@ class Alignment:
         )
 
 
+@spelled
 @torch.inference_mode(False)
 def aligned(
     module: nn.Module,

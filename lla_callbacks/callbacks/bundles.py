@@ -10,6 +10,7 @@ from lla_callbacks.callbacks.hessian_monitor import HessianMonitor
 from lla_callbacks.callbacks.landscape_monitor import LossLandscapeMonitor
 from lla_callbacks.callbacks.trace_regularizer import HessianTraceRegularizer
 from lla_callbacks.objective.checks import number, shown
+from lla_callbacks.objective.spelling import meant
 
 # A strength, or settings of HessianTraceRegularizer by name; None for no penalty.
 TraceRegularization = float | Literal["auto"] | Mapping[str, Any] | None
@@ -125,8 +126,11 @@ def _pair(
     known = [set(inspect.signature(kind).parameters) for kind in kinds]
     for key in overrides:
         if key == "name" or not any(key in names for names in known):
+            there = [*known[0], *known[1], "trace_regularization"]
+            hint = "" if key == "name" else meant(key, sorted(there))
+            hint = hint or ";"
             raise TypeError(
-                f"a bundle does not take {key!r}; it takes the settings of "
+                f"a bundle does not take {key!r}{hint} it takes the settings of "
                 f"{' and '.join(kind.__name__ for kind in kinds)}, their names left out."
             )
     made: list[Any] = []

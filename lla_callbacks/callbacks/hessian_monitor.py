@@ -15,6 +15,7 @@ from lla_callbacks.callbacks.foretold import no_room_for_light
 from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.light_record import LightRecord
 from lla_callbacks.callbacks.monitor_settings import shared
+from lla_callbacks.callbacks.records import there_is
 from lla_callbacks.callbacks.schedule import Schedule
 from lla_callbacks.callbacks.sizers import SpectrumSizer
 from lla_callbacks.callbacks.watching import Watching
@@ -247,13 +248,18 @@ class HessianMonitor(Watching):
         return self.record.tracked
 
     @property
-    def report(self) -> HessianReport | None:
-        """The last one of all."""
-        found: HessianReport | None = self.record.result
+    def report(self) -> HessianReport:
+        """The last one of all.
+
+        Raises:
+            AttributeError: If nothing was measured yet; ``history`` is empty then, too.
+        """
+        found: HessianReport = there_is(self.record.result, self)
         return found
 
     def _last(self) -> HessianReport | None:
-        return self.report
+        found: HessianReport | None = self.record.result
+        return found
 
     @property
     def tracks(self) -> bool:

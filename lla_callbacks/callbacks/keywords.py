@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
+from lla_callbacks.objective.spelling import refuse_unknown
+
 Made = TypeVar("Made", bound=Callable[..., Any])
 
 
@@ -15,7 +17,7 @@ def by_name_after(last: str) -> Callable[[Made], Made]:
     """Return a decorator of a constructor whose further arguments are given by name.
 
     Given by position, as versions before took them, they still mean what they did, with one
-    warning that spells them by name.
+    warning that spells them by name. A misspelled one is told what may have been meant.
 
     Args:
         last: The last argument that may stand by its position; the others follow a ``*``.
@@ -28,8 +30,9 @@ def by_name_after(last: str) -> Callable[[Made], Made]:
         @wraps(constructor)
         def made(*args: Any, **kwargs: Any) -> Any:
             # The first one is self, which has no name here.
+            kind = type(args[0]).__name__ if args else constructor.__qualname__
+            refuse_unknown(kind, kwargs, names)
             if len(args) > most:
-                kind = type(args[0]).__name__
                 if len(args) > len(names):
                     raise TypeError(
                         f"{kind} takes at most {len(names) - 1} arguments, and {len(args) - 1} "

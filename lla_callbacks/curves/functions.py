@@ -37,9 +37,11 @@ from lla_callbacks.objective.grid import coordinates
 from lla_callbacks.objective.networks import Networks, networks_of, state_of
 from lla_callbacks.objective.objective import Mode, Objective
 from lla_callbacks.objective.points import Evaluation, PointSettings, space_of
+from lla_callbacks.objective.spelling import spelled
 from lla_callbacks.objective.state import weights_at
 
 
+@spelled
 @torch.inference_mode(False)
 def loss_curve(
     module: nn.Module,
@@ -121,6 +123,7 @@ def loss_curve(
     return LossCurve.of(found)
 
 
+@spelled
 @torch.inference_mode(False)
 def connect(
     module: nn.Module,
@@ -212,6 +215,7 @@ def connect(
     return curve_of(networks, kind, trained)
 
 
+@spelled
 @torch.inference_mode(False)
 def barrier(
     module: nn.Module,

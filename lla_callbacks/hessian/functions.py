@@ -23,8 +23,10 @@ from lla_callbacks.objective.objective import Engine, Mode
 from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.precision import Precision, at_precision, check_precision
 from lla_callbacks.objective.self_check import Jacobian
+from lla_callbacks.objective.spelling import spelled
 
 
+@spelled
 def measure_hessian(
     module: nn.Module,
     batches: Iterable[Any],

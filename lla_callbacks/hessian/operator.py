@@ -28,6 +28,7 @@ from lla_callbacks.objective.objective import Engine, Mode, Objective
 from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.precision import Precision, at_precision, check_precision
 from lla_callbacks.objective.self_check import Jacobian
+from lla_callbacks.objective.spelling import spelled
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -243,6 +244,7 @@ def _multiplied(inner: LossOperator, columns: Tensor) -> Tensor:
     return inner.whole(inner @ parts)
 
 
+@spelled
 def hessian_operator(
     module: nn.Module,
     batches: Iterable[Any],

@@ -27,6 +27,7 @@ from lla_callbacks.objective.layers import layer_parameters, outside
 from lla_callbacks.objective.moment import Moment
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.parts import Parameters, variables_of
+from lla_callbacks.objective.spelling import made, spelled
 from lla_callbacks.report.conform import check_entries, check_fields, check_flat
 from lla_callbacks.report.quantity import Drawn, Quantity
 from lla_callbacks.report.step_words import step_text
@@ -59,6 +60,7 @@ class Spectrum(Quantity):
     few = FEW
     offers = ("spectrum",)
 
+    @spelled
     def __init__(
         self,
         settings: HessianSettings | None = None,
@@ -67,7 +69,7 @@ class Spectrum(Quantity):
         name: str = "hessian",
     ) -> None:
         self.name = name
-        self._settings = settings or HessianSettings()
+        self._settings = made("settings", settings) or HessianSettings()
         self.tracking = tracking
         self.interval = interval
         self.tracker = TrackerState()

@@ -37,6 +37,7 @@ from lla_callbacks.objective.counting import BatchSize, about, batch_size_of, sa
 from lla_callbacks.objective.evaluation import Loss, Predict
 from lla_callbacks.objective.objective import Mode
 from lla_callbacks.objective.precision import at_precision
+from lla_callbacks.objective.spelling import spelled
 from lla_callbacks.slices.basin import Basin
 
 PREDICT = "predict(module, batch) -> (logits, labels)"
@@ -44,6 +45,7 @@ PREDICT = "predict(module, batch) -> (logits, labels)"
 MapMode = Literal["eval", "batch"]
 
 
+@spelled
 def compare_basins(a: Basin, b: Basin, *, names: tuple[str, str] = ("a", "b")) -> BasinComparison:
     """Return how many times wider one basin is than another, and how sure that is.
 
@@ -66,6 +68,7 @@ def compare_basins(a: Basin, b: Basin, *, names: tuple[str, str] = ("a", "b")) -
     return BasinComparison(**vars(basin_ratio(a, b, (names[0], names[1]))))
 
 
+@spelled
 @torch.inference_mode(False)
 def relax(
     module: nn.Module,
@@ -131,6 +134,7 @@ def relax(
     return Relaxation.of(found)
 
 
+@spelled
 @torch.inference_mode(False)
 def map_of_minima(
     checkpoints: Mapping[str, Any] | Sequence[Any],
@@ -231,6 +235,7 @@ def map_of_minima(
     )
 
 
+@spelled
 @torch.inference_mode(False)
 def measure_shift(
     module: nn.Module,

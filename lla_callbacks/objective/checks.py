@@ -36,6 +36,8 @@ def settle(settings: Any, **values: Any) -> None:
 
 def shown(value: Any) -> str:
     """Return a value as messages show it: short, and whatever its own ``repr`` does."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     try:
         text = repr(value)
     except Exception:  # noqa: BLE001 - the message matters, not the value's own trouble
@@ -246,7 +248,8 @@ def batches_of(name: str, value: Any, *, none: bool = False) -> Any:
     kind = type(value).__name__
     strange = isinstance(value, (str, bytes)) or not isinstance(value, Iterable)
     if strange and not isinstance(value, Dataset):
-        raise ValueError(f"{name} is of type {kind}; {wanted}.")
+        what = shown(value) if isinstance(value, type) else f"of type {kind}"
+        raise ValueError(f"{name} is {what}; {wanted}.")
     if isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
             if item is None or isinstance(item, (str, bytes, bool, int, float)):
@@ -301,11 +304,7 @@ def module_of(name: str, value: Any) -> nn.Module:
             f"module is a {type(value).__name__}, which has no trainable parameter: unfreeze one, "
             "or give the module that has them."
         )
-    what = (
-        f"the class {value.__name__}"
-        if isinstance(value, type)
-        else f"of type {type(value).__name__}"
-    )
+    what = shown(value) if isinstance(value, type) else f"of type {type(value).__name__}"
     raise TypeError(f"{name} is {what}; give a torch.nn.Module.")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from lla_callbacks.hessian.layer_figures import MOST_LAYERS, layer_figure
 from lla_callbacks.hessian.report import HessianReport
 from lla_callbacks.objective.checks import number, whole
+from lla_callbacks.objective.spelling import spelled
 from lla_callbacks.report.sheet import WIDTH
 from lla_callbacks.report.shown import pixels
 from lla_callbacks.report.style import UP
@@ -30,6 +31,7 @@ MOST_FRAMES, LAST = 120, 1.5
 LINE = 3
 
 
+@spelled
 def animate(
     history: Any,
     path: str | Path,

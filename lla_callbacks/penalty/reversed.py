@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lla_callbacks.objective.checks import one_of, tensor_of, whole
 from lla_callbacks.objective.precision import widened_half
+from lla_callbacks.objective.spelling import spelled
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -17,6 +18,7 @@ class NoReverseError(ValueError):
     """A loss, or its labels, have no reverse."""
 
 
+@spelled
 def reversed_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -87,6 +89,7 @@ def reversed_cross_entropy(
     return _reduced(values, int(kept.sum()), reduction)
 
 
+@spelled
 def reversed_binary_cross_entropy(
     logits: Tensor, targets: Tensor, *, reduction: Reduction = "mean"
 ) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lla_callbacks.objective.spelling import spelled
 from lla_callbacks.report.picture import heading
 from lla_callbacks.report.result import Result
 
 
+@spelled
 def compare(*results: Any, names: Sequence[str] | None = None, title: str = "") -> Figure:
     """Return several results of one kind in one figure.
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lla_callbacks.objective.checks import tag_of
+from lla_callbacks.objective.checks import shown, tag_of
 from lla_callbacks.objective.moment import Moment
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.report.result import Drawn, Result
@@ -152,8 +152,12 @@ def check_quantities(value: Any) -> tuple[Quantity, ...]:
     several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     found = tuple(value) if several else ()
     if not found or not all(isinstance(one, Quantity) for one in found):
+        given = found or (value,)
+        strange = next((one for one in given if not isinstance(one, Quantity)), None)
+        what = f"a list with {shown(strange)}" if found else shown(value)
+        what = "one quantity" if strange is None else what
         raise ValueError(
-            "quantities is no list of quantities; give one at least, such as "
+            f"quantities is {what}; give a list of quantities that are made, such as "
             "[Spectrum(), Slices()] or one of your own."
         )
     for one in found:

@@ -25,6 +25,7 @@ from lla_callbacks.objective.objective import Mode
 from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.points import PointSettings
 from lla_callbacks.objective.self_check import Jacobian
+from lla_callbacks.objective.spelling import spelled
 from lla_callbacks.slices.basin import measure_basin
 from lla_callbacks.slices.choice import (
     plane_coordinates,
@@ -43,6 +44,7 @@ from lla_callbacks.slices.results import BasinRadii, ConvexityMap
 MAP_POINTS = 9
 
 
+@spelled
 @torch.inference_mode(False)
 def convexity_map(
     module: nn.Module,
@@ -145,6 +147,7 @@ def convexity_map(
     return ConvexityMap.of(found)
 
 
+@spelled
 @torch.inference_mode(False)
 def basin_radii(
     module: nn.Module,

@@ -26,6 +26,7 @@ from lla_callbacks.objective.objective import Mode
 from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.points import Evaluation
 from lla_callbacks.objective.self_check import Jacobian
+from lla_callbacks.objective.spelling import spelled
 from lla_callbacks.slices.arrays import load_progress, save_progress
 from lla_callbacks.slices.choice import (
     line_names,
@@ -53,6 +54,7 @@ LINE_POINTS = 41
 PLANE_POINTS = 17
 
 
+@spelled
 @torch.inference_mode(False)
 def loss_line(
     module: nn.Module,
@@ -153,6 +155,7 @@ def loss_line(
     return LossLine.of(found)
 
 
+@spelled
 @torch.inference_mode(False)
 def loss_plane(
     module: nn.Module,

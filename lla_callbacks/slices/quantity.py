@@ -16,6 +16,7 @@ from lla_callbacks.objective.costs import FORWARD, PRODUCT
 from lla_callbacks.objective.moment import Moment
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.parts import Parameters, variables_of
+from lla_callbacks.objective.spelling import made, spelled
 from lla_callbacks.report.conform import check_entries, check_flat
 from lla_callbacks.report.quantity import Drawn, Quantity
 from lla_callbacks.report.step_words import step_text
@@ -75,6 +76,7 @@ class Slices(Quantity):
     few = FEW
     reads_shards = True
 
+    @spelled
     def __init__(
         self,
         settings: LandscapeSettings | None = None,
@@ -87,7 +89,7 @@ class Slices(Quantity):
         self.name = name
         # Which parameters the monitor moves.
         self.parameters: Parameters = None
-        self._settings = settings or LandscapeSettings()
+        self._settings = made("settings", settings) or LandscapeSettings()
         self.interpolate, self.cap, self.surface = interpolate, cap, surface
         if not {*NAMES, "gradient"}.isdisjoint(self.settings.wanted):
             self.takes = ("spectrum",)

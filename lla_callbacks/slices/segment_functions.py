@@ -23,6 +23,7 @@ from lla_callbacks.objective.evaluation import (
 from lla_callbacks.objective.grid import coordinates
 from lla_callbacks.objective.objective import Mode
 from lla_callbacks.objective.points import Evaluation, space_of
+from lla_callbacks.objective.spelling import spelled
 from lla_callbacks.slices.given import checkpoint_weights, point_settings, statistics_of
 from lla_callbacks.slices.results import LossLine
 from lla_callbacks.slices.slices import (
@@ -30,6 +31,7 @@ from lla_callbacks.slices.slices import (
 )
 
 
+@spelled
 @torch.inference_mode(False)
 def interpolate(
     module: nn.Module,

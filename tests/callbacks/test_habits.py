@@ -77,7 +77,9 @@ def test_nothing_but_moments_of_adam_without_adam_is_told_once_too(tmp_path, rec
     assert fit(tmp_path, watcher, max_epochs=2).global_step == 8
     (told,) = ours(recwarn)
     assert "planes=['adam'] needs the moments of Adam, and SGD keeps none" in told
-    assert watcher.report is None
+    assert watcher.history == []
+    with pytest.raises(AttributeError, match="LossLandscapeMonitor has measured nothing yet"):
+        watcher.report.summary()
 
 
 def test_moments_of_adam_with_adam_are_there(tmp_path, recwarn) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from lla_callbacks import (
     FastGeometricEnsembling,
@@ -16,8 +18,15 @@ from lla_callbacks import (
     ModeConnection,
     Monitor,
     PoisonedLoss,
+    Slices,
     Spectrum,
+    aligned,
+    economy,
+    interpolate,
+    loss_plane,
+    measure_hessian,
 )
+from lla_callbacks.hessian.settings import HessianSettings
 
 from .modules import Plain
 
@@ -75,3 +84,68 @@ def test_the_signature_says_so(kind: Callable[..., Any]) -> None:
     kinds = [p.kind for p in inspect.signature(kind).parameters.values()]
     assert kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) <= 3
     assert inspect.Parameter.KEYWORD_ONLY in kinds
+
+
+NET, BATCH = torch.nn.Linear(3, 2), [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: HessianMonitor(nun_steps=3), "'nun_steps'; did you mean num_steps?"),
+        (lambda: LossLandscapeMonitor(plane_point=3), "'plane_point'; did you mean plane_points?"),
+        (lambda: PoisonedLoss(0.5, BATCHES, label="true"), "'label'; did you mean labels?"),
+        (lambda: Spectrum(setting=3), r"Spectrum\(\) .*'setting'; did you mean settings?"),
+        (lambda: Slices(interpolat=3), r"Slices\(\) .*'interpolat'; did you mean interpolate?"),
+        (
+            lambda: measure_hessian(NET, BATCH, los=None),
+            r"measure_hessian\(\) got an unexpected keyword argument 'los'; did you mean loss\?",
+        ),
+        (lambda: loss_plane(NET, BATCH, direction="top1"), "did you mean directions?"),
+        (lambda: aligned(NET, NET, BATCH[0], sed=1), "did you mean seed?"),
+        (lambda: economy(trace_regularisation=1e-3), "did you mean trace_regularization?"),
+        (lambda: economy(nothing=3), "a bundle does not take 'nothing'; it takes the settings"),
+        (lambda: measure_hessian(NET, BATCH, zzz=1), "unexpected keyword argument 'zzz'$"),
+    ],
+)
+def test_a_misspelled_argument_is_told_what_was_meant(call: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        call()
+
+
+def test_functions_keep_their_signatures_and_names() -> None:
+    for function in (measure_hessian, loss_plane, aligned, interpolate):
+        assert "module" in inspect.signature(function).parameters or function is not loss_plane
+        assert pickle.loads(pickle.dumps(function)) is function
+        assert function.__doc__
+    assert list(inspect.signature(measure_hessian).parameters)[:3] == ["module", "batches", "loss"]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Monitor([Spectrum]), r"quantities is a list with the class Spectrum; give a list"),
+        (lambda: Monitor(Spectrum), r"quantities is the class Spectrum; .* such as \[Spectrum\(\)"),
+        (lambda: Monitor(Spectrum()), r"quantities is one quantity; give a list of"),
+        (
+            lambda: Spectrum(HessianSettings),
+            r"settings is the class .*made: HessianSettings\(\.\.\.\)",
+        ),
+        (lambda: HessianMonitor(dataloader=torch.utils.data.DataLoader), "is the class DataLoader"),
+        (lambda: measure_hessian(NET, torch.utils.data.DataLoader), "batches is the class DataL"),
+        (lambda: measure_hessian(NET, BATCH, optimizer=torch.optim.SGD), "optimizer is the class"),
+        (lambda: measure_hessian(torch.nn.Linear, BATCH), "module is the class Linear; give a"),
+        (lambda: ModeConnection(torch.nn.Linear, NET), "start is the class Linear; give a module"),
+        (lambda: HessianMonitor(loss=torch.nn.MSELoss), "loss is the class MSELoss; give loss"),
+    ],
+)
+def test_a_class_in_the_place_of_an_instance_is_named(call: Any, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        call()
+
+
+@pytest.mark.parametrize("kind", [HessianMonitor, LossLandscapeMonitor])
+def test_a_report_before_anything_was_measured_says_what_to_do(kind: Any) -> None:
+    with pytest.raises(AttributeError, match=rf"{kind.__name__} has measured nothing yet.*\.fit"):
+        kind().report.summary()
+    assert kind().history == []

@@ -323,6 +323,6 @@ def loss_plane(
         warnings.warn(
             "refine=True has no effect, and the picture goes through the losses alone: "
             f"{refinement.reason}.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return LossPlane.of(found)

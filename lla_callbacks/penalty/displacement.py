@@ -19,6 +19,7 @@ from lla_callbacks.linalg.probes import (
 )
 from lla_callbacks.linalg.space import ParameterSpace
 from lla_callbacks.objective.gradient_hooks import unwatched
+from lla_callbacks.penalty.adding import add_in_pieces
 from lla_callbacks.penalty.elsewhere import Elsewhere, has_memory_alone
 
 # One gradient per parameter of a space, in its order; None where the loss sees none of it.
@@ -88,6 +89,10 @@ class DisplacedLoss:
         self._originals: list[Tensor] = []
         self._drawn: tuple[int | None, list[Tensor]] = (None, [])
         self._groups = _grouped(self.weights)
+        # Where the weights are: the distance and the probe.
+        self._at: tuple[float, int] | None = None
+        # Sums of squares of the entries of a total that were added up last, by position.
+        self.squares: dict[int, Tensor] = {}
 
     def signs(self, probe: int) -> Iterator[Tensor]:
         """Yield ``z`` tensor by tensor, shaped like the chosen parameters, as int8."""
@@ -110,7 +115,7 @@ class DisplacedLoss:
         place = self._place
         with torch.no_grad():
             place.leave(self.weights)
-        self._originals = place.starts
+        self._originals, self._at = place.starts, None
         try:
             yield
         finally:
@@ -123,17 +128,25 @@ class DisplacedLoss:
     def move(self, distance: float, probe: int) -> None:
         """Put the weights at ``theta + distance s z``."""
         place = self._place
-        pairs = iter(zip(place.starts, place.targets, strict=True))
-        for group, words in zip(self._groups, self._words(probe), strict=True):
-            starts, targets = (list(x) for x in zip(*(next(pairs) for _ in group), strict=True))
+        mirrors, self._at = self._at == (-distance, probe), (distance, probe)
+        large: list[int] = []
+        first = 0
+        for k, group in enumerate(self._groups):
+            i, first = first, first + len(group)
+            if len(group) == 1:
+                large.append(i)
+                if mirrors and place.mirror(i):
+                    continue
+            words = self._words(probe)[k]
             table = EIGHT_SIGNS.to(group[0].device, group[0].dtype) * distance
+            starts, targets = place.starts[i:first], place.targets[i:first]
             if len(group) > 1:
                 _move_small(targets, starts, words, table, relative=self.relative)
                 continue
             if self.relative:
                 table = table * _rms(starts[0])
             place.mover.write(targets[0], starts[0], words, 0, table)
-        place.arrive()
+        place.arrive(() if mirrors else large)
 
     def _words(self, probe: int) -> list[Tensor]:
         """Return the random words of each group, a bit a sign; kept for the other side."""
@@ -177,6 +190,7 @@ class DisplacedLoss:
         self.move(distance, probe)
         # Gradients come weighted from a weighted loss, which saves a pass over them. Not where it
         # is scaled against underflow: they may be in half precision on their way.
+        self.squares = {}
         scaled = self._loss_scale != 1.0
         on_loss, weight = (self._loss_scale, factor / self._loss_scale) if scaled else (factor, 1.0)
         if self.space.length <= FEW or all(known is None for known in total):
@@ -185,11 +199,20 @@ class DisplacedLoss:
             return loss
 
         def take(i: int, gradient: Tensor) -> Tensor:
-            _add_to(total, i, gradient, weight)
+            self._add_to(total, i, gradient, weight)
             # What is returned must have the shape, and need not have the memory.
             return gradient.new_zeros(()).expand_as(gradient)
 
         return self._backward(on_loss, take)[0]
+
+    def _add_to(self, total: list[Tensor | None], i: int, gradient: Tensor, weight: float) -> None:
+        known = total[i]
+        if known is None:
+            total[i] = weight * gradient
+            return
+        squares = add_in_pieces(known, gradient, weight)
+        if squares is not None:
+            self.squares[i] = squares
 
     def _backward(
         self, factor: float, take: Callable[[int, Tensor], Tensor] | None = None
@@ -259,14 +282,6 @@ def _add(total: list[Tensor | None], gradients: list[Tensor | None], weight: flo
     if fresh:
         for i, copy in zip(fresh, torch._foreach_mul(copied, weight), strict=True):
             total[i] = copy
-
-
-def _add_to(total: list[Tensor | None], i: int, gradient: Tensor, weight: float) -> None:
-    known = total[i]
-    if known is None:
-        total[i] = weight * gradient
-    else:
-        known.add_(gradient, alpha=weight)
 
 
 def combined(*terms: tuple[float, Gradients]) -> Gradients:

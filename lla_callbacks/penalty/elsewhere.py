@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from lla_callbacks.linalg.space import is_spread, local_part
 from lla_callbacks.penalty.moving import Mover
 
 _count_users: Any = getattr(torch._C, "_storage_Use_Count", None)
+_lazy: Any = getattr(torch, "_lazy_clone", None)
+_address: Any = getattr(torch._C, "_data_address", None)
 # The tensor, and Python's own handle on its storage.
 _ALONE = 2
 
@@ -41,6 +43,9 @@ class Elsewhere:
         self._buffers: list[Tensor] = []
         self._pointed: list[bool] = []
         self._versions: list[int] = []
+        # Which weights show a lazy copy of their target; of which it is no use.
+        self._watched: set[int] = set()
+        self._copied_anyway: set[int] = set()
 
     def leave(self, weights: Sequence[Tensor]) -> None:
         """Take the present values as where to start from, and come back to."""
@@ -49,6 +54,7 @@ class Elsewhere:
         here = [local_part(w).data for w in weights]
         if [b.shape for b in self._buffers] != [w.shape for w in here]:
             self._buffers = [torch.empty_like(w) for w in here]
+            self._copied_anyway.clear()
         triples = list(zip(self._pointed, here, self._buffers, strict=True))
         copied = [(w, b) for pointed, w, b in triples if not pointed]
         if copied:
@@ -59,11 +65,44 @@ class Elsewhere:
         # Only now: whoever interrupts what follows can put back what is there.
         self.is_away = True
 
-    def arrive(self) -> None:
-        """Let the weights show what was written to the targets."""
-        for w, target, pointed in zip(self._weights, self.targets, self._pointed, strict=True):
-            if pointed and w.data_ptr() != target.data_ptr():
-                w.data = target
+    def arrive(self, watched: Iterable[int] = ()) -> None:
+        """Let the weights show what was written to the targets.
+
+        Args:
+            watched: Of which weights :meth:`mirror` will want to know whether somebody has
+                written them, also past autograd (``.data``, numpy).
+        """
+        self._watched = set()
+        for i in watched:
+            if self._pointed[i] and i not in self._copied_anyway and None not in (_lazy, _address):
+                self._watched.add(i)
+        for i, (w, target, pointed) in enumerate(
+            zip(self._weights, self.targets, self._pointed, strict=True)
+        ):
+            if pointed:
+                # Whoever writes into a lazy copy gets memory of its own first.
+                w.data = _lazy(target) if i in self._watched else target
+
+    def mirror(self, i: int) -> bool:
+        """Move a weight to the other side of where it started, ``2 start - target``.
+
+        That reads and writes as much as a copy, and needs no signs.
+
+        Returns:
+            Whether it is done: only if it is certain that the target is as it was written.
+        """
+        if i not in self._watched:
+            return False
+        weight, start, target = self._weights[i], self.starts[i], self.targets[i]
+        unwritten: bool = _address(weight) == _address(target)
+        # The target is alone in its memory again.
+        weight.data = start
+        if unwritten:
+            target.lerp_(start, 2.0)
+        else:
+            # By the user's step, or a kernel that asks for memory to write to: once will do.
+            self._copied_anyway.add(i)
+        return unwritten
 
     def pause(self) -> None:
         """Let the weights be what they were, for a moment in which a graph may be alive."""

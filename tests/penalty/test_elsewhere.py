@@ -86,3 +86,52 @@ def test_who_changes_one_meanwhile_is_told(monkeypatch, known):
         found[1].mul_(2)
         assert place.back() == [1]
         assert place.back() == []
+
+
+def write_data(w):
+    w.data.clamp_(-0.1, 0.1)
+
+
+def write_numpy(w):
+    w.detach().numpy()[:] = 0
+
+
+def write_in_place(w):
+    with torch.no_grad():
+        w.mul_(2)
+
+
+def replace_data(w):
+    w.data = torch.zeros_like(w)
+
+
+def read(w):
+    torch.autograd.grad(nn.functional.linear(torch.ones(2, 300), w).sum(), w)
+
+
+@pytest.mark.parametrize("use", [read, write_data, write_numpy, write_in_place, replace_data])
+def test_only_what_nobody_wrote_is_mirrored(use):
+    """And what was written is neither taken for the target nor lost with it."""
+    found, place = [nn.Parameter(torch.randn(200, 300)), nn.Parameter(torch.randn(3))], Elsewhere()
+    kept = [w.detach().clone() for w in found]
+    with torch.no_grad():
+        place.leave(found)
+        for start, target in zip(place.starts, place.targets, strict=True):
+            torch.add(start, 0.01, out=target)
+        place.arrive([0])
+    memory = place.targets[0].data_ptr() if use is write_data else None
+    use(found[0])
+    with torch.no_grad():
+        assert not place.mirror(1)
+        if place.mirror(0):
+            assert use is read
+            torch.testing.assert_close(place.targets[0], kept[0] - 0.01, rtol=0, atol=2e-6)
+        else:
+            assert use is not read or elsewhere._lazy is None
+            torch.testing.assert_close(place.targets[0], kept[0] + 0.01, rtol=0, atol=0)
+        place.arrive()
+        assert torch.equal(found[0], place.targets[0])
+        assert not place.mirror(0)
+        place.back()
+    assert all(torch.equal(w, k) for w, k in zip(found, kept, strict=True))
+    assert memory is None or place.targets[0].data_ptr() == memory

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lla_callbacks.linalg.errors import MeasurementError, NonFiniteError
 from lla_callbacks.linalg.space import ParameterSpace
-from lla_callbacks.penalty import displacement, moving
+from lla_callbacks.penalty import adding, displacement, moving
 from lla_callbacks.penalty import penalty as penalty_module
 from lla_callbacks.penalty.displacement import DisplacedLoss
 from lla_callbacks.penalty.penalty import PenaltyGradient, PenaltySettings, penalty_gradient
@@ -579,6 +579,66 @@ def test_large_weights_are_moved_in_pieces_as_whole_ones_are(monkeypatch, relati
                 for p, w, s in zip(module.parameters(), kept, z, strict=True):
                     size = w.square().mean().sqrt() if relative else 1.0
                     torch.testing.assert_close(p.detach(), w + distance * size * s)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_both_sides_are_as_far_from_the_weights_whoever_writes_them(monkeypatch, writes) -> None:
+    """The second is the mirror image of the first, or drawn anew where a step has changed it."""
+    monkeypatch.setattr(displacement, "GROUP_SIZE", 1)
+    module, seen = nn.Linear(37, 11), []
+    kept = [p.detach().clone() for p in module.parameters()]
+
+    def evaluate() -> Tensor:
+        seen.append([p.detach().clone() for p in module.parameters()])
+        if writes:
+            module.weight.data.clamp_(-0.05, 0.05)
+        return module(torch.ones(2, 37)).square().sum()
+
+    drawn: list[float] = []
+    write = moving.Mover.write
+    monkeypatch.setattr(
+        moving.Mover, "write", lambda self, *args: drawn.append(1) or write(self, *args)
+    )
+    loss = around(module, evaluate)
+    z = list(loss.signs(0))
+    for _ in range(2):
+        penalty_of(loss, 0.005, "perturbation", with_task=True, compare=False)
+    for found, distance in zip(seen, [0.1, -0.1] * 2, strict=True):
+        for p, w, s in zip(found, kept, z, strict=True):
+            torch.testing.assert_close(p, w + distance * s, rtol=1e-6, atol=1e-7)
+    if displacement.has_memory_alone(torch.ones(1)):
+        assert len(drawn) == (6 if writes else 4)
+    assert all(torch.equal(p, w) for p, w in zip(module.parameters(), kept, strict=True))
+
+
+@pytest.mark.parametrize("at", [None, 0, -1])
+@pytest.mark.parametrize("side", [0, 1])
+def test_gradients_that_are_added_in_pieces_are_looked_at_whole(monkeypatch, at, side) -> None:
+    monkeypatch.setattr(displacement, "FEW", 0)
+    monkeypatch.setattr(adding, "PIECE", 24)
+    module, calls = nn.Linear(37, 11), []
+    x = torch.linspace(-1, 1, 74).view(2, 37)
+
+    def evaluate() -> Tensor:
+        calls.append(1)
+        factors = torch.ones(11, 37)
+        if at is not None and len(calls) == 1 + side:
+            factors.view(-1)[at] = math.nan
+        return (F.linear(x, module.weight * factors, module.bias).tanh()).sum()
+
+    loss = around(module, evaluate)
+    if at is not None:
+        with pytest.raises(NonFiniteError, match="norm nan"):
+            penalty_of(loss, 0.005, "perturbation", with_task=True, compare=False)
+        return
+    found = penalty_of(loss, 0.005, "perturbation", with_task=True, compare=False).gradient
+    assert loss.squares.keys() == {0, 1}
+    for g, (_, square) in zip(found, sorted(loss.squares.items()), strict=True):
+        torch.testing.assert_close(square, g.square().sum(dtype=torch.float64), rtol=1e-5, atol=0)
+    assert torch.equal(
+        torch.cat([g.view(-1) for g in found]),
+        loss.space.flatten(penalty_of(loss, 0.005, "perturbation", with_task=True).gradient),
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from lla_callbacks.objective.repetition import Repetition
+from lla_callbacks.objective.sharded import is_sharded
 
 
 class HeldOpen:
@@ -67,12 +68,13 @@ def held_in_one(objective: Any) -> Iterator[None]:
 
     Entering it costs a small network as much as twenty passes. The module stays in it in between,
     but for what is differentiated, which has a guard of its own. For use where nobody else looks
-    at the module meanwhile.
+    at the module meanwhile. Parameters that ``fully_shard`` spread stay gathered inside of it, and
+    are freed when it is left: then each evaluation has a guard of its own.
 
     Args:
         objective: The :class:`~lla_callbacks.objective.held_loss.HeldLoss`.
     """
-    if objective.held_open is not None:
+    if objective.held_open is not None or is_sharded(objective.module):
         yield
         return
     objective.held_open = held = HeldOpen()

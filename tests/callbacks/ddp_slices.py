@@ -108,7 +108,8 @@ def callbacks_of(watcher, case):
 
 def one(folder, case):
     RUNS.clear()
-    settings = dict(EVERYTHING, every_n_train_steps=8)
+    # One case draws.
+    settings = dict(EVERYTHING, every_n_train_steps=8, figures=case == "slices")
     if case == "failing":
         # The failure is to meet an evaluation, not the check that comes first.
         settings |= {"loss": FailsOnSecond(), "check": False}

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lla_callbacks import HessianMonitor, HessianTraceRegularizer, LossLandscapeMonitor
 from lla_callbacks.linalg import vectors
 
-SETTINGS = {"every_n_train_steps": 4, "num_samples": 16, "num_steps": 4, "num_probes": 3}
+SETTINGS = {"every_n_train_steps": 4, "num_samples": 16, "num_steps": 3, "num_probes": 2}
 SLICES = {
     "every_n_train_steps": 1000,
     # By a clock of its own it would leave out points on a busy machine.
@@ -234,7 +234,7 @@ class NanWhileMoved:
         loss = cross_entropy(module.net(batch[0]), batch[1])
         if module.trainer.global_step == 4:
             self.calls += 1
-        return loss * float("nan") if self.calls > 40 else loss
+        return loss * float("nan") if self.calls > 16 else loss
 
 
 class Killed:
@@ -287,10 +287,10 @@ def watcher_of(case):
     settings = dict(SETTINGS)
     if case == "fsdp_policy":
         # Each gradient is gathered and summed layer by layer: first and last measurement alone.
-        settings |= {"every_n_train_steps": 1000, "num_steps": 4, "num_probes": 2}
+        settings["every_n_train_steps"] = 1000
     if case == "fsdp":
         # Batches of unequal sizes, and one process has none in the last round.
-        settings |= {"num_samples": 36, "num_layer_steps": 2, "num_layer_probes": 3}
+        settings |= {"num_samples": 36, "num_layer_steps": 2, "num_layer_probes": 2}
         settings["every_n_train_steps"] = 10
     if case.startswith("fails_at") and case != "fails_in_product":
         settings["loss"] = FailsOnSecond(int(case.removeprefix("fails_at")))
@@ -298,7 +298,7 @@ def watcher_of(case):
         return FailsOutside(**settings)
     if case == "fails_in_product":
         # Every product calls the loss.
-        settings |= {"loss": FailsOnSecond(40), "engine": "difference"}
+        settings |= {"loss": FailsOnSecond(16), "engine": "difference"}
     if case == "fsdp_fails":
         settings["loss"] = NanWhileMoved()
     if case == "killed":
@@ -307,8 +307,10 @@ def watcher_of(case):
         settings["engine"] = "difference"
     if case == "fsdp_exact":
         settings["engine"] = "exact"
+    if case == "tensor":
+        settings["every_n_train_steps"] = 9
     if case == "layers":
-        settings |= {"num_layer_steps": 2, "num_layer_probes": 3}
+        settings |= {"num_layer_steps": 2, "num_layer_probes": 2}
     if case == "tracking":
         settings |= {"track_every_n_train_steps": 1}
     if case == "budget":

@@ -284,17 +284,17 @@ def pair(clock, price, **settings):
 def test_two_monitors_share_one_account_in_either_order(tmp_path, clock, swapped, price):
     monitors = pair(clock, price)
     order = monitors[::-1] if swapped else monitors
-    _, ticking = watch(clock, tmp_path, *order, train=800)
+    _, ticking = watch(clock, tmp_path, *order, train=400)
     assert monitors[0].account is monitors[1].account
     assert 0 < overhead_of(*monitors, ticking=ticking) <= 0.05
     hessian, landscape = monitors
     assert len(hessian.history) == 10
     assert steps(hessian)[0] == 0
-    assert steps(hessian)[-1] == 800
+    assert steps(hessian)[-1] == 400
     gaps = torch.tensor(steps(hessian)).diff()
     assert int(gaps.max() - gaps.min()) <= 10
     assert landscape.report is not None
-    assert landscape.history[-1][0] == 800
+    assert landscape.history[-1][0] == 400
     assert "of yours" in hessian.report.summary()
     assert "of yours" in landscape.report.summary()
     assert hessian.report.training_steps > 0
@@ -318,7 +318,7 @@ def test_dearer_evaluations_get_smaller_sizes(tmp_path, clock):
 def test_the_limit_holds_where_the_pace_changes(tmp_path, clock, slower):
     hessian, landscape = pair(clock, 0.1 * PRICE)
     _, ticking = watch(
-        clock, tmp_path, hessian, landscape, train=1000, seconds=lambda n: 1 if n < 500 else slower
+        clock, tmp_path, hessian, landscape, train=600, seconds=lambda n: 1 if n < 300 else slower
     )
     # What was planned on the early pace is spent on the whole run in proportion.
     assert overhead_of(hessian, landscape, ticking=ticking) <= 0.05 * max(1, 2 * (slower < 1))
@@ -466,7 +466,7 @@ def test_explicit_sizes_are_kept(tmp_path, clock):
         line_points=11,
         figures=False,
     )
-    watch(clock, tmp_path, hessian, landscape, train=600)
+    watch(clock, tmp_path, hessian, landscape, train=300)
     assert {(r.num_steps, r.num_probes) for _, r in hessian.history} == {(7, 5)}
     assert landscape.report.planes["random"].loss.shape == (9, 9)
     assert landscape.report.lines["random"].loss.shape == (11,)
@@ -475,7 +475,7 @@ def test_explicit_sizes_are_kept(tmp_path, clock):
 def test_overhead_is_logged_as_a_share_of_the_run_as_it_will_be(tmp_path, clock):
     hessian, landscape = pair(clock, 0.1 * PRICE)
     trainer, ticking = watch(
-        clock, tmp_path, hessian, landscape, train=600, logger=TensorBoardLogger(tmp_path)
+        clock, tmp_path, hessian, landscape, train=300, logger=TensorBoardLogger(tmp_path)
     )
     found = [e.value for e in events(trainer.logger.log_dir).Scalars("hessian/overhead")]
     assert found == sorted(found)
@@ -487,7 +487,7 @@ def test_overhead_is_logged_as_a_share_of_the_run_as_it_will_be(tmp_path, clock)
 @pytest.mark.parametrize(("bundle", "share"), [(economy, 0.02), (standard, 0.05)])
 def test_bundles_keep_their_share(tmp_path, clock, bundle, share):
     watchers = bundle(loss=costly(clock, 0.03 * PRICE), figures=False)
-    _, ticking = watch(clock, tmp_path, *watchers, train=400)
+    _, ticking = watch(clock, tmp_path, *watchers, train=200)
     assert 0 < overhead_of(*watchers, ticking=ticking) <= share
 
 
@@ -512,12 +512,18 @@ def test_training_is_bitwise_the_same(tmp_path, swapped):
 
 def test_monitors_of_one_loss_have_it_checked_once(tmp_path, clock):
     loss = costly(clock, 0.1 * PRICE)
-    watchers = [HessianMonitor(loss=loss, figures=False), LossLandscapeMonitor(loss=loss)]
-    watch(clock, tmp_path, *watchers, train=300)
+    watchers = [
+        HessianMonitor(loss=loss, figures=False),
+        LossLandscapeMonitor(loss=loss, figures=False),
+    ]
+    watch(clock, tmp_path, *watchers, train=150)
     assert watchers[0].subject.findings is watchers[1].subject.findings
     assert watchers[1].report.self_check is watchers[0].report.self_check is not None
-    other = [HessianMonitor(loss=loss, figures=False), LossLandscapeMonitor(loss=loss, mode="eval")]
-    watch(clock, tmp_path, *other, train=300)
+    other = [
+        HessianMonitor(loss=loss, figures=False),
+        LossLandscapeMonitor(loss=loss, mode="eval", figures=False),
+    ]
+    watch(clock, tmp_path, *other, train=150)
     assert other[0].subject.findings is not other[1].subject.findings
 
 

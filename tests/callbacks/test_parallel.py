@@ -133,7 +133,7 @@ def test_ddp_measures_as_one_process_over_the_union_and_leaves_training_alone(fo
 
 def test_layers_and_differences_are_shared_too(found):
     layers = found("layers")
-    settings = {"num_layer_steps": 2, "num_layer_probes": 3}
+    settings = {"num_layer_steps": 2, "num_layer_probes": 2}
     report = alone(Net(), layers[0]["weights"], **settings)
     assert_same(layers[0]["reports"][10], report, rtol=1e-8)
     by_difference = found("difference")
@@ -185,7 +185,7 @@ def test_fsdp2_measures_by_differences_as_one_process(sharded):
     assert "sharded" in last["reason"]
     assert last["gaps"] == {}
     # Batches of unequal sizes, ten in all.
-    settings = {"num_layer_steps": 2, "num_layer_probes": 3, "num_batches": 5}
+    settings = {"num_layer_steps": 2, "num_layer_probes": 2, "num_batches": 5}
     assert_same(last, alone(Sharded(), both[0]["weights"], **settings), rtol=1e-5)
     # Vectors live in the shards: together they are one.
     assert sum(each["held"] for each in both) == sum(t.numel() for t in both[0]["weights"].values())
@@ -209,7 +209,7 @@ def test_a_policy_of_half_precision_has_no_effect_on_a_measurement(sharded):
     last = both[0]["reports"][10]
     assert (last["engine"], last["precision"], last["gaps"]) == ("difference", "float32", {})
     module, batches = in_float32(both)
-    report = measure_hessian(module, batches, loss=loss_of, num_steps=4, num_probes=2)
+    report = measure_hessian(module, batches, loss=loss_of, num_steps=3, num_probes=2)
     assert last["loss"] == pytest.approx(report.loss, rel=1e-6)
     # What differences in float32 are worth; bfloat16 is off by 1e-2 and more.
     assert last["trace"] == pytest.approx(report.trace, rel=1e-3)

@@ -133,7 +133,7 @@ CASES = [
     pytest.param(lambda: monitor(every_n_train_steps=3), "sgd", id="hessian"),
     pytest.param(lambda: monitor(every_n_epochs=1, num_samples=12), "adam", id="epochs"),
     pytest.param(
-        lambda: monitor(every_n_train_steps=1, num_samples=1000),
+        lambda: monitor(every_n_train_steps=2, num_samples=1000),
         "adam",
         id="start in epoch 1",
     ),
@@ -150,7 +150,7 @@ CASES = [
     pytest.param(lambda: landscape(every_n_train_steps=3), "sgd", id="landscape"),
     pytest.param(
         lambda: landscape(
-            every_n_epochs=1,
+            every_n_train_steps=6,
             num_samples=12,
             num_rays=2,
             convexity_points=3,

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ class SkippedBatchError(MeasurementError):
     """The training step returned no loss for a held batch."""
 
 
+# Of training steps, by their functions: their code, and what they take.
+_FORMS: WeakKeyDictionary[FunctionType, tuple[CodeType, str]] = WeakKeyDictionary()
 _PLACE: ContextVar[int] = ContextVar("place", default=0)
 
 
@@ -57,12 +61,10 @@ def replay_training_step(module: nn.Module, batch: Any, batch_idx: int = 0) -> T
     check_replayable(module)
     mute(module)
     step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
-    names = list(inspect.signature(step).parameters.values())
-    positional = [p for p in names if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in names)
-    if takes_iterator(module):
+    form = _form_of(step)
+    if form == "iterator":
         output = step(iter([(batch, batch_idx, 0)]))
-    elif len(positional) >= 2 or variadic:
+    elif form == "numbered":
         output = step(batch, batch_idx)
     else:
         output = step(batch)
@@ -84,9 +86,31 @@ def replay_training_step(module: nn.Module, batch: Any, batch_idx: int = 0) -> T
 def takes_iterator(module: nn.Module) -> bool:
     """Return whether ``training_step`` fetches its batches itself, from ``dataloader_iter``."""
     step = getattr(module, "training_step", None)
-    return (
-        callable(step) and next(iter(inspect.signature(step).parameters), "") == "dataloader_iter"
-    )
+    return callable(step) and _form_of(step) == "iterator"
+
+
+def _form_of(step: Callable[..., Any]) -> str:
+    """Return what a step takes: ``"iterator"``, a ``"numbered"`` batch, or a ``"batch"``.
+
+    Asked before every pass, and looked up at length, so that it is kept for plain methods.
+    """
+    function = getattr(step, "__func__", None)
+    if type(function) is not FunctionType or function.__dict__:
+        # Decorated ones say what they take in their own way.
+        return _looked_up(step)
+    known = _FORMS.get(function)
+    if known is None or known[0] is not function.__code__:
+        known = _FORMS[function] = function.__code__, _looked_up(step)
+    return known[1]
+
+
+def _looked_up(step: Callable[..., Any]) -> str:
+    names = list(inspect.signature(step).parameters.values())
+    if names and names[0].name == "dataloader_iter":
+        return "iterator"
+    positional = [p for p in names if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in names)
+    return "numbered" if len(positional) >= 2 or variadic else "batch"
 
 
 def mute(module: nn.Module) -> None:

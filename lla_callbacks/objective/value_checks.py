@@ -35,6 +35,9 @@ REACH = 0.01
 SHRINK = 4.0
 ATTEMPTS = 4
 AGAIN = 2
+# Losses below this are asked about in float64 first: what their outputs are rounded by is more than
+# what a step changes. Which comes first decides nothing.
+SMALL = 2e-4
 # Fourth differences of a loss that are this many times what its rounding explains.
 UNEVEN = 20.0
 
@@ -69,9 +72,17 @@ def prove_values(objective: Objective, share: Share | None = None) -> SelfCheck:
             if repeats.outcome == "failed":
                 return SelfCheck((repeats, Check("slope", "not tried")), spent)
             checks = [repeats, untried("slope", NO_ROOM)]
-            slopes = _Slopes(prober, prober.gradient()[1], value)
-            spent += 1
-            slope = slopes.verdict(early=coarse)
+            # So small a loss is rounded as its outputs are, and float64 tells at once.
+            small = coarse and abs(value) < SMALL
+            double, more = _verdict_in_double(objective, share) if small else (None, 0.0)
+            spent += more
+            slopes = None
+            if double is not None and double.outcome == "passed":
+                slope = double
+            else:
+                slopes = _Slopes(prober, prober.gradient()[1], value)
+                spent += 1
+                slope = slopes.verdict(early=coarse and not small)
             if objective.findings.proof.hooks_seen and not objective.keeps_hooks:
                 hooks = "left out"
                 if slope.outcome == "failed":
@@ -82,10 +93,11 @@ def prove_values(objective: Objective, share: Share | None = None) -> SelfCheck:
                         slope, hooks = kept, "kept"
                     else:
                         objective.findings.learn(keep_hooks=False)
-        if coarse and slope.outcome in ("failed", "not decided") and prober.num_values:
-            found, more = _verdict_in_double(objective, share)
-            spent += more
-            slope = found or _verdict_alone(prober, slopes)
+        if coarse and slope.outcome in ("failed", "not decided") and slopes and prober.num_values:
+            if not small:
+                double, more = _verdict_in_double(objective, share)
+                spent += more
+            slope = double or _verdict_alone(prober, slopes)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -128,6 +140,8 @@ def _verdict_in_double(objective: Objective, share: Share) -> tuple[Check | None
         with in_double(objective.module), Prober(all_or_none(share, make), share) as prober:
             value, gradient = prober.gradient()
             found = _Slopes(prober, gradient, value).verdict()
+            if prober.objective.findings.proof.hooks_seen:
+                objective.findings.learn(hooks_seen=True)
     except Exception as error:  # noqa: BLE001 - user code that knows one precision only
         forgetful(error)
         return None, 0.0

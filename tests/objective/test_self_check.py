@@ -22,6 +22,7 @@ from lla_callbacks import (
 )
 from lla_callbacks.hessian.measures import CRITERIA
 from lla_callbacks.linalg.errors import MeasurementError, NoSecondDerivativeError
+from lla_callbacks.objective import value_checks
 from lla_callbacks.objective.engines import prove, with_hessian
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.product_checks import count_kinks
@@ -174,6 +175,33 @@ def test_a_gradient_that_is_no_derivative_is_found(name: str, dtype: torch.dtype
     assert found.outcome("slope") == "failed"
     assert "Jacobian" in found.trouble
     assert "jacobian='measure'" in found.remedy
+
+
+@pytest.mark.parametrize("name", ["", *JACOBIANS])
+def test_a_small_loss_is_asked_about_in_float64_first_and_judged_alike(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, batch, loss = JACOBIANS[name] if name else (tanh_net, vectors, cross_entropy)
+    torch.manual_seed(1)
+    module = make().float()
+    x, y = batch()
+
+    def small(module: Any, batch: Any) -> Tensor:
+        return 1e-5 * loss(module, batch)
+
+    seen: list[torch.dtype] = []
+    verdict = value_checks._Slopes.verdict
+
+    def noted(self: Any, *, early: bool = False) -> Any:
+        seen.append(self._prober.space.dtype)
+        return verdict(self, early=early)
+
+    monkeypatch.setattr(value_checks._Slopes, "verdict", noted)
+    found = prove(Objective(module, [(x.float(), y)], small))
+    assert found is not None
+    assert found.outcome("slope") == ("failed" if name else "passed")
+    # Where float64 says yes there is nothing left to ask.
+    assert seen == [torch.float64, torch.float32][: 2 if name else 1]
 
 
 def target_report(**settings: Any) -> HessianReport:

@@ -241,10 +241,8 @@ class HeldLoss:
     @contextmanager
     def context(self) -> Iterator[None]:
         """Surround a pass that is differentiated twice."""
-        with (
-            twice_differentiable(dropout=self.dropout),
-            no_gradient_hooks(inventory_of(self.module)),
-        ):
+        held = inventory_of(self.module)
+        with twice_differentiable(dropout=self.dropout), no_gradient_hooks(held):
             yield
 
     def _note_hook(self) -> None:

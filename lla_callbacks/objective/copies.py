@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lla_callbacks.objective.bulk import rows_of
 from lla_callbacks.objective.functions_of_the_user import copy_of_cached, copy_of_function
 from lla_callbacks.objective.precision import widened_half
 from lla_callbacks.objective.reconstruction import reconstructed
@@ -250,6 +251,8 @@ class Copier:
         self.keep(value, copied)
         if set(map(type, value)) <= ATOMS:
             copied.extend(value)
+        elif (rows := rows_of(value, alone=True)) is not None:
+            copied.extend(rows)
         else:
             copied.extend(self.copy(item, (path, (i,))) for i, item in enumerate(value))
         return copied

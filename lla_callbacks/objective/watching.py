@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
+from lla_callbacks.objective.bulk import rows_of
 from lla_callbacks.objective.rules import ATOMS
 from lla_callbacks.objective.training_step import MUTES
 
-_CONTAINERS = (list, dict, set, tuple, frozenset, deque)
+_CONTAINERS = frozenset({list, dict, set, tuple, frozenset, deque})
 # Entries of a container that are compared after each pass. Longer ones (a vocabulary, a table) are
 # compared before the next start only, up to so many; yet longer ones are copied anew.
 FEW_ENTRIES = 256
@@ -130,23 +132,22 @@ def entries_of(value: Any) -> int | None:
 
     None where it is anything else, or has more than can be compared.
     """
-    found = 0
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        kind = type(item)
-        if kind in ATOMS:
-            continue
-        if kind not in _CONTAINERS:
+    if type(value) in ATOMS:
+        return 0
+    found, level = 0, [value]
+    # Level by level, so that rows of a table take no step of Python each.
+    while level:
+        if not set(map(type, level)) <= _CONTAINERS:
             return None
-        found += len(item)
+        found += sum(map(len, level))
         if found > MOST_ENTRIES:
             return None
-        if is_flat(item):
-            continue
-        waiting.extend(item)
-        if kind is dict:
-            waiting.extend(item.values())
+        members = list(chain.from_iterable(level))
+        for item in level:
+            if type(item) is dict:
+                members.extend(item.values())
+        inner = set(map(type, members)) - ATOMS
+        level = [m for m in members if type(m) in inner] if inner else []
     return found
 
 
@@ -165,6 +166,8 @@ def snapshot(value: Any) -> Any:
         return value
     if is_flat(value):
         return value if kind is tuple else value.copy()
+    if kind is list and (rows := rows_of(value, alone=False)) is not None:
+        return rows
     if kind is dict:
         return {key: snapshot(item) for key, item in value.items()}
     if kind is deque:

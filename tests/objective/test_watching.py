@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.evaluation import evaluating
 from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.namespaces import Namespaces
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import space_of
 from lla_callbacks.objective.repetition import MOST_CHANGES
-from lla_callbacks.objective.watching import FEW_ENTRIES
+from lla_callbacks.objective.watching import FEW_ENTRIES, entries_of, snapshot
 
 BATCH = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
 
@@ -211,3 +212,44 @@ def test_a_batch_that_a_step_writes_into_is_whole_at_every_pass(make: Any) -> No
     objective = Objective(Net(), [make(BATCH)], writes, mode="eval")
     with evaluating(objective) as evaluate:
         assert len({evaluate.row()[0] for _ in range(5)}) == 1
+
+
+ROWS = {
+    "lists": lambda: [[i, str(i)] for i in range(100)],
+    "of several kinds": lambda: [[1], {"a": 2.0}, (3,), {4}, None, *({"b": i} for i in range(70))],
+    "tuples": lambda: [(i, i) for i in range(100)],
+    "deeper": lambda: [[i, [i]] for i in range(100)],
+    "with a tensor": lambda: [[torch.zeros(1)] for _ in range(100)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_a_table_are_copied_and_seen_to_change(name: str) -> None:
+    table = ROWS[name]()
+    copied = Copier().copy(table, (None, "table"))
+    plain = name != "with a tensor"
+    assert len(copied) == len(table)
+    assert entries_of(table) == (None if not plain else len(table) + sum(map(entries, table)))
+    if not plain:
+        return
+    before = snapshot(copied)
+    assert before == copied == table
+    for row in copied:
+        if isinstance(row, list):
+            row.append(1)
+        elif isinstance(row, dict):
+            row["more"] = 1
+    assert before == table
+    assert (copied != before) == (name != "tuples")
+
+
+def entries(row: Any) -> int:
+    return entries_of(row) or 0
+
+
+def test_a_row_that_is_somewhere_else_too_stays_the_same_row() -> None:
+    table = [[i] for i in range(100)]
+    copied = Copier().copy({"rows": table, "first": table[0]}, (None, "both"))
+    assert copied["rows"][0] is copied["first"] is not table[0]
+    both = Copier().copy([table[0], *table], (None, "twice"))
+    assert both[0] is both[1] is not table[0]

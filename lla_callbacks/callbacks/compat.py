@@ -327,8 +327,9 @@ def say(trainer: Any, text: str) -> None:
     if getattr(trainer, "is_global_zero", True):
         modules = [base.__module__ for base in type(trainer).__mro__]
         inside = (m for m in modules if m.startswith(_NAMESPACES))
-        with above_bars():
-            logging.getLogger(next(inside, _NAMESPACES[0])).info(text)
+        logger = logging.getLogger(next(inside, _NAMESPACES[0]))
+        with above_bars(logger):
+            logger.info(text)
 
 
 def own_hparams(trainer: Any, module: Any) -> dict[str, Any] | None:

@@ -65,11 +65,13 @@ def plan_of(timing: Timing, full: float) -> str:
         times = "measurements, as the run grows,"
     if timing.schedule.is_given:
         times = "measurements as scheduled, as far as there is room,"
-    words = f"{times} on {choice.words}, each {steps_of(steps)}"
+    each = "which takes" if choice.count == 1 else "each"
+    words = f"{times} on {choice.words}, {each} {steps_of(steps)}"
     if not choice.fits:
         return (
-            f"{words}, beside a check and figures: the least there is, and all in all more than "
-            f"the limit of {_percent(account.limit)} of this run. {_remedy(timing, full)}"
+            f"{words}, and a check and figures besides. That is the least there is, and for so "
+            f"short a run still more than the limit of {_percent(account.limit)} of its time. "
+            f"{_remedy(timing, full)}"
         )
     return f"{words} (limit {_percent(account.limit)} of training time, for all monitors)."
 

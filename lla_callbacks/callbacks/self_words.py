@@ -51,8 +51,11 @@ def described(monitor: Any) -> str:
     parts = [f"{what}: {_when(monitor)}"]
     batches = "first training samples" if held.dataloader is None else "samples of its dataloader"
     loss = "training_step" if held.loss is None else f"loss={_called(held.loss)}"
-    count = f"{held.num_samples:,}" if held.num_samples else "up to 256"
-    parts.append(f"on the {count} {batches} by {loss}, mode {held.mode!r}")
+    if held.num_samples:
+        on = f"on the {held.num_samples:,} {batches}"
+    else:
+        on = f"on the {batches}, 256 at most,"
+    parts.append(f"{on} by {loss}, mode {held.mode!r}")
     if how.parameters is not None:
         part = how.parameters
         words = f"where {_called(part)}" if callable(part) else shown(part)
@@ -78,7 +81,7 @@ def _when(monitor: Any) -> str:
     if schedule.is_given:
         times[0] = f"at the start, {times[0]}"
         return ", ".join(times) + " and at the end" + (f", within {limit:.0%}" if limit else "")
-    share = f"{limit or 0.05:.0%} of training time for all monitors"
+    share = f"{limit or 0.05:.0%} of training time for all monitors together"
     return ", ".join([f"about ten times a run within {share}", *times])
 
 

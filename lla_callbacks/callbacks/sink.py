@@ -71,9 +71,9 @@ class Sink:
         experiment = getattr(logger, "experiment", None)
         if callable(getattr(experiment, "add_figure", None)) and self.figures:
             text = (
-                f"see it by tensorboard --logdir {folder_of(logger)} "
-                "--samples_per_plugin images=1000 (without that it shows ten figures a tag)"
-                + (" (numbers are in .npz files there)" if self.save_arrays else "")
+                f"to see it: tensorboard --logdir {folder_of(logger)} "
+                "--samples_per_plugin images=1000 (without the last part it shows ten figures of "
+                "each kind only)" + ("; all numbers are in .npz files there" * self.save_arrays)
             )
             if self.said.is_new(self.name, text):
                 say(trainer, f"{self.owner}: {text}")

@@ -90,7 +90,7 @@ def describe(measurement: HessianMeasurement) -> str:
 def _sure(end: Eigenvalue, sign: int) -> str:
     """Return what the error of an extreme eigenvalue says, or that its place is open."""
     if not end.is_open:
-        return "the +- is its residual"
+        return "the +- is its residual: how far it is off at most"
     found, no_further = ("first", "second") if sign > 0 else ("second", "first")
     beyond = "higher" if sign > 0 else "lower"
     return (

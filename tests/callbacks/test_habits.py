@@ -112,7 +112,7 @@ def test_where_results_are_seen_is_told_once(tmp_path, caplog) -> None:
     with caplog.at_level(logging.INFO):
         fit(tmp_path, monitor(figures=True), callbacks=[slices(figures=True)],
             logger=TensorBoardLogger(tmp_path))  # fmt: skip
-    assert len([r for r in caplog.records if "see it by tensorboard" in r.message]) == 1
+    assert len([r for r in caplog.records if "to see it: tensorboard" in r.message]) == 1
 
 
 @pytest.mark.parametrize("replayed", [True, False])

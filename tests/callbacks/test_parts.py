@@ -130,15 +130,15 @@ def loss(module: Any, batch: Any) -> Any:
     ("monitor", "words"),
     [
         (HessianMonitor(), "<HessianMonitor 'hessian': about ten times a run within 5% of training "
-                           "time for all monitors; on the up to 256 first training samples by "
-                           "training_step, mode 'batch'; none so far>"),
+                           "time for all monitors together; on the first training samples, 256 at "
+                           "most, by training_step, mode 'batch'; none so far>"),
         (HessianMonitor(every_n_train_steps=100, track_every_n_train_steps=10, num_samples=64,
                         loss=loss, parameters=["a.*"], mode="eval"),
          "at the start, every 100 steps, lightly every 10 steps and at the end; on the 64 first "
          "training samples by loss=loss, mode 'eval'; of the parameters ('a.*',); none so far>"),
         (LossLandscapeMonitor(every_n_epochs=1, max_overhead=0.1, dataloader=[torch.ones(2)]),
          "<LossLandscapeMonitor 'landscape': at the start, every epoch and at the end, within 10%; "
-         "on the up to 256 samples of its dataloader by training_step"),
+         "on the samples of its dataloader, 256 at most, by training_step"),
     ],
 )  # fmt: skip
 def test_a_monitor_says_what_it_does(monitor: Any, words: str) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 from lightning_utilities.core import rank_zero
 from tqdm.auto import tqdm
 
+from lla_callbacks.callbacks.compat import say
 from lla_callbacks.callbacks.telling import Said, above_bars, rank_zero_info, rank_zero_warn
 
 
@@ -81,3 +84,32 @@ def test_what_another_one_has_told_is_not_new() -> None:
     assert not said.is_new("landscape", "no")
     # Whoever was first may say it again, of another run of the same process, say.
     assert said.is_new("hessian", "no")
+
+
+@pytest.mark.parametrize("named", ["info", "say"])
+def test_a_line_of_the_log_stands_above_a_display_of_rich(
+    named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = pytest.importorskip("rich.console")
+    live = pytest.importorskip("rich.live")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    handler = logging.StreamHandler(screen)  # type: ignore[arg-type]
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    logger = rank_zero.log if named == "info" else logging.getLogger("pytorch_lightning")
+    logger.addHandler(handler)
+    tell = rank_zero_info if named == "info" else partial(say, trainer)
+    shown = console.Console(file=screen, force_terminal=True, width=60)
+    try:
+        with live.Live("THE BAR", console=shown, auto_refresh=False) as display:
+            display.refresh()
+            tell("it is far away")
+            at = screen.text.index("it is far away")
+            # Once, after what the display drew before was erased, and it is drawn again below.
+            assert screen.text.count("it is far away") == 1
+            assert "\x1b[2K" in screen.text[:at][screen.text[:at].rindex("THE BAR") :]
+            assert "THE BAR" in screen.text[at:]
+            assert handler.stream is screen
+    finally:
+        logger.removeHandler(handler)

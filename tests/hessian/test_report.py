@@ -190,7 +190,8 @@ def test_an_end_that_is_open_does_not_read_like_a_value_with_an_error_bar(
     sure = dataclasses.replace(report, lambda_max=Eigenvalue(1.8612, 1e-4, 1e-3))
     line = sure.summary().splitlines()[1]
     assert line == (
-        "  largest eigenvalue  1.86120 +- 0.00010  (the sharpest direction; the +- is its residual)"
+        "  largest eigenvalue  1.86120 +- 0.00010  (the sharpest direction; the +- is its "
+        "residual: how far it is off at most)"
     )
     known = dataclasses.replace(
         report,

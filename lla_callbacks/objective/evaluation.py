@@ -71,7 +71,8 @@ class Evaluator:
         self._silence = objective.silencer()
         # Looking at every function of a forward pass costs a small network as much as the pass,
         # so it ends once all batches went through without any dropout.
-        self._no_dropout = None if objective.dropout else NoDropout()
+        known = objective.dropout or (reset.drops_nothing and not metrics)
+        self._no_dropout = None if known else NoDropout()
 
     def __call__(self, statistics: Statistics | None = None) -> Tensor:
         """Return loss and metrics, shape ``(1 + len(metrics),)``, float64 on the CPU.
@@ -101,6 +102,7 @@ class Evaluator:
                 values.append(_scalar(self._guarded(i, function, statistics)))
         if self._no_dropout is not None and not self._no_dropout.active:
             self._no_dropout = None
+            self._reset.drops_nothing = True
         results = [self._mean(losses)]
         results += [_number(k, m.compute()) for k, m in self.metrics.items()]
         results += [self._mean(values) for values in others]

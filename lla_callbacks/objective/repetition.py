@@ -74,6 +74,10 @@ class Repetition:
         forget_gathered: Lets parameters in shards be forgotten.
         outer: The guard's copier.
         loss: The user's own.
+
+    Attributes:
+        num_changed: How many evaluations changed attributes.
+        drops_nothing: Whether all batches went through without functional dropout.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Repetition:
         # What attributes were copied by, and nothing else yet.
         self._copier = self._template
         self.num_changed = 0
+        self.drops_nothing = False
 
     def __call__(self, seed: int | None = None) -> Copier:
         """Reset, and return the copier by which batches are to be copied.

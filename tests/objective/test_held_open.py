@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lla_callbacks import loss_plane
 from lla_callbacks.linalg.errors import MeasurementError
@@ -101,6 +102,23 @@ def test_a_loss_that_changes_the_weights_is_refused_and_they_are_put_back(
         with pytest.raises(MeasurementError, match="changes the trainable weights"):
             loss_plane(module, [batch()], loss=loss, check=check, **SETTINGS)
     assert same(before, state(module))
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_what_is_known_of_dropout_goes_along_but_not_to_metrics(drops: bool) -> None:
+    def dropping(module: Any, batch: Any) -> Tensor:
+        out = module(batch[0])
+        return (F.dropout(out) if drops else out).square().mean()
+
+    objective = Objective(Counting(), [batch()], dropping)
+    plain = objective()
+    metrics = {"one": lambda module, batch: torch.ones(())}
+    with held_in_one(objective):
+        for asked, watched in (({}, True), ({}, drops), (metrics, True)):
+            with evaluating(objective, metrics=asked) as evaluate:
+                # Looking at every function costs as much as a small network's pass.
+                assert (evaluate._no_dropout is not None) == watched
+                assert float(evaluate()[0]) == plain
 
 
 def broken(module: Any, batch: Any) -> Tensor:

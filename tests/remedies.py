@@ -216,6 +216,18 @@ def doubtful(power: float, at: float = 0.0) -> Any:
     return measure(module, loss=lambda m, b: cross_entropy(m, b) + ((m.bias + at) ** power).sum())
 
 
+def in_one_memory(how: str) -> nn.Module:
+    """Two layers of one weight, in several ways."""
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    first, _, last = module
+    if how == "tied":
+        last.weight = first.weight
+    else:
+        last.weight.data = first.weight.data.clone() if how == "clone" else first.weight.data
+    return module
+
+
 class Clipped(nn.Module):
     """Its forward pass changes its weights."""
 

@@ -33,6 +33,7 @@ from tests.remedies import (
     fed,
     functional_norm,
     graphs,
+    in_one_memory,
     kinked,
     limited,
     long,
@@ -222,6 +223,15 @@ CASES = [
         {
             "left out": lambda: measure(OneBatch().double()),
             "eval": lambda: measure(OneBatch().double(), microbatch_size=1, mode="eval"),
+        },
+    ),
+    Case(
+        "weights in one memory",
+        "Let a copy have memory of its own, by .detach().clone(), and tie weights by assigning",
+        lambda: measure(in_one_memory("data")),
+        {
+            "clone": lambda: measure(in_one_memory("clone")),
+            "tied": lambda: measure(in_one_memory("tied")),
         },
     ),
     Case(

@@ -37,12 +37,14 @@ class Findings:
         unsplittable: Why parts of some batch do not add up to it, once that was found.
         split: Places of the batches whose parts' gradients were found to add up.
         proof: What is known of the loss.
+        rounding: Of a loss that is returned in fewer digits than the weights have; else zero.
     """
 
     saved: int | None = None
     unsplittable: str | None = None
     split: set[int] = field(default_factory=set)
     proof: Proof = field(default_factory=Proof)
+    rounding: float = 0.0
 
     def learn(self, **found: Any) -> None:
         """Take note of something about the loss."""

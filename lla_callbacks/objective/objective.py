@@ -26,6 +26,7 @@ from lla_callbacks.objective.held_loss import trainable as trainable
 from lla_callbacks.objective.held_open import weights_kept_elsewhere
 from lla_callbacks.objective.loss import Loss, Statistics
 from lla_callbacks.objective.memory import Findings
+from lla_callbacks.objective.one_memory import refuse_shared_memory
 from lla_callbacks.objective.parts import Parameters
 from lla_callbacks.objective.precision import Precision
 from lla_callbacks.objective.self_check import Jacobian
@@ -111,6 +112,7 @@ class Objective(HeldLoss):
         self.engine: Engine = engine
         self.check = flag("check", check)
         self.jacobian: Jacobian = one_of("jacobian", jacobian, Jacobian)
+        refuse_shared_memory(module)
         super().__init__(
             module,
             batches,
@@ -294,6 +296,7 @@ class Objective(HeldLoss):
         found = self.coarse
         if found is not None:
             operator.eps = max(operator.eps, torch.finfo(found).eps)
+        operator.eps = max(operator.eps, self.findings.rounding)
         operator.room = self.plan.room
         operator.basis_room = self.plan.basis_room(operator.engine)
         return operator

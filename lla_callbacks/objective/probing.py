@@ -56,7 +56,7 @@ class Prober:
     def eps(self) -> float:
         """Relative rounding of the loss's arithmetic."""
         found = self.objective.coarse
-        own = torch.finfo(self.space.precision).eps
+        own = max(torch.finfo(self.space.precision).eps, self.objective.findings.rounding)
         return own if found is None else max(own, torch.finfo(found).eps)
 
     def _forget(self) -> None:
@@ -148,6 +148,10 @@ class Prober:
             if copier.refusals:
                 raise copier.refusals[0]
             objective.check_finite(loss, place)
+            if loss.is_floating_point():
+                rounding, findings = torch.finfo(loss.dtype).eps, objective.findings
+                if rounding > torch.finfo(self.space.precision).eps:
+                    findings.rounding = max(findings.rounding, rounding)
             return loss_value(loss), first_derivative(loss, self.space.tensors)
 
     def turn(self, unit: Tensor) -> None:

@@ -174,7 +174,8 @@ def _difference(
     """Return whether a product agrees with a difference of gradients, and what that cost."""
     size_of = hessian.vectors.norm
     weights = hessian.weight_norm() or 1.0
-    ratio = torch.finfo(hessian.space.precision).eps / torch.finfo(torch.float32).eps
+    own = max(torch.finfo(hessian.space.precision).eps, objective.findings.rounding)
+    ratio = own / torch.finfo(torch.float32).eps
     step = FIRST_STEP * ratio ** (1 / 3) * weights
     spent, check = 0.0, Check("product", "not tried")
     deviations = 0

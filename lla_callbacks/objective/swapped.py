@@ -12,8 +12,9 @@ from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.gradient_hooks import hooks_of
 from lla_callbacks.objective.interrupts import shielded
 from lla_callbacks.objective.inventory import Inventory
+from lla_callbacks.objective.one_memory import sharing
 from lla_callbacks.objective.precision import ORIGINAL
-from lla_callbacks.objective.tensor_copies import restored_values, separate
+from lla_callbacks.objective.tensor_copies import Storages, restored_values, separate
 
 
 @contextmanager
@@ -64,6 +65,8 @@ def preserved_frozen_parameters(held: Inventory, copier: Copier) -> Iterator[Non
 def preserved_buffers(held: Inventory, copier: Copier) -> Iterator[None]:
     """Put copies in the places of all buffers; what is registered meanwhile goes."""
     saved: list[tuple[nn.Module, Any, dict[str, Tensor | None]]] = []
+    # Views of one buffer are views of one copy.
+    together, storages = sharing(held.buffers), Storages(lambda: ())
     try:
         for m in held.modules:
             store: Any = m._buffers
@@ -77,7 +80,8 @@ def preserved_buffers(held: Inventory, copier: Copier) -> Iterator[None]:
             for name, buffer in before.items():
                 if isinstance(buffer, Tensor):
                     if copier.memo.get(id(buffer), buffer) is buffer:
-                        _stand_for(buffer, separate(buffer), copier)
+                        copy = storages.copy if id(buffer) in together else separate
+                        _stand_for(buffer, copy(buffer), copier)
                     store[name] = copier.memo[id(buffer)]
         yield
     finally:

@@ -292,6 +292,21 @@ def test_the_square_of_a_norm_at_zero_is_measured_by_differences() -> None:
         assert torch.isfinite(operator @ torch.ones(len(ends), 1, dtype=torch.float64)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_in_fewer_digits_than_the_weights_is_not_accused(dtype: torch.dtype) -> None:
+    module, batch = tanh_net().double(), vectors()
+
+    def rounded(module: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(module, batch).to(dtype)
+
+    report = measure_hessian(module, [batch], loss=rounded, num_steps=40, num_probes=40)
+    exact = measure_hessian(module, [batch], loss=cross_entropy, num_steps=40, num_probes=40)
+    eps = torch.finfo(dtype).eps
+    assert report.lambda_max == pytest.approx(exact.lambda_max, rel=10 * eps)
+    assert report.self_check is not None
+    assert not report.self_check.trouble
+
+
 def test_a_second_derivative_that_is_lost_is_found_and_measured_by_differences() -> None:
     torch.manual_seed(1)
     module, batch = Calling(DetachedCube.apply).double(), vectors()

@@ -55,6 +55,7 @@ ELSEWHERE = {
     "Measure a checkpoint, in a plain module": "sharded parameters: it is measure_hessian itself",
     "Write the distances out": "torch has a second derivative of it since 2.14; tests/kinds.py",
     "Give loss=callable(module, batch) that avoids it, or replace it": "as for custom functions",
+    ", or refine=False.": "tests/callbacks/test_landscape_monitor.py sets it",
     "Move that to a hook that is not replayed": "tests/callbacks/test_remedies.py",
     "Use cross_entropy of labels": "tests/callbacks/test_poisoned_loss.py poisons it",
     "Use binary_cross_entropy_with_logits": "tests/callbacks/test_poisoned_loss.py poisons it",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lla_callbacks.hessian.criteria import MAINLY_POSITIVE_ABOVE
 from lla_callbacks.hessian.engine_error import gap_remedy
 from lla_callbacks.hessian.measures import HessianMeasurement
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
@@ -50,12 +51,8 @@ def describe(measurement: HessianMeasurement) -> str:
             "  (mean along random directions as long as the filters; comparable between networks)"
         )
     if math.isfinite(c["c_t"]):
-        side = "above" if m.spectrum_type == "mainly positive" else "below"
         ratio = with_error(c["c_t"], m.criteria_errors["c_t"])
-        lines.append(
-            f"  spectrum            smallest/largest {ratio}"
-            f"  ({side} -0.6, which Gabdullin 2025 calls {m.spectrum_type})"
-        )
+        lines.append(f"  spectrum            smallest/largest {ratio}  ({_side(m)})")
         lines.append(
             f"  KH05                {with_error(c['kh05'], m.criteria_errors['kh05'])}  (negative "
             f"over positive part of the spectrum; compare it at the same num_steps, here "
@@ -91,12 +88,19 @@ def _sure(end: Eigenvalue, sign: int) -> str:
     """Return what the error of an extreme eigenvalue says, or that its place is open."""
     if not end.is_open:
         return "the +- is its residual: how far it is off at most"
-    found, no_further = ("first", "second") if sign > 0 else ("second", "first")
-    beyond = "higher" if sign > 0 else "lower"
-    return (
-        f"found so far: the {found}; with 95 % certainty it is no {beyond} than the {no_further}; "
-        "a larger num_steps narrows it"
-    )
+    low, _, high = spanned(end, sign).partition(" to ")
+    found, limit = (low, f"no higher than {high}") if sign > 0 else (high, f"no lower than {low}")
+    return f"found at {found}, with 95 % certainty {limit}; a larger num_steps narrows it"
+
+
+def _side(m: HessianMeasurement) -> str:
+    """Return on which side of LLA's threshold the ratio of both ends lies, as far as is known."""
+    away = m.criteria["c_t"] - MAINLY_POSITIVE_ABOVE
+    if not abs(away) > m.criteria_errors["c_t"]:
+        where = f"within its error of {MAINLY_POSITIVE_ABOVE}"
+        return f"{where}, above which Gabdullin 2025 says mainly positive"
+    side = "above" if away > 0 else "below"
+    return f"{side} {MAINLY_POSITIVE_ABOVE}, which Gabdullin 2025 calls {m.spectrum_type}"
 
 
 def _gap_lines(m: HessianMeasurement) -> list[str]:

@@ -184,6 +184,25 @@ def test_the_summary_says_everything_in_words(report: HessianReport) -> None:
     assert "stability" not in text
 
 
+@pytest.mark.parametrize(
+    ("ratio", "error", "words"),
+    [
+        (-0.1, 0.02, "above -0.6, which Gabdullin 2025 calls mainly positive"),
+        (-0.7, 0.02, "below -0.6, which Gabdullin 2025 calls mainly negative"),
+        (-0.61, 0.02, "within its error of -0.6, above which Gabdullin 2025 says mainly positive"),
+    ],
+)
+def test_the_side_of_the_threshold_is_told_where_it_is_known(
+    report: HessianReport, ratio: float, error: float, words: str
+) -> None:
+    found = dataclasses.replace(
+        report,
+        criteria={**report.criteria, "c_t": ratio, "mainly_positive": float(ratio > -0.6)},
+        criteria_errors={**report.criteria_errors, "c_t": error},
+    )
+    assert words in found.summary()
+
+
 def test_an_end_that_is_open_does_not_read_like_a_value_with_an_error_bar(
     report: HessianReport,
 ) -> None:
@@ -199,12 +218,10 @@ def test_an_end_that_is_open_does_not_read_like_a_value_with_an_error_bar(
         lambda_min=Eigenvalue(-0.271, 0.03, 0.14),
     )
     text = known.summary()
-    assert (
-        "largest eigenvalue  1.86 to 2.30  (the sharpest direction; found so far: the first" in text
-    )
+    assert "largest eigenvalue  1.86 to 2.30  (the sharpest direction; found at 1.86, with" in text
     assert "smallest eigenvalue -0.41 to -0.27  (below zero" in text
-    assert "95 % certainty it is no higher than the second" in text
-    assert "95 % certainty it is no lower than the first" in text
+    assert "with 95 % certainty no higher than 2.30; a larger num_steps" in text
+    assert "found at -0.27, with 95 % certainty no lower than -0.41; a" in text
     assert "1.86 +-" not in text
     headline = [t.get_text() for t in known.figure().texts]
     assert "λmax 1.86 to 2.30" in headline

@@ -86,7 +86,7 @@ print(watched)
 for step, report in watched.history[:13:2]:
     loss = first.losses[min(step, STEPS - 1)]
     print(
-        f"step {step:3}  loss {loss:.3f}  {report.lambda_max!r:34} stability {report.criteria['stability']:.2f}"
+        f"step {step:3}  loss {loss:.3f}  {report.lambda_max!r:38} stability {report.criteria['stability']:.2f}"
     )
 
 

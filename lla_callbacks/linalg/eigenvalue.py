@@ -55,7 +55,7 @@ class Eigenvalue(float):
         return Eigenvalue(float(self), residual, beyond, worth)
 
     def __repr__(self) -> str:
-        further = f", {self.beyond:.1g} further out at most" if self.is_open else ""
+        further = f", beyond {self.beyond:.1g}" if self.is_open else ""
         return f"{float(self):.6g} (residual {self.residual:.1g}{further})"
 
 

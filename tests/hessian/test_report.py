@@ -233,7 +233,7 @@ def test_an_end_that_is_open_does_not_read_like_a_value_with_an_error_bar(
     assert "within its error" in step_text(
         4, {"λmax": numbers_of(higher)["λmax"]}, (3, numbers_of(known)), ""
     )
-    assert "0.4 further out at most" in repr(known)
+    assert "(residual 0.1, beyond 0.4)" in repr(known)
 
 
 @pytest.mark.parametrize(

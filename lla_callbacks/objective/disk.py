@@ -104,6 +104,8 @@ class Disk:
         if not os.path.isdir(os.path.dirname(key)):
             raise _error(errno.ENOENT, file)
         content = self._content(key) if exists and "w" not in mode else b""
+        if hasattr(os, "memfd_create"):
+            return self._reopened(key, file, content, mode.replace("x", "w"), *args, **kwargs)
         memory = Memory(content)
         if writes:
             self._put(key, Held(memory))
@@ -114,6 +116,23 @@ class Disk:
             return memory
         given = {**dict(zip(_TEXT, args[1:], strict=False)), **kwargs}
         return io.TextIOWrapper(memory, **{k: v for k, v in given.items() if k in _TEXT})
+
+    def _reopened(
+        self, key: str, file: Any, content: bytes, mode: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Open what is in memory as a file of the system, which has a descriptor."""
+        there = self._held.get(key)
+        descriptor = there.descriptor if there is not None else None
+        if descriptor is None:
+            descriptor = os.memfd_create("pass")
+            written = memoryview(content)
+            while written:
+                written = written[os.write(descriptor, written) :]
+            self._put(key, Held(descriptor))
+        found = self._open(f"/proc/self/fd/{descriptor}", mode, *args, **kwargs)
+        inner = getattr(found, "buffer", found)
+        getattr(inner, "raw", inner).name = file
+        return found
 
     def open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: Any = None) -> int:
         """Open a file as ``os.open`` does: where it is written to, another one in memory."""

@@ -31,6 +31,11 @@ class Held:
                 return bytes(file.read())
         return bytes(source)
 
+    @property
+    def descriptor(self) -> int | None:
+        """That of the file, where it has one of its own."""
+        return self._source if isinstance(self._source, int) else None
+
     def close(self) -> None:
         """Let a descriptor go."""
         if isinstance(self._source, int):

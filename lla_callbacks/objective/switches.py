@@ -18,10 +18,13 @@ def switches() -> Callable[[], None]:
 
     Of torch: cuDNN, determinism, oneDNN, precision of products, anomaly mode, threads, autocast; of
     numpy: floating-point errors; of Python: filters of warnings, the garbage collector, limit of
-    recursion, search path, precision of decimals.
+    recursion, search path, precision of decimals; which figures are open in pyplot.
     """
     before = [read() for read in _READ]
     filters, path = warnings.filters[:], sys.path[:]
+    # Figures that pyplot knows, if anybody uses it; muted loggers close none.
+    pyplot: Any = sys.modules.get("matplotlib._pylab_helpers")
+    figures: Any = pyplot.Gcf.figs.copy() if pyplot else ()
 
     def restore() -> None:
         now = [read() for read in _READ]
@@ -34,6 +37,9 @@ def switches() -> Callable[[], None]:
             warnings._filters_mutated()  # type: ignore[attr-defined]
         if sys.path != path:
             sys.path[:] = path
+        if pyplot and list(pyplot.Gcf.figs) != list(figures):
+            pyplot.Gcf.figs.clear()
+            pyplot.Gcf.figs.update(figures)
 
     return restore
 

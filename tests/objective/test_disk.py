@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import gc
 import json
 import os
@@ -119,6 +120,24 @@ def arrays():
     assert np.load("a.npy").sum() == torch.load("a.pt")["a"].sum() == 3
 
 
+def mapped():
+    values = np.memmap("a.bin", "float32", "w+", shape=(3,))
+    values[0] = 2
+    values.flush()
+    assert np.fromfile("a.bin", "float32")[0] == 2
+    np.ones(2).tofile("b.bin")
+    with open("flag", "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("down")
+        assert file.name == "flag"
+    with open("flag") as file:
+        assert file.read() == "down"
+    with open("flag", "x" if not os.path.exists("flag") else "a+") as file:
+        file.write("!")
+        file.seek(0)
+        assert file.read() == "down!"
+
+
 def by_a_thread():
     def write():
         pathlib.Path("mine").write_text("x")
@@ -136,8 +155,8 @@ def table():
     connection.close()
 
 
-STEPS = [flag, atomic, moved, folders, emptied, temporary, low, linked, elsewhere, appended, arrays,
-         by_a_thread, table]  # fmt: skip
+STEPS = [flag, atomic, moved, folders, emptied, temporary, low, linked, elsewhere, appended,
+         arrays, mapped, by_a_thread, table]  # fmt: skip
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
@@ -239,3 +258,16 @@ def test_switches_of_the_process_are_what_they_were(name):
         put(not before)
         assert read() != before
     assert read() == before
+
+
+def test_figures_of_pyplot_are_those_that_were_open(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.close("all")
+    mine = plt.figure()
+    for step in (plt.figure, lambda: plt.close("all"), lambda: plt.savefig(tmp_path / "a.png")):
+        with no_output():
+            step()
+        assert plt.get_fignums() == [mine.number]
+        assert plt.gcf() is mine
+    assert os.listdir(tmp_path) == []
+    plt.close("all")

@@ -87,12 +87,16 @@ def work(rank: int, size: int, port: int, kind: str, asked: argparse.Namespace) 
     module = network(hidden, sharded=kind.startswith("FSDP2"))
     dim = sum(p.numel() for p in trainable(module).values())
     source = torch.Generator().manual_seed(1)
-    batches = [tuple(torch.randn(2, 4, hidden, generator=source)) for _ in range(asked.batches)]
+    batches = [
+        tuple(torch.randn(2, asked.samples, hidden, generator=source)) for _ in range(asked.batches)
+    ]
     share = Everyone(torch.device("cpu"))
     mib = dim * 4 / 2**20
     known: tuple[float, float] | None = None
     for depth in asked.depths:
-        objective = Objective(module, batches, loss, engine=KINDS[kind], check=False)
+        objective = Objective(
+            module, batches, loss, engine=KINDS[kind], check=False, max_memory=asked.max_memory
+        )
         settings = HessianSettings(num_steps=depth, num_probes=2)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
@@ -121,6 +125,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=4, help="of a batch")
+    parser.add_argument("--max-memory", type=int, help="large: the basis stays in float32")
     parser.add_argument(
         "--rounds", type=int, help="of the search for a step; 0: none; without it: all"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lla_callbacks.linalg.space import ParameterSpace, local_part
 from lla_callbacks.objective.evaluation import Statistics
+from lla_callbacks.objective.tensor_copies import storage_of
 
 # Bytes that the weights at the present row of a plane may take, kept for the whole row.
 ROW_BYTES = 256 * 2**20
@@ -96,7 +97,7 @@ class Offsets:
         ``None`` if it is of none, or of more than one.
         """
         for i, live in enumerate(self._live):
-            if view.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():
+            if storage_of(view) != storage_of(live):
                 continue
             shift = view.storage_offset() - live.storage_offset()
             reach = sum((n - 1) * step for n, step in zip(view.shape, view.stride(), strict=True))

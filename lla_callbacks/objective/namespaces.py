@@ -46,6 +46,7 @@ class Namespaces:
     """
 
     def __init__(self, held: Inventory, loss: Any = None) -> None:
+        self._held = held
         self._modules = [_Namespace(m) for m in held.modules]
         kinds = set(map(type, held.modules))
         self._classes = [_Class(kind) for kind in {b for k in kinds for b in _own_bases(k)}]
@@ -90,10 +91,12 @@ class Namespaces:
     def watch(self) -> Unchanged | None:
         """Return what tells whether all attributes are as they are now.
 
-        ``None`` if that cannot be seen: an attribute is something that changes inside, other
-        than containers of what cannot change.
+        ``None`` if that cannot be seen: an attribute holds something that changes where Python
+        does not look.
         """
-        found = [part.watch() for part in self._modules]
+        held = self._held
+        known = frozenset(map(id, [*held.modules, *held.parameters, *held.buffers]))
+        found = [part.watch(known) for part in self._modules]
         found += [kind.watch() for kind in self._classes]
         watched = [w for w in found if w is not None]
         outside = self._outside.watch()
@@ -170,7 +173,7 @@ class _Namespace:
                 dictionary.clear()
         self.is_touched = False
 
-    def watch(self) -> Watch | None:
+    def watch(self, known: frozenset[int]) -> Watch | None:
         if any(
             key.endswith("hooks") and list(self.live[key].values()) != list(value.values())
             for key, value in self.filled
@@ -178,7 +181,7 @@ class _Namespace:
             return None  # a hook keeps something
         copied = [(self.live.get(key), value) for key, value in self.own]
         filled = [self.live[key] for key, _ in self.filled]
-        return watch(self.module, copied, filled, self.empty)
+        return watch(self.module, copied, filled, self.empty, known)
 
 
 class _Class:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lla_callbacks.objective.tensor_copies import storage_of
+
 _aten = torch.ops.aten
 _NOTHING: Mapping[int, Tensor] = {}
 # Of which the input need not be kept.
@@ -314,8 +316,6 @@ def _get(args: tuple[Any, ...], kwargs: dict[str, Any], k: int, name: str) -> An
 
 
 def _memory(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory, by which it is known under any view."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return id(tensor)
+    """Return what a tensor's memory is known by under any view."""
+    storage = storage_of(tensor)
+    return id(tensor) if storage is None else storage

@@ -40,6 +40,11 @@ def original_behind(value: Any) -> Any:
     return value.__dict__[_MARK][1] if own else value
 
 
+def own_of_shadow(value: Any) -> dict[str, Any] | None:
+    """Return what a shadow has copied or was given so far, None for anything else."""
+    return value.__dict__ if getattr(type(value), _MARK, False) is True else None
+
+
 def shadow_of(original: Any, copier: Any, path: Any) -> Any:
     """Return an object of the same class whose attributes are copied once they are asked for.
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from enum import Enum
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lla_callbacks.objective.bulk import rows_of
 from lla_callbacks.objective.rules import ATOMS
+from lla_callbacks.objective.shadows import own_of_shadow
+from lla_callbacks.objective.stand_ins import Muted, StandIn, Swallow
+from lla_callbacks.objective.tensor_copies import differ, separate, storage_of
 from lla_callbacks.objective.training_step import MUTES
 
 _CONTAINERS = frozenset({list, dict, set, tuple, frozenset, deque})
@@ -19,6 +26,16 @@ _CONTAINERS = frozenset({list, dict, set, tuple, frozenset, deque})
 # compared before the next start only, up to so many; yet longer ones are copied anew.
 FEW_ENTRIES = 256
 MOST_ENTRIES = 5_000_000
+# Objects, containers and tensors that hang together, of one attribute.
+MOST_OBJECTS = 2000
+# What cannot change, or is looked at elsewhere: what functions use, what stands for something.
+_FIXED = (
+    *ATOMS, types.FunctionType, types.BuiltinFunctionType, weakref.ReferenceType, StandIn, Muted,
+    Swallow,
+)  # fmt: skip
+# Py_TPFLAGS_HEAPTYPE and Py_TPFLAGS_IMMUTABLETYPE: all classes defined in Python have the first and
+# none has the second. They take no more than two pointers beyond what they derive from.
+_HEAP_TYPE, _IMMUTABLE, _POINTERS = 1 << 9, 1 << 8, 16
 
 
 @dataclass(frozen=True)
@@ -29,9 +46,10 @@ class Watch:
         owner: A module, or a class.
         kind: Its class at that moment.
         names: What it had by which name.
-        contents: Containers of what cannot change, and what they held.
+        contents: Containers, and what they held.
         long: Those with many entries.
         empty: Containers that held nothing.
+        tensors: Tensors, their versions and copies of them.
     """
 
     owner: Any
@@ -40,6 +58,7 @@ class Watch:
     contents: list[tuple[Any, Any]]
     long: list[tuple[Any, Any]]
     empty: Sequence[Any]
+    tensors: Sequence[tuple[Tensor, int, Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,7 @@ def watch(
     copied: Sequence[tuple[Any, Any]],
     filled: Sequence[Any] = (),
     empty: Sequence[Any] = (),
+    known: frozenset[int] = frozenset(),
 ) -> Watch | None:
     """Note the attributes of a module or a class, where it can be seen whether they change.
 
@@ -74,17 +94,111 @@ def watch(
         filled: Dictionaries and sets that torch keeps of submodules, hooks and names, whose members
             are told apart by identity.
         empty: Dictionaries without members.
+        known: Identities of what guards of their own put back: submodules, parameters, buffers.
     """
-    contents: list[tuple[Any, Any]] = [(container, container.copy()) for container in filled]
-    long: list[tuple[Any, Any]] = []
+    notes = _Notes(known)
+    notes.contents += [(container, container.copy()) for container in filled]
     for value, original in copied:
-        if value is original:
-            continue
-        entries = entries_of(value)
-        if entries is None:
+        if value is not original and not notes.take(value):
             return None
-        (contents if entries <= FEW_ENTRIES else long).append((value, snapshot(value)))
-    return Watch(owner, type(owner), dict(vars(owner)), contents, long, tuple(empty))
+    return Watch(
+        owner, type(owner), dict(vars(owner)), notes.contents, notes.long, tuple(empty),
+        notes.tensors,
+    )  # fmt: skip
+
+
+class _Notes:
+    """What attributes hold at one moment, to whatever depth."""
+
+    def __init__(self, known: frozenset[int]) -> None:
+        self.contents: list[tuple[Any, Any]] = []
+        self.long: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[Tensor, int, Tensor]] = []
+        self._known = known
+
+    def take(self, value: Any) -> bool:
+        """Note an attribute; return False if it cannot be seen whether it changes."""
+        entries = entries_of(value)
+        if entries is not None:
+            pair = value, snapshot(value)
+            (self.contents if entries <= FEW_ENTRIES else self.long).append(pair)
+            return True
+        seen: dict[int, Any] = {}
+        waiting = [value]
+        while waiting:
+            item = waiting.pop()
+            if type(item) in _FIXED or id(item) in seen:
+                continue
+            seen[id(item)] = item
+            inside = self._look(item)
+            if inside is None or len(seen) > MOST_OBJECTS:
+                return False
+            waiting += inside
+        return True
+
+    def _look(self, item: Any) -> Sequence[Any] | None:
+        """Note one object and return what it holds; None if that is not known."""
+        kind = type(item)
+        if id(item) in self._known or isinstance(item, (type, Enum)):
+            return ()
+        if isinstance(item, Tensor):
+            return () if self._note_tensor(item) else None
+        own = own_of_shadow(item)
+        if own is not None:
+            # What is asked of it comes to be there: then all is copied anew.
+            self.contents.append((own, dict(own)))
+            return [v for k, v in own.items() if not k.startswith("_lla")]
+        base: Any = next((base for base in _CONTAINERS if issubclass(kind, base)), object)
+        inside: list[Any] = []
+        if base is not object:
+            if kind.__eq__ is not _EQUALITY.get(kind, base.__eq__) or len(item) > MOST_ENTRIES:
+                return None
+            if base not in (tuple, frozenset):
+                held = kind.copy(item) if kind in _EQUALITY else base(item)
+                (self.contents if len(item) <= FEW_ENTRIES else self.long).append((item, held))
+            inside += base.__iter__(item)
+            if base is dict:
+                inside += dict.values(item)
+            if kind is base or kind in _EQUALITY:
+                return inside
+        if not _is_plain(kind, base):
+            return None
+        attributes = getattr(item, "__dict__", None)
+        if attributes is not None:
+            self.contents.append((attributes, dict(attributes)))
+            inside += attributes.values()
+        return inside
+
+    def _note_tensor(self, tensor: Tensor) -> bool:
+        plain = (
+            type(tensor) is Tensor
+            and tensor.layout is torch.strided
+            and not (tensor.requires_grad or tensor.is_inference() or tensor.__dict__)
+            and storage_of(tensor) is not None
+        )
+        if plain:
+            self.tensors.append((tensor, tensor._version, separate(tensor)))
+        return plain
+
+
+# Containers of the library that are no plain ones, with an equality of their own.
+_EQUALITY: dict[type, Any] = {
+    OrderedDict: OrderedDict.__eq__, defaultdict: dict.__eq__,
+}  # fmt: skip
+
+
+def _is_plain(kind: type, base: type) -> bool:
+    """Return whether whatever an object holds is in its ``__dict__``, or in that of its base."""
+    if kind.__basicsize__ > base.__basicsize__ + _POINTERS:
+        return False
+    if issubclass(kind, (nn.Module, torch.optim.Optimizer)):
+        return False
+    for parent in kind.__mro__:
+        flags = parent.__flags__
+        defined = flags & _HEAP_TYPE and not flags & _IMMUTABLE
+        if not issubclass(base, parent) and (not defined or vars(parent).get("__slots__")):
+            return False
+    return True
 
 
 def all_unchanged(watched: Sequence[Watch]) -> Unchanged:
@@ -99,6 +213,7 @@ def all_unchanged(watched: Sequence[Watch]) -> Unchanged:
     contents = [pair for w in watched for pair in w.contents]
     long = [pair for w in watched for pair in w.long]
     empty = [container for w in watched for container in w.empty]
+    tensors = [noted for w in watched for noted in w.tensors]
 
     def unchanged() -> bool:
         try:
@@ -106,7 +221,7 @@ def all_unchanged(watched: Sequence[Watch]) -> Unchanged:
                 # A replayed step mutes its module, each time in the same way.
                 if live != names and live != {**names, **MUTES}:
                     return False
-            if not are_equal(contents):
+            if not are_equal(contents) or any([t._version != version for t, version, _ in tensors]):
                 return False
             for kind, names in classes:
                 live = vars(kind)
@@ -116,7 +231,11 @@ def all_unchanged(watched: Sequence[Watch]) -> Unchanged:
             return False
         return not any(empty) and all([type(owner) is kind for owner, kind in kinds])
 
-    return Unchanged(unchanged, lambda: are_equal(long))
+    return Unchanged(
+        unchanged,
+        # Below autograd's sight there is no new version.
+        lambda: are_equal(long) and not any([differ(t, held) for t, _, held in tensors]),
+    )
 
 
 def are_equal(pairs: Sequence[tuple[Any, Any]]) -> bool:

@@ -19,6 +19,7 @@ from lla_callbacks.objective.first_layers import FirstLayers
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import PointSettings, Values, evaluate_points, space_of
 from lla_callbacks.objective.recorded import Program
+from tests.kinds import KINDS, Kind
 from tests.objective.test_watching import BATCH, STEPS, Net, loss
 
 Loss = Callable[[Any, Any], Tensor]
@@ -140,6 +141,32 @@ def test_operations_give_the_numbers_of_the_loop_to_the_bit(
     by_operations, by_loop = both(make(), step, batches, **settings)
     assert by_operations.method == "recorded"
     assert torch.equal(by_operations.table, by_loop.table)
+
+
+LOOPED = (
+    "LSTM, packed", "spectral norm, old form", "weight norm, old form", "CTC loss",
+    "values looked at", "loss with derivatives inside",
+    "operator of torch.library without a second derivative",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k for k in KINDS if not any(slow in k.name for slow in ("compiled", "GPT"))],
+    ids=lambda k: k.name,
+)
+def test_every_kind_of_module_has_the_numbers_of_the_loop(kind: Kind) -> None:
+    torch.manual_seed(0)
+    module, batch = kind.make().double(), kind.batch()
+    kind.loss(module, batch)  # lazy ones learn their shapes
+    found = []
+    for evaluation in ("auto", "loop"):
+        objective = Objective(module, [batch], kind.loss, mode="eval", check=False)
+        space = space_of(objective)
+        direction = torch.randn(space.dim, generator=torch.Generator().manual_seed(1)) * 0.3
+        found.append(values(objective, [direction.double()], evaluation, 26))
+    assert (found[0].method == "recorded") == (kind.name not in LOOPED)
+    assert torch.equal(found[0].table, found[1].table)
 
 
 def test_what_goes_nowhere_and_what_stays_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from random import Random
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -40,6 +41,42 @@ class Net(nn.Module):
         self.words = dict.fromkeys(range(FEW_ENTRIES + 1), 0)
         self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
         self.frozen = nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)
+        self.config = Config()
+        self.options = Options(rate=1.0)
+        self.tensors = {"a": torch.zeros((), dtype=torch.float64), "b": torch.zeros(999)}
+        self.order = OrderedDict(a=1.0, b=2.0, c=3.0)
+        self.found: defaultdict[str, list[int]] = defaultdict(list)
+
+
+class Config:
+    """Some object of the user's."""
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.inside = {"deep": [Inner()]}
+
+
+class Inner:
+    """An object within an object."""
+
+    count = 0.0
+
+
+class Options(dict[str, Any]):
+    """A dictionary that is read by attributes, as hyperparameters are."""
+
+    __getattr__ = dict.__getitem__
+
+
+def deep(net: Any) -> float:
+    inner = net.config.inside["deep"][0]
+    inner.count += 1
+    return inner.count  # type: ignore[no-any-return]
+
+
+def at_the_far_end(net: Any) -> float:
+    net.tensors["b"].data[-1] += 1
+    return float(net.tensors["b"][-1])
 
 
 def loss(net: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -130,6 +167,16 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "hook": hooked,
     "mode": lambda net: written(net, "training", lambda on: not on) * 1.0,
     "late": late,
+    "object": lambda net: written(net.config, "count", lambda n: n + 1),
+    "object within": deep,
+    "options": lambda net: net.options.update(rate=net.options.rate + 1) or net.options.rate,
+    "order": lambda net: (
+        net.order.move_to_end(next(iter(net.order))) or next(iter(net.order.values()))
+    ),
+    "default": lambda net: net.found["x"].append(1) or float(len(net.found["x"])),
+    "tensors": lambda net: net.tensors["a"].add_(1),
+    "tensors unseen": lambda net: net.tensors["a"].data.add_(1).clone(),
+    "large tensor": at_the_far_end,
 }
 
 
@@ -179,11 +226,28 @@ def test_what_puts_a_module_back_is_skipped_only_where_nothing_was_written(
     assert evaluate._reset.num_changed == (0 if skips else MOST_CHANGES)
 
 
+class WithSlots:
+    """Has no dictionary."""
+
+    __slots__ = ("count",)
+
+
 @pytest.mark.parametrize(
     "attribute",
-    [SimpleNamespace(), [object()], torch.zeros(2), [1] * 1001, np.zeros(2)],
+    [
+        SimpleNamespace(),
+        Random(0),
+        torch.Generator(),
+        [1] * 1001,
+        np.zeros(2),
+        [WithSlots()],
+        [Random(0)],
+        nn.Linear(2, 2).weight.T,
+        iter([1]),
+    ],
+    ids=lambda value: type(value).__name__,
 )
-def test_attributes_that_may_change_inside_are_copied_each_time(
+def test_attributes_that_may_change_unseen_are_copied_each_time(
     attribute: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lla_callbacks.objective.watching.MOST_ENTRIES", 1000)
@@ -253,3 +317,53 @@ def test_a_row_that_is_somewhere_else_too_stays_the_same_row() -> None:
     assert copied["rows"][0] is copied["first"] is not table[0]
     both = Copier().copy([table[0], *table], (None, "twice"))
     assert both[0] is both[1] is not table[0]
+
+
+def asked(net: Any) -> float:
+    return float(net.boss.max_epochs)
+
+
+def told(net: Any) -> float:
+    net.boss.fit_loop.max_epochs += 1
+    return float(net.boss.fit_loop.max_epochs)
+
+
+def used_up(net: Any) -> float:
+    net.boss.callback_metrics["seen"] = net.boss.callback_metrics.get("seen", 0.0) + 1.0
+    return net.boss.callback_metrics["seen"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("step", "watched"), [(lambda net: 0.0, True), (asked, False), (told, False), (used_up, False)]
+)
+def test_what_a_step_does_to_its_trainer_is_the_same_at_every_pass(
+    step: Any, watched: bool
+) -> None:
+    lightning = pytest.importorskip("pytorch_lightning")
+    net = Net(step)
+    net.boss = lightning.Trainer(
+        max_epochs=5, logger=False, enable_checkpointing=False, accelerator="cpu"
+    )
+    net.boss.fit_loop.max_epochs = 5
+    objective = Objective(net, [BATCH], loss, mode="eval")
+    with evaluating(objective) as evaluate:
+        rows = [evaluate.row()[0] for _ in range(5)]
+        assert evaluate.is_steady is watched
+    assert len(set(rows)) == 1
+    assert net.boss.fit_loop.max_epochs == 5
+
+
+def test_an_attribute_that_is_a_view_of_weights_moves_with_them() -> None:
+    net = Net(lambda net: net.seen_from_aside["w"].sum())
+    net.seen_from_aside = {"w": net.inner.weight.data[0]}
+    objective = Objective(net, [BATCH], loss, mode="eval")
+    family = Offsets(space_of(objective), [torch.ones(3, dtype=torch.float64)])
+    with evaluating(objective) as evaluate:
+        found = []
+        for alpha in (0.0, 1.0, 0.0, 1.0, 2.0):
+            family.place([alpha])
+            net_part = ((net.inner(BATCH[0]) - BATCH[1]) ** 2).mean().item()
+            found.append((evaluate.row()[0] - net_part, net.inner.weight.sum().item()))
+        family.restore()
+    for seen, expected in found:
+        assert seen == pytest.approx(expected, abs=1e-12)

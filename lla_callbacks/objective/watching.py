@@ -28,11 +28,8 @@ FEW_ENTRIES = 256
 MOST_ENTRIES = 5_000_000
 # Objects, containers and tensors that hang together, of one attribute.
 MOST_OBJECTS = 2000
-# What cannot change, or is looked at elsewhere: what functions use, what stands for something.
-_FIXED = (
-    *ATOMS, types.FunctionType, types.BuiltinFunctionType, weakref.ReferenceType, StandIn, Muted,
-    Swallow,
-)  # fmt: skip
+# What cannot change, or stands for something.
+_FIXED = (*ATOMS, weakref.ReferenceType, StandIn, Muted, Swallow)
 # Py_TPFLAGS_HEAPTYPE and Py_TPFLAGS_IMMUTABLETYPE: all classes defined in Python have the first and
 # none has the second. They take no more than two pointers beyond what they derive from.
 _HEAP_TYPE, _IMMUTABLE, _POINTERS = 1 << 9, 1 << 8, 16
@@ -143,6 +140,8 @@ class _Notes:
             return ()
         if isinstance(item, Tensor):
             return () if self._note_tensor(item) else None
+        if isinstance(item, (types.FunctionType, types.BuiltinFunctionType)):
+            return () if _is_bare(item) else None
         own = own_of_shadow(item)
         if own is not None:
             # What is asked of it comes to be there: then all is copied anew.
@@ -185,6 +184,14 @@ class _Notes:
 _EQUALITY: dict[type, Any] = {
     OrderedDict: OrderedDict.__eq__, defaultdict: dict.__eq__,
 }  # fmt: skip
+
+
+def _is_bare(function: Any) -> bool:
+    """Return whether a function has nothing of its own but its code."""
+    if isinstance(function, types.FunctionType):
+        own = function.__closure__, function.__defaults__, function.__kwdefaults__
+        return not any(own) and not function.__dict__
+    return function.__self__ is None or isinstance(function.__self__, types.ModuleType)
 
 
 def _is_plain(kind: type, base: type) -> bool:

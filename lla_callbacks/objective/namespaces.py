@@ -175,7 +175,9 @@ class _Namespace:
 
     def watch(self, known: frozenset[int]) -> Watch | None:
         if any(
-            key.endswith("hooks") and list(self.live[key].values()) != list(value.values())
+            key.endswith("hooks")
+            and "state_dict" not in key  # no pass calls those
+            and list(self.live[key].values()) != list(value.values())
             for key, value in self.filled
         ):
             return None  # a hook keeps something

@@ -7,8 +7,8 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 import torch

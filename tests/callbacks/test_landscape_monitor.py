@@ -80,7 +80,10 @@ def test_training_ends_in_the_same_bits(tmp_path, optimizer, mode):
         pytest.param({"evaluation": "vmap", "loss": plain_loss}, id="vmap"),
         pytest.param({**DRAWN, "mesh": True, "surface": True}, id="figures"),
         pytest.param({**DRAWN, "interpolate": True}, id="interpolated figures"),
-        pytest.param({**DRAWN, "refine": True, "plane_points": 7}, id="refined"),
+        pytest.param(
+            {**DRAWN, "refine": True, "plane_points": 7, "lines": [], "every_n_train_steps": 6},
+            id="refined",
+        ),
         pytest.param({"dropout": True}, id="dropout"),
         pytest.param({"time_budget": 1e-3}, id="no time"),
         pytest.param({"dataloader": loader(shuffle=True)}, id="loader"),

@@ -156,6 +156,7 @@ CASES = [
             convexity_points=3,
             plane_points=7,
             refine=True,
+            time_budget=None,
         ),
         "sgd",
         id="landscape, late start, refined",

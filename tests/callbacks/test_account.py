@@ -446,6 +446,8 @@ def test_what_is_foretold_of_slices_keeps_to_their_time_budget(
     watcher = LossLandscapeMonitor(every_n_epochs=1, time_budget=None)
     assert watcher.planner.sizer.most_seconds == math.inf
     costs = UnitCosts(*[1.0] * 3, 8, *[2.0] * 3, 16, 3.0, figure=0.0, fixed=0.0)
+    sizer = LossLandscapeMonitor(time_budget=20).planner.sizer
+    assert sizer._within(costs).most == 20
     whole, capped = (
         choose_slices(100.0, replace(costs, most=most), SLICES, 16, figures=0)
         for most in (math.inf, 20.0)

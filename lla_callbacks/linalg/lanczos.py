@@ -132,11 +132,10 @@ class LanczosRun:
             return False
         value, rounding = float(self.values[place]), float(self.values.abs().max()) * self.eps
         tolerance = max(rtol * abs(value), ROUNDING * rounding)
-        if place in (0, -1) and not self._ends_there(place, tolerance):
-            return False
         before = history[then - 1] if history is not None else self.at_depth(then).values
         moved = abs(float(before[place]) - value)
-        return float(self.residuals[place]) <= tolerance and moved <= tolerance
+        near = float(self.residuals[place]) <= tolerance and moved <= tolerance
+        return near and (place not in (0, -1) or self._ends_there(place, tolerance))
 
     def is_largest(self, rtol: float) -> bool:
         """Return whether the largest Ritz value is the largest eigenvalue, to ``rtol``.

@@ -9,23 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.room import COPIES_IN_TRAINING
+from lla_callbacks.linalg.room import basis_room as basis_room
 from lla_callbacks.objective.self_check import Proof
 
 # The graph of a gradient holds the forward pass, the backward pass and their intermediates.
 # Measured on four kinds of networks: 1.6 to 2.3 times what the forward pass saves; three times
 # is on the safe side.
 GRAPH_OVER_FORWARD = 3
-# A training step holds weights, gradients and two moments of each, and what a forward pass saves.
-COPIES_IN_TRAINING = 4
 # Whatever a training step takes, so much more is not felt. Choice.
 LEAST_MEMORY = 256 * 2**20
-# What Python, torch and Lightning take before anything is trained: 400 MiB and more.
-PROCESS = 400 * 2**20
-# The peak that a measurement aims at, in peaks of the process that trains.
-AIM = 1.5
-# Vectors as long as the weights that are at work beside a basis, by engine: 5.6 and 6.6 measured on
-# a network of ten million weights (docs/benchmarks/engines.md).
-AT_WORK = {"exact": 6, "difference": 7}
 
 
 @dataclass
@@ -108,28 +101,6 @@ def allowed_memory(saved: float, weights: float, max_memory: int | None) -> floa
     if max_memory is not None:
         return max_memory
     return max(LEAST_MEMORY, (COPIES_IN_TRAINING * weights + saved) / 2)
-
-
-def basis_room(
-    saved: float, graph: float, weights: float, max_memory: int | None, engine: str = "exact"
-) -> float:
-    """Return the bytes that a Lanczos basis may take on the CPU, negative if there is no room.
-
-    By default so many that the peak of the process stays at :data:`AIM` times what it has in
-    training: what Adam holds, and what a forward pass saves, or the two copies of the weights that
-    its step makes.
-
-    Args:
-        saved: Bytes that the forward pass of one batch saves.
-        graph: Bytes of the graphs that are kept.
-        weights: Bytes of the trainable weights.
-        max_memory: Bytes allowed for all, or ``None``.
-        engine: How products are computed.
-    """
-    held = PROCESS + COPIES_IN_TRAINING * weights
-    peak = held + max(saved, 2 * weights)
-    allowed = AIM * peak - held if max_memory is None else max_memory
-    return allowed - graph - AT_WORK[engine] * weights
 
 
 def saved_bytes(evaluate: Callable[[], Any], weights: Sequence[Tensor]) -> int:

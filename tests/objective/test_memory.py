@@ -10,15 +10,13 @@ from torch.nn.functional import cross_entropy
 from lla_callbacks import measure_hessian
 from lla_callbacks.linalg import heap, loss_operator
 from lla_callbacks.linalg.errors import MeasurementError, OutOfMemoryError
+from lla_callbacks.linalg.room import AT_WORK, PROCESS, basis_room
 from lla_callbacks.objective import held_loss
 from lla_callbacks.objective.batch_plan import BatchPlan
 from lla_callbacks.objective.memory import (
-    AT_WORK,
     LEAST_MEMORY,
-    PROCESS,
     Findings,
     MemoryPlan,
-    basis_room,
 )
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.state import preserved

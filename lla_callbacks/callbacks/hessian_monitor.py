@@ -15,7 +15,6 @@ from lla_callbacks.callbacks.foretold import no_room_for_light
 from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.light_record import LightRecord
 from lla_callbacks.callbacks.monitor_settings import shared
-from lla_callbacks.callbacks.records import there_is
 from lla_callbacks.callbacks.schedule import Schedule
 from lla_callbacks.callbacks.sizers import SpectrumSizer
 from lla_callbacks.callbacks.watching import Watching
@@ -248,18 +247,13 @@ class HessianMonitor(Watching):
         return self.record.tracked
 
     @property
-    def report(self) -> HessianReport:
-        """The last one of all.
-
-        Raises:
-            AttributeError: If nothing was measured yet; ``history`` is empty then, too.
-        """
-        found: HessianReport = there_is(self.record.result, self)
+    def report(self) -> HessianReport | None:
+        """The last one of all; ``None`` before anything was measured."""
+        found: HessianReport | None = self.record.result
         return found
 
     def _last(self) -> HessianReport | None:
-        found: HessianReport | None = self.record.result
-        return found
+        return self.report
 
     @property
     def tracks(self) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from lla_callbacks.callbacks.compat import MisconfigurationException, shards_parameters
 from lla_callbacks.callbacks.keywords import by_name_after
 from lla_callbacks.callbacks.monitor_settings import shared
-from lla_callbacks.callbacks.records import Record, there_is
+from lla_callbacks.callbacks.records import Record
 from lla_callbacks.callbacks.sizers import SlicesSizer
 from lla_callbacks.callbacks.watching import Watching
 from lla_callbacks.objective.checks import flag, number
@@ -261,18 +261,13 @@ class LossLandscapeMonitor(Watching):
         return self.record.history
 
     @property
-    def report(self) -> LandscapeReport:
-        """The last one of all.
-
-        Raises:
-            AttributeError: If nothing was measured yet; ``history`` is empty then, too.
-        """
-        found: LandscapeReport = there_is(self.record.result, self)
+    def report(self) -> LandscapeReport | None:
+        """The last one of all; ``None`` before anything was measured."""
+        found: LandscapeReport | None = self.record.result
         return found
 
     def _last(self) -> LandscapeReport | None:
-        found: LandscapeReport | None = self.record.result
-        return found
+        return self.report
 
     def _pages(self, trainer: Any, result: LandscapeReport, moment: Moment) -> None:
         """Show planes as meshes and pages that can be turned."""

@@ -97,22 +97,6 @@ class Record:
             self.result = found[-1][1]
 
 
-def there_is(result: Any, owner: object) -> Any:
-    """Return a monitor's last result.
-
-    Raises:
-        AttributeError: If there is none yet.
-    """
-    if result is None:
-        kind = type(owner).__name__
-        raise AttributeError(
-            f"{kind} has measured nothing yet, so there is no report: call trainer.fit with it "
-            f"among the Trainer's callbacks, Trainer(callbacks=[{kind}()]). After a fit, its "
-            "warnings say what failed."
-        )
-    return result
-
-
 def check_fit(
     owner: str, module: nn.Module, records: Sequence[Record], engine: Engine, sink: Sink
 ) -> None:

@@ -142,10 +142,3 @@ def test_functions_keep_their_signatures_and_names() -> None:
 def test_a_class_in_the_place_of_an_instance_is_named(call: Any, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):
         call()
-
-
-@pytest.mark.parametrize("kind", [HessianMonitor, LossLandscapeMonitor])
-def test_a_report_before_anything_was_measured_says_what_to_do(kind: Any) -> None:
-    with pytest.raises(AttributeError, match=rf"{kind.__name__} has measured nothing yet.*\.fit"):
-        kind().report.summary()
-    assert kind().history == []

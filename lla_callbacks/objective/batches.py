@@ -141,7 +141,8 @@ def _is_plain(value: Any, device: torch.device) -> bool:
     return (
         type(value) is Tensor
         and value.device == device
-        and not (value.requires_grad or value.is_inference() or value.__dict__)
+        # A nested one has no shape that could be asked.
+        and not (value.requires_grad or value.is_inference() or value.is_nested or value.__dict__)
     )
 
 

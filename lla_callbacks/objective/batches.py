@@ -110,7 +110,7 @@ def copies_of(batch: Any, device: torch.device) -> Callable[[Copier], Any]:
 
 
 def is_plain_batch(batch: Any, device: torch.device) -> bool:
-    """Return whether a batch is a tensor, or a flat container of some, without more to it."""
+    """Return whether a batch is a tensor with a shape, or a flat container of some, no more."""
     if type(batch) not in (Tensor, tuple, list, dict):
         return False
     parts = _entries(batch)
@@ -141,7 +141,6 @@ def _is_plain(value: Any, device: torch.device) -> bool:
     return (
         type(value) is Tensor
         and value.device == device
-        # A nested one has no shape that could be asked.
         and not (value.requires_grad or value.is_inference() or value.is_nested or value.__dict__)
     )
 

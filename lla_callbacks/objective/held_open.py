@@ -68,8 +68,7 @@ def held_in_one(objective: Any) -> Iterator[None]:
 
     Entering it costs a small network as much as twenty passes. The module stays in it in between,
     but for what is differentiated, which has a guard of its own. For use where nobody else looks
-    at the module meanwhile. Parameters that ``fully_shard`` spread stay gathered inside of it, and
-    are freed when it is left: then each evaluation has a guard of its own.
+    at the module meanwhile. Not under ``fully_shard``: what is gathered inside is freed after it.
 
     Args:
         objective: The :class:`~lla_callbacks.objective.held_loss.HeldLoss`.

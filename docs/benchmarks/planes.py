@@ -1,7 +1,7 @@
 """What does a loss plane cost, against the package loss-landscapes and against bare passes?
 
 Run: ``pip install loss-landscapes==3.0.6``, then ``OMP_NUM_THREADS=1 python
-docs/benchmarks/planes.py --data FOLDER`` (about four minutes of one core; FOLDER holds
+docs/benchmarks/planes.py --data FOLDER`` (about eight minutes of one core; FOLDER holds
 ``cifar10/`` and ``pretrained/``; without it the ResNet-20 is left out). Prints the tables of
 planes.md. Both sides run in turn in this process, on one thread.
 """
@@ -111,9 +111,9 @@ def cases(data: Path | None, wanted: Sequence[str]) -> list[Case]:
     add("spiral MLP", lambda: spiral_mlp(batch), batch, ("eval",), 21, 11, (*more, 71), 51)
     batch = digits(256)
     add("MLP", lambda: trained(mlp(), 0.1), batch, ("eval",), 17, 5, more, 31)
-    add("conv + BN", lambda: trained(conv_bn(), 0.05), batch, ("eval", "batch"), 7, 3, SIDES, 15)
+    add("conv + BN", lambda: trained(conv_bn(), 0.05), batch, ("eval", "batch"), 17, 3, SIDES, 15)
     batch = digits(128)
-    add("transformer", lambda: trained(SmallTransformer(), 0.01), batch, ("eval",), 7, 3, SIDES[:3],
+    add("transformer", lambda: trained(SmallTransformer(), 0.01), batch, ("eval",), 17, 3, SIDES[:3],
         15)  # fmt: skip
     if data is None:
         print("ResNet-20 left out: no --data was given.\n")
@@ -127,7 +127,7 @@ def cases(data: Path | None, wanted: Sequence[str]) -> list[Case]:
             return module
 
         images = cifar10(data / "cifar10", 32)
-        add("ResNet-20", pretrained, images, ("eval", "batch"), 6, 2, SIDES[:2], 15)
+        add("ResNet-20", pretrained, images, ("eval", "batch"), 13, 3, SIDES[:2], 15)
     return found
 
 
@@ -207,20 +207,23 @@ def time_case(case: Case, mode: str) -> tuple[Cost, Cost]:
             methods.append(result.facts.method)
 
     side = case.side
+    sides = dict.fromkeys(("peer", "auto", "floor", "loop", "vmap"), side)
+    if case.rounds < 5:
+        sides["vmap"] = 7  # slow and never chosen
     for name in ("peer", "auto", "floor", "vmap"):
         run(name, 3)  # to warm up
     for repeat in range(case.rounds):
-        for name in ("peer", "auto", "floor", "loop", "vmap"):
-            if name != "vmap" or repeat == 0 or side > 9:  # slow and never chosen
-                run(name, side)
+        for name in sides:
+            if repeat == 0 or sides[name] == side:
+                run(name, sides[name])
             if name in ("peer", "auto"):
                 run(name, 1)
 
     def further(times: dict[tuple[str, int], list[float]], name: str) -> list[float]:
         """Return seconds of each point but the first, by round."""
         setup = "peer" if name == "peer" else "auto"
-        found = zip(times[name, side], times[setup, 1], strict=False)
-        return [(whole - first) / (side**2 - 1) for whole, first in found]
+        found = zip(times[name, sides[name]], times[setup, 1], strict=False)
+        return [(whole - first) / (sides[name] ** 2 - 1) for whole, first in found]
 
     def over(name: str, base: str, times: dict[tuple[str, int], list[float]]) -> list[float]:
         return [a / b for a, b in zip(further(times, name), further(times, base), strict=False)]
@@ -236,7 +239,8 @@ def time_case(case: Case, mode: str) -> tuple[Cost, Cost]:
         for name in ("peer", "auto")
     ]
     batched = methods.count("vmap")
-    chosen = f"vmap {batched} of {case.rounds}" if batched else "loop"
+    others = " and ".join(sorted({m for m in methods if m != "vmap"}))
+    chosen = f"vmap {batched} of {case.rounds}" if batched else others
     each = over("peer", "auto", cpu)
     cells = [
         f"{case.name} ({sum(p.numel() for p in case.module.parameters()):,}; {len(case.batch[1])})",

@@ -376,17 +376,20 @@ _STAND_INS = {
 }  # fmt: skip
 
 
-def _of_elsewhere(name: str, instead: str) -> Any:
+def _of_elsewhere(module: str, kind: str, name: str, instead: str) -> tuple[str, str, str, Any]:
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        disk: Any = _present
-        call = getattr(disk, instead) if disk.is_asked else disk.real(name)
+        disk = _present
+        if disk is None:  # kept by who was imported in a pass
+            call = getattr(_owner(module, kind), name)
+        else:
+            call = getattr(disk, instead) if disk.is_asked else disk.real(name)
         return call(*args, **kwargs)
 
-    return stand_in
+    return module, kind, name, stand_in
 
 
 # Of modules that may be there: what is called, and what stands for it.
 _ELSEWHERE = (
-    ("subprocess", "Popen", "__init__", _of_elsewhere("__init__", "_spawn")),
-    ("sqlite3", "", "connect", _of_elsewhere("connect", "connect")),
+    _of_elsewhere("subprocess", "Popen", "__init__", "_spawn"),
+    _of_elsewhere("sqlite3", "", "connect", "connect"),
 )

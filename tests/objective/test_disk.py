@@ -271,3 +271,11 @@ def test_figures_of_pyplot_are_those_that_were_open(tmp_path):
         assert plt.gcf() is mine
     assert os.listdir(tmp_path) == []
     plt.close("all")
+
+
+def test_what_was_imported_in_a_pass_works_on_after_it():
+    with no_output():
+        connect, remove = sqlite3.connect, os.remove
+    connect(":memory:").close()
+    with pytest.raises(FileNotFoundError):
+        remove("nothing of this name")

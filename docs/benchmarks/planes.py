@@ -1,7 +1,7 @@
 """What does a loss plane cost, against the package loss-landscapes and against bare passes?
 
 Run: ``pip install loss-landscapes==3.0.6``, then ``OMP_NUM_THREADS=1 python
-docs/benchmarks/planes.py --data FOLDER`` (about eight minutes of one core; FOLDER holds
+docs/benchmarks/planes.py --data FOLDER`` (about five minutes of one core; FOLDER holds
 ``cifar10/`` and ``pretrained/``; without it the ResNet-20 is left out). Prints the tables of
 planes.md. Both sides run in turn in this process, on one thread.
 """
@@ -113,8 +113,8 @@ def cases(data: Path | None, wanted: Sequence[str]) -> list[Case]:
     add("MLP", lambda: trained(mlp(), 0.1), batch, ("eval",), 17, 5, more, 31)
     add("conv + BN", lambda: trained(conv_bn(), 0.05), batch, ("eval", "batch"), 17, 3, SIDES, 15)
     batch = digits(128)
-    add("transformer", lambda: trained(SmallTransformer(), 0.01), batch, ("eval",), 17, 3, SIDES[:3],
-        15)  # fmt: skip
+    add("transformer", lambda: trained(SmallTransformer(), 0.01), batch, ("eval",), 17, 3,
+        SIDES[:3], 15)  # fmt: skip
     if data is None:
         print("ResNet-20 left out: no --data was given.\n")
     else:

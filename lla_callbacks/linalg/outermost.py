@@ -70,6 +70,8 @@ def reach(seen: Sequence[Seen], edge: float, *, doubt: float = DOUBT) -> float:
     low, high = 0.0, max(*seen[0].off_diagonal, abs(edge))
     while not is_outside(edge + high):
         low, high = high, 2 * high
+        if not math.isfinite(high):  # of numbers that are none
+            return math.inf
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if is_outside(edge + middle) else (middle, high)

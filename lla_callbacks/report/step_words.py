@@ -50,9 +50,13 @@ def _shown(name: str, value: float, error: float) -> str:
 
 
 def change(now: float, error: float, before: float, its_error: float) -> str:
-    """Return how a number moved, if by more than both errors."""
-    spread = math.hypot(*(e if math.isfinite(e) else 0.0 for e in (error, its_error)))
-    if now == before or abs(now - before) <= 2 * spread:
+    """Return how a number moved, if by more than both errors.
+
+    Those of an end of a spectrum are bounds, which add up, and others are standard errors.
+    """
+    errors = [e if math.isfinite(e) else 0.0 for e in (error, its_error)]
+    spread = sum(errors) if isinstance(now, Eigenvalue) else 2 * math.hypot(*errors)
+    if now == before or abs(now - before) <= spread:
         return "within its error" if spread else "the same"
     if now * before <= 0:
         return "changed its sign" if now * before < 0 else ("rose" if now > before else "fell")

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from lla_callbacks.linalg.eigenvalue import Eigenvalue
 from lla_callbacks.report.step_words import change, step_text
 
 NAN = math.nan
@@ -22,6 +23,9 @@ NAN = math.nan
         (0.0, 0.0, 1.0, 0.0, "fell"),
         (2.0, 0.0, 2.0, 0.0, "the same"),
         (-9.0, 0.1, -10.0, 0.1, "rose by 10%"),
+        # Ranges: -0.0076 to -0.0065 after -0.0122 to -0.0104, and two that touch.
+        (Eigenvalue(-0.0065, 1e-4, 0.0011), 0.0011, -0.0104, 0.0018, "rose by 37%"),
+        (Eigenvalue(-0.0080, 1e-4, 0.0011), 0.0011, -0.0104, 0.0018, "within its error"),
     ],
 )
 def test_a_change_is_told_where_it_is_more_than_errors(

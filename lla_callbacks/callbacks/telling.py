@@ -38,14 +38,16 @@ def _through_rich(logger: logging.Logger) -> Iterator[None]:
     stood_in = [
         (getattr(stream, "rich_proxied_file", None), stream) for stream in (sys.stderr, sys.stdout)
     ]
-    moved: list[tuple[Any, Any]] = []
+    moved: list[tuple[logging.StreamHandler[Any], Any]] = []
     at: logging.Logger | None = logger
     while at is not None:
         for handler in at.handlers:
+            if not isinstance(handler, logging.StreamHandler):
+                continue
             for before, display in stood_in:
-                if before is not None and getattr(handler, "stream", None) is before:
+                if before is not None and handler.stream is before:
                     moved.append((handler, before))
-                    handler.setStream(display)  # type: ignore[attr-defined]
+                    handler.setStream(display)
                     break
         at = at.parent if at.propagate else None
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 DOUBT = 0.05
 # Bisections: of a bracket no wider than the spectrum that is some 1e-9 of it.
 BISECTIONS = 30
-# Of a sum, beyond which nothing is doubted: no number overflows on the way.
+# Of a sum, beyond which nothing is doubted and nothing is added: no number overflows on the way.
 LIMIT = 1e100
 
 
@@ -38,8 +38,8 @@ class Seen:
         for alpha, beta in zip(self.diagonal, self.off_diagonal, strict=True):
             before, now = now, ((value - alpha) * now - last * before) / beta
             last = beta
-            total += now * now
-            if total > LIMIT:
+            total = min(total + now * now, LIMIT)
+            if total == LIMIT:
                 break
         return min(0.0, 0.5 * math.log(2 * self.count / (math.pi * total)))
 
@@ -60,6 +60,9 @@ def reach(seen: Sequence[Seen], edge: float, *, doubt: float = DOUBT) -> float:
         seen: By each run.
         edge: The largest Ritz value.
         doubt: In which share of random starts the answer may be wrong.
+
+    Returns:
+        How much; infinite where what was seen is not finite.
     """
     least = math.log(doubt)
 

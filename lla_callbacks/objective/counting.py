@@ -240,15 +240,10 @@ def _sizes(entry: Any) -> set[int]:
     if isinstance(entry, _PLAIN):
         return set()
     if isinstance(entry, Tensor):
-        if not entry.ndim:
-            return set()
-        # One of a nested tensor has no shape, and a size.
-        return {int(entry.size(0) if isinstance(entry, Tensor) else entry.shape[0])}
+        # By its size: a nested one has no shape.
+        return {int(entry.size(0))} if entry.ndim else set()
     if isinstance(entry, np.ndarray):
-        if not entry.ndim:
-            return set()
-        # One of a nested tensor has no shape, and a size.
-        return {int(entry.size(0) if isinstance(entry, Tensor) else entry.shape[0])}
+        return {int(entry.shape[0])} if entry.ndim else set()
     own = _own_count(entry)
     if own is not None:
         return {own}

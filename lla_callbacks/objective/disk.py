@@ -8,18 +8,15 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from lla_callbacks.objective.memory_files import Held, Memory
+from lla_callbacks.objective.compilers import is_by_a_compiler
+from lla_callbacks.objective.memory_files import Held, Memory, os_error
 from lla_callbacks.objective.stand_ins import RefusedError
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _ANONYMOUS = getattr(os, "O_TMPFILE", 0)
-# What has no file of its own and is called in the middle of a pass, to make its kernels.
-_COMPILERS = (
-    "torch._inductor", "torch._dynamo", "torch._functorch", "torch.utils.cpp_extension", "triton",
-    "numba", "cupy", "pycuda", "jax",
-)  # fmt: skip
 
 
 class Disk:
@@ -42,6 +39,7 @@ class Disk:
         self.refusals: list[RefusedError] = []
         self._is_mine = is_mine
         self._held: dict[str, Held | None] = {}
+        self._ever_held: list[Held] = []
         self._made: list[str] = []
         self._home: str | None = None
         self._open: Any = io.open
@@ -51,6 +49,7 @@ class Disk:
             for module, kind, name, stand_in in _ELSEWHERE
             if (owner := _owner(module, kind)) is not None
         ]
+        self._elsewhere += _with_defaults()
 
     def enter(self) -> None:
         """Stand before the real functions."""
@@ -68,20 +67,18 @@ class Disk:
         os.__dict__.update(self._real)
         _present = None
         if self._home is not None:
-            os.chdir(self._home)
-        for held in self._held.values():
-            if held is not None:
-                held.close()
-        for path in reversed(self._made):
-            try:
+            with suppress(OSError):  # somebody else has removed it
+                os.chdir(self._home)
+        for held in self._ever_held:
+            held.close()
+        for path in sorted(self._made, key=len, reverse=True):  # what is inside first
+            with suppress(OSError):  # not empty: other programs may write there
                 os.rmdir(path)
-            except OSError:  # not empty: other programs may write there
-                continue
 
     @property
     def is_asked(self) -> bool:
         """Whether a call is of the pass, and not by a compiler in the middle of it."""
-        return self._is_mine() and not _is_by_a_compiler()
+        return self._is_mine() and not is_by_a_compiler()
 
     # -- files --------------------------------------------------------------------------------
 
@@ -96,13 +93,13 @@ class Disk:
             return self._open(file, mode, *args, **kwargs)
         exists = self._exists(key)
         if "x" in mode and exists:
-            raise _error(errno.EEXIST, file)
+            raise os_error(errno.EEXIST, file)
         if "r" in mode and not exists:
-            raise _error(errno.ENOENT, file)
+            raise os_error(errno.ENOENT, file)
         if os.path.isdir(key):
-            raise _error(errno.EISDIR, file)
+            raise os_error(errno.EISDIR, file)
         if not os.path.isdir(os.path.dirname(key)):
-            raise _error(errno.ENOENT, file)
+            raise os_error(errno.ENOENT, file)
         content = self._content(key) if exists and "w" not in mode else b""
         if hasattr(os, "memfd_create"):
             return self._reopened(key, file, content, mode.replace("x", "w"), *args, **kwargs)
@@ -144,9 +141,9 @@ class Disk:
         if exists and not stat.S_ISREG(os.stat(key).st_mode):  # a device, say
             return int(real(path, flags, mode, dir_fd=dir_fd))
         if exists and flags & os.O_EXCL:
-            raise _error(errno.EEXIST, path)
+            raise os_error(errno.EEXIST, path)
         if not (exists or flags & os.O_CREAT):
-            raise _error(errno.ENOENT, path)
+            raise os_error(errno.ENOENT, path)
         if not hasattr(os, "memfd_create"):
             raise self._refused("os.open", path)
         found = os.memfd_create("pass")
@@ -164,16 +161,16 @@ class Disk:
             return
         key = self._key(path)
         if not self._exists(key):
-            raise _error(errno.ENOENT, path)
+            raise os_error(errno.ENOENT, path)
         self._put(key, Held(self._content(key)[:length].ljust(length, b"\0")))
 
     def remove(self, path: Any, *, dir_fd: Any = None) -> None:
         """Let a file be gone."""
         key = self._key(path, dir_fd)
         if not self._exists(key):
-            raise _error(errno.ENOENT, path)
+            raise os_error(errno.ENOENT, path)
         if os.path.isdir(key) and not os.path.islink(key):
-            raise _error(errno.EISDIR, path)
+            raise os_error(errno.EISDIR, path)
         self._put(key, None)
 
     unlink = remove
@@ -182,12 +179,18 @@ class Disk:
         """Let a file have another name."""
         old, new = self._key(src, src_dir_fd), self._key(dst, dst_dir_fd)
         if not self._exists(old):
-            raise _error(errno.ENOENT, src, dst)
+            raise os_error(errno.ENOENT, src, dst)
         if os.path.isdir(old):
             if old not in self._made or self._exists(new):
                 raise self._refused("os.rename", src)
             self._real["rename"](old, new)
-            self._made[self._made.index(old)] = new
+
+            def moved(path: str) -> str:
+                inside = f"{path}/".startswith(f"{old}/")
+                return new + path[len(old) :] if inside else path
+
+            self._made = [moved(path) for path in self._made]
+            self._held = {moved(path): held for path, held in self._held.items()}
             return
         self._put(new, Held(self._held.get(old, old)))
         if old != new:
@@ -199,7 +202,7 @@ class Disk:
         """Let a file have another name beside its own."""
         new = self._key(dst, dir_fd)
         if self._exists(new):
-            raise _error(errno.EEXIST, src, dst)
+            raise os_error(errno.EEXIST, src, dst)
         old = os.path.join(os.path.dirname(new), os.fsdecode(src))
         self._put(new, Held(self._held.get(old) or old))
 
@@ -220,11 +223,15 @@ class Disk:
     def rmdir(self, path: Any, *, dir_fd: Any = None) -> None:
         """Remove a directory that the pass made, or let one be gone."""
         key = self._key(path, dir_fd)
-        if key in self._made or not self._exists(key):
-            self._real["rmdir"](path, dir_fd=dir_fd)
+        if not self._exists(key):
+            raise os_error(errno.ENOENT, path)
+        if key in self._made:
+            self._real["rmdir"](key)
             self._made.remove(key)
+            # Whoever lists it by os.scandir, as shutil.rmtree does, has not seen these.
+            self._held = {k: h for k, h in self._held.items() if not k.startswith(key + os.sep)}
         elif self.listdir(key):
-            raise _error(errno.ENOTEMPTY, path)
+            raise os_error(errno.ENOTEMPTY, path)
         else:
             self._held[key] = None
 
@@ -265,14 +272,14 @@ class Disk:
         if key not in self._held:
             return self._real[name](path, **kwargs)
         if self._held[key] is None:
-            raise _error(errno.ENOENT, path)
+            raise os_error(errno.ENOENT, path)
         size = len(self._content(key))
         return os.stat_result((stat.S_IFREG | 0o644, 0, 0, 1, 0, 0, size, 0, 0, 0))
 
     def utime(self, path: Any, *args: Any, **kwargs: Any) -> None:
         """Leave times, owners and permissions what they are."""
         if not isinstance(path, int) and not self._exists(self._key(path, kwargs.get("dir_fd"))):
-            raise _error(errno.ENOENT, path)
+            raise os_error(errno.ENOENT, path)
 
     chmod = chown = lchown = setxattr = utime
 
@@ -327,23 +334,8 @@ class Disk:
 
     def _put(self, key: str, held: Held | None) -> None:
         self._held[key] = held
-
-
-def _is_by_a_compiler() -> bool:
-    """Return whether the first caller that is not of Python's own library is a compiler."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if name.split(".")[0] not in _STANDARD:
-            return name.startswith(_COMPILERS)
-        frame = frame.f_back
-    return False
-
-
-def _error(number: int, *paths: Any) -> OSError:
-    """Return the error that the system would give."""
-    first, *second = paths
-    return OSError(number, os.strerror(number), first, *([None, *second] if second else []))
+        if held is not None:
+            self._ever_held.append(held)
 
 
 def _stand_in(name: str, real: Any) -> Any:
@@ -357,13 +349,22 @@ def _stand_in(name: str, real: Any) -> Any:
     return stand_in
 
 
+def _with_defaults() -> list[tuple[Any, str, Any, Any]]:
+    """Return functions of tempfile's that have ``os.unlink`` as a default, with the stand-in's."""
+    closer = _owner("tempfile", "_TemporaryFileCloser")
+    return [
+        (f, "__defaults__", f.__defaults__, tuple(_INSTEAD.get(id(d), d) for d in f.__defaults__))
+        for f in vars(closer or object).values()
+        if any(id(d) in _INSTEAD for d in getattr(f, "__defaults__", None) or ())
+    ]
+
+
 def _owner(module: str, kind: str) -> Any:
     found = sys.modules.get(module)
     return getattr(found, kind, None) if kind else found
 
 
 _present: Disk | None = None
-_STANDARD = sys.stdlib_module_names | {__name__.split(".")[0]}
 _TEXT = ("encoding", "errors", "newline")
 _STAND_INS = {
     name: _stand_in(name, getattr(os, name))
@@ -374,6 +375,7 @@ _STAND_INS = {
     )
     if hasattr(os, name)
 }  # fmt: skip
+_INSTEAD = {id(getattr(os, name)): stand_in for name, stand_in in _STAND_INS.items()}
 
 
 def _of_elsewhere(module: str, kind: str, name: str, instead: str) -> tuple[str, str, str, Any]:

@@ -58,3 +58,9 @@ class Memory(io.BytesIO):
         if not self.closed:
             self._last = self.getvalue()
         super().close()
+
+
+def os_error(number: int, *paths: Any) -> OSError:
+    """Return the error that the system would give for a file that is not in memory."""
+    first, *second = paths
+    return OSError(number, os.strerror(number), first, *([None, *second] if second else []))

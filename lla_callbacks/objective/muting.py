@@ -84,15 +84,19 @@ def no_output() -> Iterator[None]:
     # Compared in the form that it is kept in, which takes no time.
     environment: Any = getattr(os.environ, "_data", os.environ)
     variables = environment.copy()
-    started: set[int] = set()
+    # By identity, and held: another thread must not come to have it.
+    started: dict[int, threading.Thread] = {}
+    is_over = False
 
     def is_mine() -> bool:
-        present = threading.get_ident()
-        return present == thread or (bool(started) and id(threading.current_thread()) in started)
+        if is_over:  # for who keeps a stand-in, such as a module that was first imported inside
+            return False
+        own = threading.get_ident() == thread
+        return own or (bool(started) and id(threading.current_thread()) in started)
 
     def begun(self: threading.Thread) -> None:
         if is_mine():
-            started.add(id(self))
+            started[id(self)] = self
         start(self)
 
     disk = Disk(is_mine)
@@ -115,7 +119,7 @@ def no_output() -> Iterator[None]:
     restore_switches = switches()
     trackers: list[Any] = []
     try:
-        trackers = silence(is_mine)
+        silence(is_mine, trackers)
         sys.stdout, sys.stderr = _Quiet(stdout, is_mine), _Quiet(stderr, is_mine)
         logging.Logger.handle = handled  # type: ignore[assignment, method-assign]
         threading.Thread.start = begun  # type: ignore[method-assign]
@@ -124,6 +128,7 @@ def no_output() -> Iterator[None]:
         disk.enter()
         yield
     finally:
+        is_over = True
         disk.leave()
         speak(trackers)
         restore_switches()

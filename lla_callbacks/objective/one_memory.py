@@ -40,16 +40,19 @@ def refuse_shared_memory(module: nn.Module) -> None:
             place = (int(begin), int(end), name, t.requires_grad)
             places.setdefault(_storage(t) or 0, []).append(place)
     for ranges in places.values():
-        ranges.sort()
-        for i, (_, end, name, trained) in enumerate(ranges):
-            for begin, _, other, too in ranges[i + 1 :]:
-                if begin < end and (trained or too):
-                    raise MeasurementError(
-                        f"{name} and {other} lie in one memory, so that one moves with the other, "
-                        "and the loss is no function of the weights alone.",
-                        "Let a copy have memory of its own, by .detach().clone(), and tie weights "
-                        "by assigning the parameter itself: decoder.weight = encoder.weight.",
-                    )
+        # Of those that begin before, the one that ends last: of all, and of the trained ones.
+        of_all = of_trained = (0, "")
+        for begin, end, name, trained in sorted(ranges):
+            reach, other = of_all if trained else of_trained
+            if begin < reach:
+                raise MeasurementError(
+                    f"{other} and {name} lie in one memory, so that one moves with the other, "
+                    "and the loss is no function of the weights alone.",
+                    "Let a copy have memory of its own, by .detach().clone(), and tie weights "
+                    "by assigning the parameter itself: decoder.weight = encoder.weight.",
+                )
+            of_all = max(of_all, (end, name))
+            of_trained = max(of_trained, (end, name)) if trained else of_trained
 
 
 def _storage(tensor: Tensor) -> int | None:

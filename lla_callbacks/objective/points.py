@@ -340,7 +340,8 @@ class _Visit:
         assert self._recorded is not None
         found, self._recorded = self._recorded.found, None
         self.table[found], self.done[found] = math.nan, False
-        waiting[:0] = [i for i in found if i not in waiting]
+        left = set(waiting)
+        waiting[:0] = [i for i in found if i not in left]
 
     def _bare(self) -> BarePasses | None:
         """Return passes without a start of their own each, where they may do."""

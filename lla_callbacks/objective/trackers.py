@@ -31,21 +31,21 @@ _originals: dict[int, FunctionType] = {}
 _is_mine: Callable[[], bool] = bool
 
 
-def silence(is_mine: Callable[[], bool]) -> list[_Saved]:
-    """Let functions that track do nothing for some threads; return what :func:`speak` takes.
+def silence(is_mine: Callable[[], bool], saved: list[_Saved]) -> None:
+    """Let functions that track do nothing for some threads.
 
     Whoever has such a function, by ``from wandb import log`` say, has one object: it is its code
     that is exchanged, not its name.
 
     Args:
         is_mine: Whether the calling thread is one of these.
+        saved: To which is added what :func:`speak` takes, one after another.
     """
     packages = [name for name in TRACKERS if name in sys.modules]
     if not packages:
-        return []
+        return
     global _is_mine
     _is_mine = is_mine
-    saved = []
     for f in _functions_of([sys.modules[n] for n in (*packages, *_INSIDE) if n in sys.modules]):
         original = FunctionType(
             f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__
@@ -55,7 +55,6 @@ def silence(is_mine: Callable[[], bool]) -> list[_Saved]:
         saved.append((f, f.__code__, f.__defaults__, f.__kwdefaults__))
         f.__defaults__ = f.__kwdefaults__ = None
         f.__code__ = _quiet_code(f.__code__, id(f))
-    return saved
 
 
 def speak(saved: Iterable[_Saved]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lla_callbacks.linalg.errors import forgetful, is_out_of_memory
 from lla_callbacks.linalg.probes import generator
 from lla_callbacks.linalg.sharing import Alone, Share, all_or_none
+from lla_callbacks.linalg.slope import Slope
 from lla_callbacks.objective.copies import Copier
 from lla_callbacks.objective.counting import about
 from lla_callbacks.objective.memory import Findings
@@ -19,7 +20,6 @@ from lla_callbacks.objective.objective import Objective, padding_vectors
 from lla_callbacks.objective.precision import in_double
 from lla_callbacks.objective.probing import Prober
 from lla_callbacks.objective.self_check import NO_ROOM, Check, Proof, SelfCheck, untried
-from lla_callbacks.objective.slope import Slope
 
 # Cost of a forward pass, in gradients.
 FORWARD = 1 / 3

@@ -37,7 +37,8 @@ def spanned(end: Eigenvalue, sign: int) -> str:
         return with_error(float(end), end.residual)
     inner, outer = float(end), end + sign * end.beyond
     # Two digits of how far it is open.
-    digits = max(0, 1 - math.floor(math.log10(end.beyond)))
+    known = math.isfinite(end.beyond)
+    digits = max(0, 1 - math.floor(math.log10(end.beyond))) if known else 0
     if digits > 5 or max(abs(inner), abs(outer)) >= 1e5:
         low, high = (f"{v:.2e}" for v in sorted((inner, outer)))
     else:

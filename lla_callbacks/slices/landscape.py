@@ -220,7 +220,8 @@ class _Work:
                 # The plane itself is there.
                 why, _, remedy = refinement.reason.partition("; ")
                 self.missing["refine"] = MeasurementError(
-                    f"planes are not refined: {why}.", f"{remedy.capitalize()}, or refine=False."
+                    f"planes are not refined: {why}.",
+                    f"{remedy[:1].upper()}{remedy[1:]}, or refine=False.",
                 )
         return plane
 

@@ -245,6 +245,7 @@ def test_an_end_that_is_open_does_not_read_like_a_value_with_an_error_bar(
         (-3e-7, 1e-8, 2e-7, -1, "-5.00e-07 to -3.00e-07"),
         (6.2e6, 3e5, 8e5, 1, "6.20e+06 to 7.00e+06"),
         (12.0, 2.0, 31.0, 1, "12 to 43"),
+        (1.5, 0.1, math.inf, 1, "1.50e+00 to inf"),
     ],
 )
 def test_ends_in_words(value: float, residual: float, beyond: float, sign: int, text: str) -> None:

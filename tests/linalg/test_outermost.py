@@ -13,7 +13,7 @@ from torch import Tensor
 from lla_callbacks.linalg.eigenvalue import extremes
 from lla_callbacks.linalg.lanczos import LanczosRun, lanczos
 from lla_callbacks.linalg.operators import DenseOperator
-from lla_callbacks.linalg.outermost import reach
+from lla_callbacks.linalg.outermost import Seen, reach
 from lla_callbacks.linalg.probes import generator, rademacher
 
 DIM, STARTS = 120, 100
@@ -114,3 +114,9 @@ def test_the_smaller_of_two_close_outliers_is_not_called_the_largest() -> None:
             assert found.is_largest(0.01)
             wrong += float(found.values[-1]) < 0.99 * 3.3
     assert wrong <= 3
+
+
+@pytest.mark.parametrize(("value", "least"), [(math.nan, math.inf), (1e200, 0.0)])
+def test_what_is_no_number_has_an_end_and_no_error(value: float, least: float) -> None:
+    found = reach([Seen((value, 1.0), (1.0, 1.0), 10.0)], 1.0)
+    assert found == pytest.approx(least, abs=1e-6)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -69,6 +70,28 @@ def emptied():
     os.makedirs("folder/inner", exist_ok=True)
     shutil.copy("flag", "folder/inner/x")
     assert pathlib.Path("folder/inner/x").read_text() == "up"
+
+
+def folders_moved():
+    os.makedirs("new/inner")
+    pathlib.Path("new/inner/x").write_text("1")
+    os.mkdir("best")
+    os.rename("new", "best/one")
+    assert pathlib.Path("best/one/inner/x").read_text() == "1"
+    assert not os.path.exists("new/inner/x")
+
+
+def emptied_twice():
+    os.remove("folder/inner/file")
+    os.rmdir("folder/inner")
+    with pytest.raises(FileNotFoundError):
+        os.rmdir("folder/inner")
+    with pytest.raises(OSError, match="not empty"):
+        os.rmdir(".")
+    os.mkdir("new")
+    pathlib.Path("new/x").write_text("1")
+    shutil.rmtree("new")
+    assert not os.path.exists("new/x")
 
 
 def temporary():
@@ -156,7 +179,7 @@ def table():
 
 
 STEPS = [flag, atomic, moved, folders, emptied, temporary, low, linked, elsewhere, appended,
-         arrays, mapped, by_a_thread, table]  # fmt: skip
+         arrays, mapped, by_a_thread, table, folders_moved, emptied_twice]  # fmt: skip
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
@@ -273,9 +296,47 @@ def test_figures_of_pyplot_are_those_that_were_open(tmp_path):
     plt.close("all")
 
 
-def test_what_was_imported_in_a_pass_works_on_after_it():
+def test_who_keeps_a_stand_in_has_the_real_function_after_the_pass(tmp_path, capsys):
     with no_output():
-        connect, remove = sqlite3.connect, os.remove
-    connect(":memory:").close()
-    with pytest.raises(FileNotFoundError):
-        remove("nothing of this name")
+        kept = open, torch.save, sqlite3.connect, subprocess.Popen.__init__, os.remove, sys.stdout
+    opened, save, connect, begin, remove, output = kept
+    with opened(tmp_path / "text", "w") as file:
+        file.write("1")
+    save(torch.ones(1), tmp_path / "tensor")
+    with contextlib.closing(connect(tmp_path / "base")) as connection:
+        connection.execute("create table t (n int)")
+    program = subprocess.Popen.__new__(subprocess.Popen)
+    begin(program, ["true"])
+    assert program.wait() == 0
+    print("heard", file=output)
+    assert capsys.readouterr().out == "heard\n"
+    assert sorted(os.listdir(tmp_path)) == ["base", "tensor", "text"]
+    remove(tmp_path / "text")
+    assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors by /proc")
+def test_a_pass_leaves_no_descriptor_open(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "state.json").write_text("[]")
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    with no_output():
+        atomic()
+        with tempfile.NamedTemporaryFile("w", dir=".") as file:
+            file.write("x")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_all_is_put_back_where_the_working_directory_is_gone(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    functions, opened = dict(vars(os)), open
+    with ThreadPoolExecutor(1) as theirs:
+        theirs.submit(int).result()  # its thread is there before
+        with no_output():
+            os.chdir(tmp_path)
+            theirs.submit(os.rmdir, home).result()
+    assert dict(vars(os)) == functions
+    assert open is opened

@@ -1,5 +1,7 @@
 """Buffers that are views of each other stay so; weights in another's memory are refused."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -71,3 +73,18 @@ def test_parts_of_one_memory_beside_each_other_are_no_trouble():
     module.register_buffer("mask", torch.zeros(2))
     module.register_buffer("part", module.mask[:1])
     refuse_shared_memory(module)
+    # A buffer between two others that overlap: neither is trained.
+    module.register_buffer("whole", module.mask)
+    refuse_shared_memory(module)
+
+
+def test_many_weights_in_one_memory_are_looked_at_once_each():
+    module, flat = nn.Module(), torch.zeros(10_000)
+    for i, part in enumerate(flat.split(1)):
+        module.register_parameter(f"p{i}", nn.Parameter(part))
+    began = time.process_time()
+    refuse_shared_memory(module)
+    assert time.process_time() - began < 1.0
+    module.p7.data = flat[5:7]
+    with pytest.raises(MeasurementError, match="p5 and p7 lie in one memory"):
+        refuse_shared_memory(module)

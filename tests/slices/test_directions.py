@@ -230,6 +230,22 @@ def test_what_cannot_be_differentiated_costs_its_own_slices_only() -> None:
     assert len(calls) == 1 + 9 + 5 + 2
 
 
+def test_why_a_plane_is_not_refined_is_told_as_it_is_written() -> None:
+    class Never:
+        reason = "metrics are of the whole; give metrics=None"
+
+        def __init__(self, _: Any, settings: Any, *__: Any) -> None:
+            self.settings = settings
+
+        def finish(self, plane: Any) -> Any:
+            return plane
+
+    objective = Objective(tanh_net(), two_batches()[:1], cross_entropy, check=False)
+    settings = LandscapeSettings(lines=[], plane_points=3, refine=True)
+    found = measure_landscape(objective, settings, DirectionSource(objective), refining=Never)
+    assert "Give metrics=None, or refine=False." in str(found.missing["refine"])
+
+
 def test_adams_moments() -> None:
     module = tanh_net()
     layout = space(module)

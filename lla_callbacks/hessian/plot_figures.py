@@ -91,6 +91,8 @@ def compared_runs(histories: Sequence[History], names: Sequence[str]) -> Figure:
         for axes, values, lower, upper in bands:
             axes.plot(steps, values, color=color, lw=1.6, marker="o", ms=3.5, label=name)
             axes.fill_between(steps, lower, upper, color=color, alpha=0.2, lw=0)
+            if len(steps) == 1:  # a band of no width is not seen
+                axes.vlines(steps, lower, upper, color=color, alpha=0.3, lw=6)
     for axes, text in ((left, "largest eigenvalue"), (right, "trace (± 2 standard errors)")):
         axes.set_title(text, loc="left", fontsize=10, color=INK)
         axes.set_xlabel("optimizer step")

@@ -89,8 +89,8 @@ function curveChart(grid, curve, page) {
   let drawn = null;
   const draw = () => {
     if (drawn) drawn.svg.remove();
-    // A band that is far wider than the curve is cut, not the curve flattened.
-    const room = Math.max(most - least, 0.05 * Math.abs(most)) || 1;
+    // A band that is far wider than the curve is cut, not the curve flattened; one point has no curve.
+    const lonely = points.length < 2, room = lonely ? Infinity : Math.max(most - least, 0.05 * Math.abs(most)) || 1;
     let low = Math.max(extent(points.map((p) => p[2]))[0], least - room), high = Math.min(extent(points.map((p) => p[3]))[1], most + room);
     if (curve.edge && high > 0.3 * curve.edge) high = Math.max(high, 1.05 * curve.edge);
     const y = log ? { low: least / 1.3, high: most * 1.3, log } : (([a, b]) => ({ low: a, high: b }))(ranged(low, high));
@@ -100,7 +100,7 @@ function curveChart(grid, curve, page) {
     if (there.some((p) => p[2] !== p[3])) {
       const round = [...there.map((p) => [f.X(p[0]), f.Y(floor(p[3]))]), ...there.slice().reverse().map((p) => [f.X(p[0]), f.Y(floor(p[2]))])];
       make(f.inner, "path", { d: path(round) + "Z", class: "band" });
-      for (const p of there.length < 40 ? there : []) make(f.inner, "line", { x1: f.X(p[0]), x2: f.X(p[0]), y1: f.Y(floor(p[2])), y2: f.Y(floor(p[3])), class: "pin", style: "stroke-dasharray:none;stroke-opacity:.45" });
+      for (const p of there.length < 40 ? there : []) make(f.inner, "line", { x1: f.X(p[0]), x2: f.X(p[0]), y1: f.Y(floor(p[2])), y2: f.Y(floor(p[3])), class: "pin", style: `stroke-dasharray:none;stroke-opacity:.45${lonely ? ";stroke-width:7" : ""}` });
     }
     if (curve.edge && curve.edge < y.high && curve.edge > y.low) make(f.inner, "line", { x1: f.left, x2: f.width - f.right, y1: f.Y(curve.edge), y2: f.Y(curve.edge), class: "edge" });
     make(f.inner, "path", { d: path(there.map((p) => [f.X(p[0]), f.Y(p[1])])), class: "curve" });
@@ -181,7 +181,7 @@ function lineChart(grid, line, page) {
   const card = make(grid, "div", { class: "card" }), head = make(card, "h3");
   make(head, "span", {}, line.name);
   const value = make(head, "span", { class: "value" });
-  make(card, "p", {}, `${line.axis}; dashed grey: the first measurement`);
+  const note = make(card, "p");
   let f = null;
   const draw = () => show(page.step);
   const show = (step) => {
@@ -193,6 +193,7 @@ function lineChart(grid, line, page) {
     if (first !== now) make(f.inner, "path", { d: path(first.x.map((v, i) => [f.X(v), known(first.y[i]) && (!log || first.y[i] > 0) ? f.Y(first.y[i]) : null])), class: "ghost" });
     make(f.inner, "path", { d: path(now.x.map((v, i) => [f.X(v), known(now.y[i]) ? f.Y(now.y[i]) : null])), class: "curve" });
     if (x0 < 0 && x1 > 0) make(f.inner, "line", { x1: f.X(0), x2: f.X(0), y1: f.top, y2: f.height - f.bottom, class: "cursor" });
+    note.textContent = now.axis + (line.frames.length > 1 ? "; dashed grey: the first measurement" : "");
     value.textContent = `step ${now.step}${log ? " · log" : ""}`;
   };
   page.views.push({ draw, show });

@@ -38,7 +38,8 @@
       const p = entryAt(c.points, page.step);
       big.textContent = p ? shown(p[1], 3) : "–";
       const half = p && known(p[2]) ? Math.max(p[1] - p[2], p[3] - p[1]) : 0;
-      small.textContent = p ? (half ? `± ${shown(half, 2)} (band)` : " ") : "not yet";
+      // An end of which only one side is sure is no number with a ±.
+      small.textContent = !p ? "not yet" : p[4] ? `${p[4]} (95\u00a0%)` : half ? `± ${shown(half, 2)} (band)` : " ";
     }
   };
   const go = (step) => { page.step = step; $("step").value = String(Math.max(0, all.indexOf(step))); tell(); for (const v of page.views) v.show(step); };

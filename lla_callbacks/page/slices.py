@@ -52,6 +52,7 @@ def _plane(name: str, paths: list[tuple[int, Path]]) -> dict[str, Any]:
         points = counted(int(plane.evaluated.sum()), plane.evaluated.numel())
         frames.append({
             "step": step,
+            "axes": [d.label for d in plane.directions],
             "x": shorts(field.x),
             "y": shorts(field.y),
             "z": shorts(field.values),
@@ -63,8 +64,7 @@ def _plane(name: str, paths: list[tuple[int, Path]]) -> dict[str, Any]:
             "facts": " · ".join(part for part in facts_of(plane.facts, points) if part),
             "log": field.logarithmic,
         })  # fmt: skip
-    first = found[0][1].directions
-    return {"name": name, "axes": [d.label for d in first], "frames": frames}
+    return {"name": name, "frames": frames}
 
 
 def _fine(field: Field) -> Field:
@@ -95,12 +95,16 @@ def _path(plane: LossPlane, field: Field) -> list[list[float | None]]:
 
 
 def _line(name: str, paths: list[tuple[int, Path]]) -> dict[str, Any]:
-    frames, label = [], name
+    frames = []
     for step, path in paths:
         line = LossLine.load(path)
-        label = line.directions[0].label
-        frames.append({"step": step, "x": shorts(line.alphas), "y": shorts(line.loss)})
-    return {"name": name, "axis": label, "frames": frames}
+        frames.append({
+            "step": step,
+            "axis": line.directions[0].label,
+            "x": shorts(line.alphas),
+            "y": shorts(line.loss),
+        })  # fmt: skip
+    return {"name": name, "frames": frames}
 
 
 def _radius(step: int, basin: BasinRadii) -> list[Any]:

@@ -82,12 +82,8 @@ def hessian_of(folder: Path) -> dict[str, Any] | None:
 def _curves(m: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return name to value and band of one measurement."""
     found = {
-        "lambda_max": banded(
-            m["lambda_max"], m["lambda_max_residual"], m.get("lambda_max_beyond", math.nan)
-        ),
-        "lambda_min": banded(
-            m["lambda_min"], m.get("lambda_min_beyond", math.nan), m["lambda_min_residual"]
-        ),
+        "lambda_max": _ended(_extreme(m, "max"), 1),
+        "lambda_min": _ended(_extreme(m, "min"), -1),
         "trace": banded(m["trace"], BAND * m["trace_sem"], BAND * m["trace_sem"]),
     }
     for name in ("loss", "gradient_norm", "weight_norm"):
@@ -98,6 +94,12 @@ def _curves(m: Mapping[str, Any]) -> dict[str, list[Any]]:
     for name, (value, error) in zip(m["criteria_names"].tolist(), m["criteria"], strict=True):
         found[name] = banded(value, BAND * error, BAND * error)
     return {name: value for name, value in found.items() if value[0] is not None}
+
+
+def _ended(end: Eigenvalue, sign: int) -> list[Any]:
+    """Return an extreme eigenvalue, its band and, if it is open, from where to where it may lie."""
+    below, above = (end.residual, end.beyond)[::sign]
+    return [*banded(end, below, above), *([end_in_short(end, sign)] if end.is_open else [])]
 
 
 def _light(folder: Path) -> dict[str, list[list[Any]]]:
@@ -113,7 +115,10 @@ def _light(folder: Path) -> dict[str, list[list[Any]]]:
         }
         for name, (below, above) in bands.items():
             points = [
-                [int(step), *banded(v, b, a)]
+                [
+                    int(step),
+                    *(_ended(Eigenvalue(v, b, a), 1) if name == "lambda_max" else banded(v, b, a)),
+                ]
                 for step, v, b, a in zip(m["steps"], m[name], below, above, strict=True)
                 if math.isfinite(v)
             ]

@@ -97,7 +97,7 @@ function surfaceView(section, plane, page) {
     ctx.beginPath(); ctx.arc(here[0], here[1], 5, 0, 2 * Math.PI); ctx.fillStyle = colour("--down"); ctx.fill(); ctx.lineWidth = 2; ctx.strokeStyle = colour("--card"); ctx.stroke();
     // Names of both directions along the near edges, values of the height beside the far wall.
     const aside = (p) => (p[0] < width / 2 - 4 ? "right" : p[0] > width / 2 + 4 ? "left" : "center");
-    for (const [words, a, b] of [[plane.axes[0], 0, -1.14 * back[1]], [plane.axes[1], -1.14 * back[0], 0]]) { const p = project(a, b, 0); text(words, p, quiet, aside(p)); }
+    for (const [words, a, b] of [[now.axes[0], 0, -1.14 * back[1]], [now.axes[1], -1.14 * back[0], 0]]) { const p = project(a, b, 0); text(words, p, quiet, aside(p)); }
     for (const end of [-0.46, 0.46]) {
       const p = project(end, -1.12 * back[1], 0), q = project(-1.12 * back[0], end, 0);
       text(shown(end < 0 ? now.x[0] : now.x[now.x.length - 1], 3), p, quiet, aside(p));

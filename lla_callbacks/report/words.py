@@ -23,7 +23,12 @@ def with_error(value: float, error: float) -> str:
         return f"{value:.3g} +- {error:.1g}"
     plain = error >= 1e-4 and error >= 5 * 10.0**-digits
     shown = f"{error:.{digits}f}" if plain else f"{error:.0e}"
-    return f"{value:.{digits}f} +- {shown}"
+    return f"{_unsigned(f'{value:.{digits}f}')} +- {shown}"
+
+
+def _unsigned(shown: str) -> str:
+    """Return a number without the sign of a zero."""
+    return shown.removeprefix("-") if float(shown) == 0 else shown
 
 
 def spanned(end: Eigenvalue, sign: int) -> str:
@@ -40,10 +45,19 @@ def spanned(end: Eigenvalue, sign: int) -> str:
     known = math.isfinite(end.beyond)
     digits = max(0, 1 - math.floor(math.log10(end.beyond))) if known else 0
     if digits > 5 or max(abs(inner), abs(outer)) >= 1e5:
-        low, high = (f"{v:.2e}" for v in sorted((inner, outer)))
+        # As many digits as tell both apart.
+        size = math.floor(math.log10(max(abs(inner), abs(outer))))
+        places = max(2, 1 + size - math.floor(math.log10(end.beyond)))
+        low, high = (f"{v:.{places}e}" for v in sorted((inner, outer)))
     else:
-        low, high = (f"{v:.{digits}f}" for v in sorted((inner, outer)))
+        low, high = (_rounded(v, digits) for v in sorted((inner, outer)))
     return f"{low} to {high}"
+
+
+def _rounded(value: float, digits: int) -> str:
+    """Return a number with these digits, or with one that tells its sign where all are zero."""
+    shown = f"{value:.{digits}f}"
+    return f"{value:.1g}" if value and float(shown) == 0 else shown
 
 
 def written(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 
 import numpy as np
 from matplotlib import colormaps
@@ -42,6 +43,8 @@ SIGNED_MAP = LinearSegmentedColormap.from_list(
 )
 # How much further than a mesh the camera of TensorBoard is kept, so that it is within the frame.
 FRAME = 1.05
+# Letters of a direction's name that fit along a slanted axis.
+LONG = 24
 BASIN_COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#c53030")
 
 
@@ -69,7 +72,7 @@ def surface_figure(
     low, high = fine.low, fine.high
     heights = np.clip(fine.values, low, high)
     figure = Sheet(3.8)
-    axes = figure.panel(-0.15, -0.12, WIDTH - 0.05, 3.95, projection="3d")
+    axes = figure.panel(-0.15, -0.4, WIDTH - 0.05, 3.95, projection="3d")
     assert isinstance(axes, Axes3D)
     corners = _quads(fine.x, fine.y, heights)
     paint = colormaps[LOSS_MAP](Normalize(low, high)(corners[:, :, 2].mean(axis=1)))
@@ -87,8 +90,11 @@ def surface_figure(
     axes.set_zlim(low, high)
     positions, texts = field.ticks()
     axes.set_zticks(positions, labels=texts)
-    axes.set_xlabel(plane.directions[0].label, fontsize=TICKS, labelpad=3)
-    axes.set_ylabel(plane.directions[1].label, fontsize=TICKS, labelpad=3)
+    for name, direction in zip(("x", "y"), plane.directions, strict=True):
+        # In several lines where one, along a slanted axis, would reach into what stands below.
+        lines = wrap(direction.label, LONG)
+        size, pad = TICKS - max(0, len(lines) - 2), 3 + 3 * (len(lines) - 1)
+        getattr(axes, f"set_{name}label")("\n".join(lines), fontsize=size, labelpad=pad)
     axes.set_zlabel(field.label, fontsize=TICKS, labelpad=3)
     axes.view_init(elev=32, azim=-57)
     axes.set_box_aspect((1, 1, 0.72), zoom=0.92)

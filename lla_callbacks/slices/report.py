@@ -233,6 +233,8 @@ class LandscapeReport(Result):
                 f"{counted_of(plane.evaluated)}"
             )
             lines += [f"  {'':18} {_unsettled(d)}" for d in plane.directions if not d.settled]
+            if plane.fine is not None and plane.picture is not None:
+                lines.append(f"  {'':18} between them: {plane.picture.words}")
             if plane.path is not None:
                 lines.append(
                     f"  path of training   {float(plane.path.explained.sum()):.1%} of its variance "

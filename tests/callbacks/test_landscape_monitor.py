@@ -291,7 +291,8 @@ def test_planes_are_refined_and_their_costs_counted(tmp_path):
     assert torch.equal(found.fine.loss, plain.fine.loss)
     assert found.metrics == {}
     assert watcher.report.planes["gradient+random"].fine is not None
-    # Drawn so, and saved.
+    # Said, drawn so, and saved.
+    assert f"between them: {found.picture.words}" in watcher.report.summary()
     drawn = watcher.report.figures(4)["plane_random"]()
     notes = " ".join(" ".join(t.get_text().split()) for t in drawn.texts)
     assert "splines of the network's outputs" in notes

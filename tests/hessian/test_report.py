@@ -169,6 +169,7 @@ def test_a_report_is_frozen(report: HessianReport) -> None:
         (3.0, math.nan, "3"),
         (math.nan, 1.0, "undefined"),
         (0.0, 0.5, "0.00 +- 0.50"),
+        (-2e-4, 0.061, "0.000 +- 0.061"),
     ],
 )
 def test_numbers_show_as_many_digits_as_their_error_allows(
@@ -244,6 +245,8 @@ def test_an_end_that_is_open_does_not_read_like_a_value_with_an_error_bar(
         (1.86, 1e-7, 1e-4, 1, "1.86000 +- 1e-07"),
         (-3e-7, 1e-8, 2e-7, -1, "-5.00e-07 to -3.00e-07"),
         (6.2e6, 3e5, 8e5, 1, "6.20e+06 to 7.00e+06"),
+        (1.86e-4, 1e-8, 2.5e-7, 1, "1.8600e-04 to 1.8625e-04"),
+        (-2e-4, 1e-5, 0.59, -1, "-0.59 to -0.0002"),
         (12.0, 2.0, 31.0, 1, "12 to 43"),
         (1.5, 0.1, math.inf, 1, "1.50e+00 to inf"),
     ],

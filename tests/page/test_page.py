@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import html.parser
 import json
@@ -23,6 +24,7 @@ from lla_callbacks.command.main import main
 from lla_callbacks.hessian.scalars import BAND
 from lla_callbacks.page.page import read_run, write_page
 from lla_callbacks.page.runs import NoRunError, run_in
+from lla_callbacks.page.slices import slices_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)  # fmt: skip
@@ -119,10 +121,15 @@ def test_the_page_says_what_the_files_say(run: Path) -> None:
             assert step == 10 * k
             assert value == pytest.approx(float(m["trace"]), rel=1e-5)
             assert high - low == pytest.approx(2 * BAND * float(m["trace_sem"]), rel=1e-3)
-            step, value, low, high = curves["hessian/lambda_max"][k]
+            step, value, low, high, *_ = curves["hessian/lambda_max"][k]
             beyond, below = (float(m[f"lambda_{end}_beyond"]) for end in ("max", "min"))
             assert high - value == pytest.approx(beyond, abs=1e-5 * value)
             assert value - low == pytest.approx(float(m["lambda_max_residual"]), abs=1e-5 * value)
+            ends = (curves[f"hessian/lambda_{end}"][k][4:] for end in ("max", "min"))
+            frame = found["hessians"][0]["spectra"]["frames"][k]
+            for words, (_, said) in zip(ends, (frame["top"], frame["bottom"]), strict=True):
+                # An end of which only one side is sure is said as everywhere.
+                assert words == ([said] if " to " in said else [])
     (hessian,) = found["hessians"]
     spectra = hessian["spectra"]
     # All eigenvalues are there: the counts a band add up to the number of parameters.
@@ -150,6 +157,28 @@ def test_the_page_says_what_the_files_say(run: Path) -> None:
     own = {c["tag"]: [p[:2] for p in c["points"]] for c in found["own"]}
     assert own["train_loss"] == [[0, 1.5], [20, 0.5]]
     assert "epoch" not in own
+
+
+def test_directions_are_named_as_at_each_step(tmp_path: Path) -> None:
+    """Eigenvectors of two steps have two eigenvalues, and the slider shows one of them."""
+    model, axis = nn.Linear(3, 2).double(), torch.linspace(-1, 1, 3, dtype=torch.float64)
+    settings: dict[str, Any] = {"loss": loss, "check": False, "alphas": axis}
+    batches = [(torch.randn(8, 3).double(), torch.randint(0, 2, (8,)))]
+    kinds = {
+        "plane_hessian": loss_plane(model, batches, betas=axis, **settings),
+        "line_top1": loss_line(model, batches, **settings),
+    }
+    for folder, part in kinds.items():
+        for step, name in ((0, "λ = 3"), (10, "λ = 14")):
+            first, *others = part.directions
+            named = (dataclasses.replace(first, name=name), *others)
+            found = dataclasses.replace(part, directions=named)  # type: ignore[type-var]
+            found.save(tmp_path / folder / f"step_{step:08d}.npz")  # type: ignore[attr-defined]
+    slices = slices_of(tmp_path)
+    assert slices is not None
+    (plane,), (line,) = slices["planes"], slices["lines"]
+    assert [f["axes"][0][:6].strip() for f in plane["frames"]] == ["λ = 3", "λ = 14"]
+    assert [f["axis"][:6].strip() for f in line["frames"]] == ["λ = 3", "λ = 14"]
 
 
 def test_light_measurements_join_the_curve(run: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -234,6 +235,17 @@ SAME: dict[str, Callable[[int], Any]] = {
     "report": report, "line": line, "plane": plane, "basin": basin, "convexity": convexity,
     "curve": curve, "landscape": landscape,
 }  # fmt: skip
+
+
+def test_a_run_with_one_measurement_is_compared_with_its_error(made: dict[str, Any]) -> None:
+    found = made["report"]
+    figure = compare([(3, found)], [(3, found)])
+    for axes, error in zip(figure.axes, (None, found.trace_sem), strict=True):
+        lines = [c for c in axes.collections if isinstance(c, LineCollection)]
+        assert len(lines) == 2
+        if error is not None:
+            (low, high) = lines[0].get_segments()[0][:, 1]
+            assert high - low == pytest.approx(4 * error)
 
 
 @pytest.mark.parametrize("name", SAME)

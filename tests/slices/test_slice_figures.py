@@ -527,6 +527,19 @@ def test_a_surface_has_holes_where_it_is_not_finite() -> None:
     assert figure.axes[0].get_ylim() == (-2, 2)
 
 
+@pytest.mark.parametrize("name", ["random 1", "2nd eigenvector, λ = -0.0421", None])
+def test_names_along_a_surface_stand_clear_of_the_notes(name: str | None) -> None:
+    unsettled = "unsettled Ritz vector for the bottom eigenvector, λ < -0.0421"
+    named = dataclasses.replace(FIRST, name=name or unsettled, unit="‖v‖")
+    figure = surface_figure(dataclasses.replace(plane_of(bowl), directions=(named, named)))
+    renderer = FigureCanvasAgg(figure)
+    renderer.draw()
+    axes = figure.axes[0]
+    notes = max(t.get_window_extent().y1 for t in figure.texts if "Between" in t.get_text())
+    for axis in (axes.xaxis, axes.yaxis):
+        assert axis.label.get_window_extent().y0 > notes
+
+
 def test_a_mesh_has_the_plane_as_it_is() -> None:
     vertices, colors, faces = mesh_of(plane_of(lambda a, b: 10 ** (a + 0 * b)))
     assert (vertices.dtype, colors.dtype, faces.dtype) == (np.float32, np.uint8, np.int32)

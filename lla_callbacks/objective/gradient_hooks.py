@@ -34,7 +34,7 @@ def no_gradient_hooks(held: Inventory) -> Iterator[None]:
     ]
     of_parameters = [(p, hooks) for p in held.parameters if (hooks := p._backward_hooks)]
     found = [getattr(torch.nn.modules.module, name, None) for name in _OF_ALL]
-    of_all = [(hooks, dict(hooks)) for hooks in found if hooks]
+    of_all = [(hooks, dict(hooks)) for hooks in found if hooks is not None]
     try:
         for hooks, _ in of_all:
             hooks.clear()

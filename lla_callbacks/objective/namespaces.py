@@ -51,7 +51,9 @@ class Namespaces:
         kinds = set(map(type, held.modules))
         self._classes = [_Class(kind) for kind in {b for k in kinds for b in _own_bases(k)}]
         self._known = {c.kind for c in self._classes}
-        self._hooks = [_Hooks(found) for found in map(_hooks_of_torch, _OF_ALL) if found]
+        present = (getattr(torch.nn.modules.module, name, None) for name in _OF_ALL)
+        # Empty ones too: what a pass adds to them goes with it.
+        self._hooks = [_Hooks(found) for found in present if found is not None]
         self._outside = Outside(self._known, (loss,))
 
     @shielded
@@ -250,10 +252,6 @@ class _Hooks:
         # In place: handles know the hooks by this dictionary.
         self._live.clear()
         self._live.update(hooks)
-
-
-def _hooks_of_torch(name: str) -> dict[Any, Any]:
-    return getattr(torch.nn.modules.module, name, None) or {}
 
 
 def _drop_others(live: dict[str, Any], saved: dict[str, Any]) -> None:

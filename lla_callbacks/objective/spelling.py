@@ -42,6 +42,7 @@ def spelled(function: Called) -> Called:
     Its signature stays what it is.
     """
     names = tuple(inspect.signature(function).parameters)
+    known = set(names)
 
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -50,7 +51,6 @@ def spelled(function: Called) -> Called:
             refuse_unknown(type(args[0]).__name__ if own else function.__name__, kwargs, names)
         return function(*args, **kwargs)
 
-    known = set(names)
     return called  # type: ignore[return-value]
 
 

@@ -26,10 +26,13 @@ _CONTAINERS = frozenset({list, dict, set, tuple, frozenset, deque})
 # compared before the next start only, up to so many; yet longer ones are copied anew.
 FEW_ENTRIES = 256
 MOST_ENTRIES = 5_000_000
+# Levels of containers in containers. Deeper ones, and those that hold themselves, are looked at
+# object by object.
+MOST_LEVELS = 100
 # Objects, containers and tensors that hang together, of one attribute.
 MOST_OBJECTS = 2000
 # What cannot change, or stands for something.
-_FIXED = (*ATOMS, weakref.ReferenceType, StandIn, Muted, Swallow)
+_FIXED = ATOMS | {weakref.ReferenceType, StandIn, Muted, Swallow}
 # Py_TPFLAGS_HEAPTYPE and Py_TPFLAGS_IMMUTABLETYPE: all classes defined in Python have the first and
 # none has the second. They take no more than two pointers beyond what they derive from.
 _HEAP_TYPE, _IMMUTABLE, _POINTERS = 1 << 9, 1 << 8, 16
@@ -256,13 +259,15 @@ def are_equal(pairs: Sequence[tuple[Any, Any]]) -> bool:
 def entries_of(value: Any) -> int | None:
     """Return how many entries a value has that is made of containers and of what cannot change.
 
-    None where it is anything else, or has more than can be compared.
+    None where it is anything else, or has more or deeper ones than can be compared.
     """
     if type(value) in ATOMS:
         return 0
     found, level = 0, [value]
     # Level by level, so that rows of a table take no step of Python each.
-    while level:
+    for _ in range(MOST_LEVELS):
+        if not level:
+            return found
         if not set(map(type, level)) <= _CONTAINERS:
             return None
         found += sum(map(len, level))
@@ -274,7 +279,7 @@ def entries_of(value: Any) -> int | None:
                 members.extend(item.values())
         inner = set(map(type, members)) - ATOMS
         level = [m for m in members if type(m) in inner] if inner else []
-    return found
+    return None
 
 
 def is_flat(container: Any) -> bool:

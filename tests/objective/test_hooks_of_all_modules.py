@@ -50,3 +50,17 @@ def test_what_they_keep_is_kept_and_they_count_in_the_loss(evaluation):
             handle.remove()
     assert float(line.loss[1]) == pytest.approx(alone, rel=1e-12)
     assert report.loss == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_hooks_for_all_modules_that_a_step_registers_are_gone_with_it():
+    def registering(module, batch):
+        of_torch.register_module_forward_hook(lambda m, i, o: None)
+        of_torch.register_module_full_backward_pre_hook(lambda m, o: None)
+        return loss(module, batch)
+
+    measure_hessian(
+        tanh_net().double(), [vectors()], loss=registering, num_steps=2, num_probes=2, check=False
+    )
+    assert not of_torch._global_forward_hooks
+    assert not of_torch._global_backward_pre_hooks

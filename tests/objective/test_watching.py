@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from random import Random
@@ -20,7 +21,7 @@ from lla_callbacks.objective.namespaces import Namespaces
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import space_of
 from lla_callbacks.objective.repetition import MOST_CHANGES
-from lla_callbacks.objective.watching import FEW_ENTRIES, entries_of, snapshot
+from lla_callbacks.objective.watching import FEW_ENTRIES, entries_of, snapshot, watch
 
 BATCH = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
 
@@ -367,3 +368,17 @@ def test_an_attribute_that_is_a_view_of_weights_moves_with_them() -> None:
         family.restore()
     for seen, expected in found:
         assert seen == pytest.approx(expected, abs=1e-12)
+
+
+def test_containers_that_hold_themselves_or_are_deep_come_to_an_end() -> None:
+    ring: list[Any] = []
+    ring.append(ring)
+    deep: tuple[Any, ...] = ()
+    for _ in range(5000):
+        deep = (deep,)
+    began = time.process_time()
+    for value in (ring, deep):
+        assert entries_of(value) is None
+        # Object by object a ring of one is known, and a chain of thousands is not.
+        assert (watch(nn.Module(), [(value, None)]) is not None) == (value is ring)
+    assert time.process_time() - began < 0.5

@@ -9,6 +9,8 @@ from lla_callbacks.linalg.lanczos import LanczosRun
 
 # Of itself: an extreme eigenvalue that is known so well is a number, whatever its residual is.
 CLOSED = 1e-3
+# How many residuals far an end is open at least: closer than that the two say the same.
+OPEN = 1.5
 
 
 class Eigenvalue(float):
@@ -43,7 +45,7 @@ class Eigenvalue(float):
     @property
     def is_open(self) -> bool:
         """Whether it is an end of the spectrum from within, and no more: see ``beyond``."""
-        return self.beyond > 1.5 * self.residual and self.beyond > CLOSED * abs(self)
+        return self.beyond > OPEN * self.residual and self.beyond > CLOSED * abs(self)
 
     def __getnewargs__(self) -> tuple[float, float, float, float]:  # type: ignore[override]
         return float(self), self.residual, self.beyond, self.arithmetic

@@ -41,9 +41,10 @@ def spanned(end: Eigenvalue, sign: int) -> str:
     if not end.is_open:
         return with_error(float(end), end.residual)
     inner, outer = float(end), end + sign * end.beyond
+    if math.isinf(outer):
+        return " to ".join(f"{v:.3g}" for v in sorted((inner, outer)))
     # Two digits of how far it is open.
-    known = math.isfinite(end.beyond)
-    digits = max(0, 1 - math.floor(math.log10(end.beyond))) if known else 0
+    digits = max(0, 1 - math.floor(math.log10(end.beyond)))
     if digits > 5 or max(abs(inner), abs(outer)) >= 1e5:
         # As many digits as tell both apart.
         size = math.floor(math.log10(max(abs(inner), abs(outer))))

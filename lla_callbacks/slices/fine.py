@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+from lla_callbacks.objective.checks import flag
 
 # Points a side, at least, of which every second one can judge what is between them.
 FEWEST = 7
@@ -25,3 +28,24 @@ class FineLoss:
     loss: Tensor
     error: float
     error_high: float
+
+
+def check_refine(refine: Any, **others: Any) -> bool:
+    """Return whether planes are refined.
+
+    Args:
+        refine: True or False.
+        others: By name, what has to be None if they are.
+
+    Raises:
+        ValueError: If it is neither, or one of the others is given.
+    """
+    if not flag("refine", refine):
+        return False
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(
+                f"refine is True, and {name} is given, which keeps no outputs of the network: "
+                f"give refine=False or {name}=None."
+            )
+    return True

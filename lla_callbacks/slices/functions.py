@@ -38,9 +38,10 @@ from lla_callbacks.slices.directions import (
     Vectors,
     check_normalization,
 )
+from lla_callbacks.slices.fine import check_refine
 from lla_callbacks.slices.given import axes_of, fingerprint, point_settings, source_of
 from lla_callbacks.slices.networks import NetworkPlane, names_networks, network_plane
-from lla_callbacks.slices.refinement import Refinement, check_refine
+from lla_callbacks.slices.refinement import Refinement
 from lla_callbacks.slices.results import LossLine, LossPlane
 from lla_callbacks.slices.slices import (
     measure_line,

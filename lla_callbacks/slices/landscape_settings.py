@@ -8,7 +8,6 @@ from typing import Any
 
 from lla_callbacks.objective.checks import (
     MOST_WORK,
-    flag,
     number,
     odd_points,
     positive,
@@ -21,7 +20,7 @@ from lla_callbacks.objective.evaluation import Predict, check_metrics
 from lla_callbacks.objective.points import Evaluation, PointSettings
 from lla_callbacks.slices.choice import line_names, plane_names
 from lla_callbacks.slices.directions import Normalization, Vectors, check_normalization
-from lla_callbacks.slices.fine import FEWEST
+from lla_callbacks.slices.fine import FEWEST, check_refine
 
 # Passes that a ray takes, and a Lanczos run of a convexity map's point, about.
 PASSES_A_RAY = 12
@@ -100,14 +99,10 @@ class LandscapeSettings:
         settle(self, cutoff=number("cutoff", self.cutoff, allowed, none=True))
         check_normalization(self.normalization, self.vectors)
         check_metrics(self.metrics, self.predict)
-        if flag("refine", self.refine) and self.predict is not None:
-            raise ValueError(
-                "refine is True, and predict is given, which keeps no outputs of the network: "
-                "give refine=False or predict=None."
-            )
+        refine = check_refine(self.refine, predict=self.predict)
         if not (self.planes or self.lines or self.num_rays):
             raise ValueError("planes, lines and num_rays are all empty: give one at least.")
-        settle(self, time_budget=self.points(None).time_budget, refine=bool(self.refine))
+        settle(self, time_budget=self.points(None).time_budget, refine=refine)
 
     def points(self, budget: float | None) -> PointSettings:
         """Return how points are evaluated, in what is left of the time."""

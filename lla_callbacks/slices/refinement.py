@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lla_callbacks.linalg.sharing import Alone, Share
-from lla_callbacks.objective.checks import flag
 from lla_callbacks.objective.evaluation import is_metric
 from lla_callbacks.objective.grid import complete_axes
 from lla_callbacks.objective.objective import Objective
@@ -101,27 +99,6 @@ class Refinement:
             )  # fmt: skip
             plane = replace(plane, metrics=metrics, fine=fine)
         return plane
-
-
-def check_refine(refine: Any, **others: Any) -> bool:
-    """Return whether planes are refined.
-
-    Args:
-        refine: True or False.
-        others: By name, what has to be None if they are.
-
-    Raises:
-        ValueError: If it is neither, or one of the others is given.
-    """
-    if not flag("refine", refine):
-        return False
-    for name, other in others.items():
-        if other is not None:
-            raise ValueError(
-                f"refine is True, and {name} is given, which keeps no outputs of the network: "
-                f"give refine=False or {name}=None."
-            )
-    return True
 
 
 def refined_loss(

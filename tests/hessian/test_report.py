@@ -248,7 +248,7 @@ def test_an_end_that_is_open_does_not_read_like_a_value_with_an_error_bar(
         (1.86e-4, 1e-8, 2.5e-7, 1, "1.8600e-04 to 1.8625e-04"),
         (-2e-4, 1e-5, 0.59, -1, "-0.59 to -0.0002"),
         (12.0, 2.0, 31.0, 1, "12 to 43"),
-        (1.5, 0.1, math.inf, 1, "1.50e+00 to inf"),
+        (1.5, 0.1, math.inf, 1, "1.5 to inf"),
     ],
 )
 def test_ends_in_words(value: float, residual: float, beyond: float, sign: int, text: str) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lla_callbacks.hessian.criteria import MAINLY_POSITIVE_ABOVE
+from lla_callbacks.hessian.criteria_of import FAR_GAP
 from lla_callbacks.hessian.engine_error import gap_remedy
 from lla_callbacks.hessian.measures import HessianMeasurement
 from lla_callbacks.linalg.eigenvalue import Eigenvalue
@@ -26,12 +27,12 @@ def describe(measurement: HessianMeasurement) -> str:
     if math.isfinite(m.lambda_max):
         lines.append(
             f"  largest eigenvalue  {spanned(m.lambda_max, 1)}"
-            f"  (the sharpest direction; {_sure(m.lambda_max, 1)})"
+            f"  (the sharpest direction; {_sure(m, m.lambda_max, 1)})"
         )
     if math.isfinite(m.lambda_min):
         lines.append(
             f"  smallest eigenvalue {spanned(m.lambda_min, -1)}"
-            f"  (below zero: a direction that curves down; {_sure(m.lambda_min, -1)})"
+            f"  (below zero: a direction that curves down; {_sure(m, m.lambda_min, -1)})"
         )
     if math.isfinite(m.trace):
         lines.append(
@@ -84,13 +85,14 @@ def describe(measurement: HessianMeasurement) -> str:
     return "\n".join(lines)
 
 
-def _sure(end: Eigenvalue, sign: int) -> str:
+def _sure(m: HessianMeasurement, end: Eigenvalue, sign: int) -> str:
     """Return what the error of an extreme eigenvalue says, or that its place is open."""
     if not end.is_open:
         return "the +- is its residual: how far it is off at most"
     low, _, high = spanned(end, sign).partition(" to ")
     found, limit = (low, f"no higher than {high}") if sign > 0 else (high, f"no lower than {low}")
-    return f"found at {found}, with 95 % certainty {limit}; a larger num_steps narrows it"
+    remedy = "no eig_rtol" if FAR_GAP in m.gaps else "a larger num_steps"
+    return f"found at {found}, with 95 % certainty {limit}; {remedy} narrows it"
 
 
 def _side(m: HessianMeasurement) -> str:

@@ -62,6 +62,8 @@ def change(now: float, error: float, before: float, its_error: float) -> str:
         return "changed its sign" if now * before < 0 else ("rose" if now > before else "fell")
     share = abs(now / before)
     direction = "rose" if now > before else "fell"
+    if now < 0:  # what is -9 after -10 rose, and is smaller
+        direction += " towards zero" if now > before else " further below zero"
     if share >= 2 or share <= 0.5:
         return f"{direction}: {share:.2g} times as large"
     return f"{direction} by {abs(share - 1):.0%}"

@@ -68,7 +68,13 @@ class Refinement:
         self.settings = settings
         self._recorder: OutputRecorder | None = None
         self.reason = ""
-        if not wanted or min(shape) < FEWEST:
+        if not wanted:
+            return
+        if min(shape) < FEWEST:
+            self.reason = (
+                f"there are {shape[0]} x {shape[1]} points; give {FEWEST} x {FEWEST} at least (of "
+                "a monitor: plane_points, or a larger max_overhead)"
+            )
             return
         if space_of(objective).is_spread:
             self.reason = "parameters are spread over processes; give refine=False"

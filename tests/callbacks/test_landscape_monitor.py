@@ -311,6 +311,13 @@ def test_planes_are_refined_and_their_costs_counted(tmp_path):
     assert more[0].smallest().plane_points == 7
 
 
+def test_a_plane_too_coarse_to_be_refined_says_so(tmp_path):
+    watcher = watch(every_n_train_steps=4, refine=True, plane_points=5, evaluation="loop")
+    with pytest.warns(UserWarning, match=r"not refined: there are 5 x 5 points\. Give 7 x 7 at"):
+        fit(tmp_path, watcher)
+    assert all(report.missing.keys() == {"refine"} for _, report in watcher.history)
+
+
 def test_what_cannot_be_refined_is_one_gap_with_its_remedy_and_the_plane_is_there(tmp_path):
     def decayed(module, batch):
         return plain_loss(module, batch) + module.net[0].weight.square().sum()

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
 from lla_callbacks import HessianReport, measure_hessian
+from lla_callbacks.hessian.criteria_of import FAR_GAP
 from lla_callbacks.hessian.figures import history_figure
 from lla_callbacks.hessian.scalars import FEW, NAMES, custom_scalars_layout, hessian_scalars
 from lla_callbacks.hessian.step_words import numbers_of
@@ -223,6 +224,9 @@ def test_an_end_that_is_open_does_not_read_like_a_value_with_an_error_bar(
     assert "smallest eigenvalue -0.41 to -0.27  (below zero" in text
     assert "with 95 % certainty no higher than 2.30; a larger num_steps" in text
     assert "found at -0.27, with 95 % certainty no lower than -0.41; a" in text
+    # More steps do not help a run that ended before those it had.
+    early = dataclasses.replace(known, gaps={FAR_GAP: "eig_rtol=0.05 ended a run"}).summary()
+    assert "no higher than 2.30; no eig_rtol narrows it" in early
     assert "1.86 +-" not in text
     headline = [t.get_text() for t in known.figure().texts]
     assert "λmax 1.86 to 2.30" in headline

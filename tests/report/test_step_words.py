@@ -22,9 +22,10 @@ NAN = math.nan
         (-1.0, 0.0, 1.0, 0.0, "changed its sign"),
         (0.0, 0.0, 1.0, 0.0, "fell"),
         (2.0, 0.0, 2.0, 0.0, "the same"),
-        (-9.0, 0.1, -10.0, 0.1, "rose by 10%"),
+        (-9.0, 0.1, -10.0, 0.1, "rose towards zero by 10%"),
+        (-30.0, 0.1, -10.0, 0.1, "fell further below zero: 3 times as large"),
         # Ranges: -0.0076 to -0.0065 after -0.0122 to -0.0104, and two that touch.
-        (Eigenvalue(-0.0065, 1e-4, 0.0011), 0.0011, -0.0104, 0.0018, "rose by 38%"),
+        (Eigenvalue(-0.0065, 1e-4, 0.0011), 0.0011, -0.0104, 0.0018, "rose towards zero by 38%"),
         (Eigenvalue(-0.0080, 1e-4, 0.0011), 0.0011, -0.0104, 0.0018, "within its error"),
     ],
 )

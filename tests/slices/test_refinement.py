@@ -268,7 +268,8 @@ def test_what_keeps_no_outputs_is_refused_with_it(settings: dict[str, Any]) -> N
 
 def test_small_planes_and_incomplete_ones() -> None:
     short = AXIS[:6]
-    assert plane_of(net(), alphas=short, betas=short).fine is None
+    with pytest.warns(UserWarning, match="no effect.*there are 6 x 6 points; give 7 x 7 at least"):
+        assert plane_of(net(), alphas=short, betas=short).fine is None
     # Cut short before the second point: nothing is complete.
     cut = plane_of(net(), time_budget=1e-9)
     assert cut.fine is None

@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 from lla_callbacks.objective.compilers import is_by_a_compiler
@@ -49,7 +50,7 @@ class Disk:
             for module, kind, name, stand_in in _ELSEWHERE
             if (owner := _owner(module, kind)) is not None
         ]
-        self._elsewhere += _with_defaults()
+        self._elsewhere += _with_defaults(_owner("tempfile", "_TemporaryFileCloser"))
 
     def enter(self) -> None:
         """Stand before the real functions."""
@@ -349,12 +350,12 @@ def _stand_in(name: str, real: Any) -> Any:
     return stand_in
 
 
-def _with_defaults() -> list[tuple[Any, str, Any, Any]]:
-    """Return functions of tempfile's that have ``os.unlink`` as a default, with the stand-in's."""
-    closer = _owner("tempfile", "_TemporaryFileCloser")
+@lru_cache(maxsize=2)
+def _with_defaults(kind: Any) -> list[tuple[Any, str, Any, Any]]:
+    """Return a class's functions that have ``os.unlink``, say, as a default, and what stands in."""
     return [
         (f, "__defaults__", f.__defaults__, tuple(_INSTEAD.get(id(d), d) for d in f.__defaults__))
-        for f in vars(closer or object).values()
+        for f in vars(kind or object).values()
         if any(id(d) in _INSTEAD for d in getattr(f, "__defaults__", None) or ())
     ]
 

@@ -129,16 +129,17 @@ def no_output() -> Iterator[None]:
         yield
     finally:
         is_over = True
-        disk.leave()
-        speak(trackers)
-        restore_switches()
-        if environment != variables:
-            _put_back(variables)
+        # First what cannot fail.
         torch.save = save
         builtins.open = io.open = real
         threading.Thread.start = start  # type: ignore[method-assign]
         logging.Logger.handle = handle  # type: ignore[method-assign]
         sys.stdout, sys.stderr = stdout, stderr
+        disk.leave()
+        speak(trackers)
+        restore_switches()
+        if environment != variables:
+            _put_back(variables)
     if disk.refusals:
         # Also where the step caught it.
         raise disk.refusals[0]

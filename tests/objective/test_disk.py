@@ -340,3 +340,14 @@ def test_all_is_put_back_where_the_working_directory_is_gone(tmp_path, monkeypat
             theirs.submit(os.rmdir, home).result()
     assert dict(vars(os)) == functions
     assert open is opened
+
+
+def test_what_cannot_be_put_back_leaves_no_stand_in(monkeypatch):
+    def fail():
+        raise OSError("no")
+
+    monkeypatch.setattr("lla_callbacks.objective.muting.switches", lambda: fail)
+    before = [open, torch.save, threading.Thread.start, sys.stdout, dict(vars(os))]
+    with pytest.raises(OSError, match="no"), no_output():
+        pass
+    assert [open, torch.save, threading.Thread.start, sys.stdout, dict(vars(os))] == before

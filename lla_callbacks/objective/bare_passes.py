@@ -85,7 +85,7 @@ class BarePasses:
         settled = evaluate.settled
         versions = [(t, t._version) for t, _ in self._tensors]
         passes = list(zip(self._copies, self._places, strict=True))
-        here = present_place()
+        here, dtype = present_place(), torch.get_default_dtype()
         found: list[Any] = []
         ended = True
         try:
@@ -99,6 +99,7 @@ class BarePasses:
                         if (
                             not settled(copier)
                             or torch.is_grad_enabled()
+                            or torch.get_default_dtype() is not dtype
                             or any([t._version != version for t, version in versions])
                         ):
                             return [], False

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lla_callbacks.objective.families import Offsets
 from lla_callbacks.objective.recorded import Program, Step
+from lla_callbacks.objective.tensor_copies import storage_of
 
 _ADDMM, _MM = torch.ops.aten.addmm.default, torch.ops.aten.mm.default
 # Products of a shorter sum cost hardly more than adding up what they are made of.
@@ -100,6 +101,9 @@ def _variants(step: Step, family: Offsets) -> list[list[Tensor] | None] | None:
     found = [family.variants(t) for t in step.args]
     if sum(v is not None for v in found[-2:]) != 1:
         return None
+    moved = {storage_of(t) for t in family.moved}
+    if any(v is None and storage_of(t) in moved for t, v in zip(step.args, found, strict=True)):
+        return None  # it moves, too, and how is not known: as it lies in memory, say
     moving = next(v for v in found[-2:] if v is not None)
     result: list[list[Tensor] | None] = []
     for k in range(len(moving)):

@@ -229,10 +229,12 @@ class _Visit:
             self._take(waiting, chunk, found)
         if batched is not None:
             return "vmap"
-        if self._recorded is not None and not self._recorded.are_right():
-            self._forget(waiting)
-            while waiting and not self._late():
-                self._several(waiting)
+        if self._recorded is not None:
+            self.done[self._recorded.found] = True
+            if not self._recorded.are_right():
+                self._forget(waiting)
+                while waiting and not self._late():
+                    self._several(waiting)
         return "loop" if self._recorded is None else "recorded"
 
     def _batched(self, waiting: list[int]) -> BatchedEvaluator | None:
@@ -331,8 +333,12 @@ class _Visit:
         if losses is None:
             self._forget(waiting)
             return False
-        found = torch.tensor(losses, dtype=torch.float64)[:, None]
-        self._take(waiting, waiting[: len(losses)], found)
+        # Not done, nor kept, until the module was asked.
+        self.table[waiting[: len(losses)], 0] = torch.tensor(losses, dtype=torch.float64)
+        del waiting[: len(losses)]
+        if recorded.are_confirmed:
+            self.done[recorded.found] = True
+        self._tell(len(losses))
         return True
 
     def _forget(self, waiting: list[int]) -> None:

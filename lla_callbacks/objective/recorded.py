@@ -28,6 +28,10 @@ _IN_PLACE: dict[Any, Any] = {
 _READERS = (
     "numpy", "tolist", "data_ptr", "untyped_storage", "__array__", "__dlpack__", "__reduce_ex__",
 )  # fmt: skip
+# By which it makes tensors, of numbers or of a list of tensors, whose numbers no operation reads.
+_MAKERS = (torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")
+# Of those, the calls that are going on, given nothing but numbers.
+_of_numbers: list[str] = []
 _SHAPES_BY_NUMBERS = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
 
@@ -50,6 +54,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
+        if func is _aten.lift_fresh.default and args[0].ndim and not _of_numbers:
+            # Of a list, in which there may have been tensors.
+            self._left = -1
         if self._left >= 0 and _kind_of(func).fresh:
             made = _tensors([found])
             self._left -= sum(t.numel() * t.element_size() for t in made)
@@ -81,6 +88,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         steps: list[Step] = []
         written: set[int] = set()
         read: set[int] = set()
+        results: set[int] = set()
         for func, args, kwargs, found in self._calls:
             tensors = _tensors((*args, *kwargs.values()))
             depends = any(id(t) in slots or (moving and _memory(t) in moving) for t in tensors)
@@ -89,6 +97,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return None
             changed = _tensors([_get(args, kwargs, k, name) for k, name in kind.written])
             if not depends:
+                # A result by another name, such as that of nn.Parameter(...), is no constant.
+                if any(_memory(t) in results for t in tensors):
+                    return None
                 # The same each time, as long as nobody else writes it.
                 written |= {_memory(t) for t in changed}
                 continue
@@ -101,10 +112,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             constants = [t for t in tensors if id(t) not in slots]
             read |= {_memory(t) for t in constants} - moving
+            results |= {_memory(t) for t in made}
             for t in made:
                 slots.setdefault(id(t), len(slots))
             steps.append(Step(func, args, kwargs, found, slots, kind))
-        if id(output) not in slots or written & read:
+        if id(output) not in slots or (written | results - moving) & read:
             return None
         return Program(steps, len(slots), slots[id(output)])
 
@@ -113,8 +125,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def nothing_read() -> Iterator[list[str]]:
     """Within this context it is noted by which methods Python gets at numbers without an operation.
 
-    A recorder sees ``.item()`` and ``bool(...)``, but neither ``.tolist()`` nor ``.numpy()``. A
-    function mode would see them, too, but under one torch leaves its fast paths.
+    A recorder sees ``.item()`` and ``bool(...)``, but neither ``.tolist()`` nor ``.numpy()``, nor
+    what ``torch.tensor([loss, other])`` reads. A function mode would see them, too, but under one
+    torch leaves its fast paths.
     """
     seen: list[str] = []
 
@@ -126,17 +139,39 @@ def nothing_read() -> Iterator[list[str]]:
 
         return called
 
-    own = {name: Tensor.__dict__.get(name) for name in _READERS}
+    def made(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if any(_lists_tensors(a) for a in (*args, *kwargs.values())):
+                seen.append(name)
+            _of_numbers.append(name)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                _of_numbers.pop()
+
+        return called
+
+    places: list[tuple[Any, str, Any]] = [(Tensor, name, watched) for name in _READERS]
+    places += [(place, name, made) for place, name in _MAKERS]
+    own = [(place, name, vars(place).get(name)) for place, name, _ in places]
     try:
-        for name in _READERS:
-            setattr(Tensor, name, watched(name, getattr(Tensor, name)))
+        for place, name, wrapped in places:
+            setattr(place, name, wrapped(name, getattr(place, name)))
         yield seen
     finally:
-        for name, method in own.items():
+        for place, name, method in own:
             if method is None:
-                delattr(Tensor, name)
+                delattr(place, name)
             else:
-                setattr(Tensor, name, method)
+                setattr(place, name, method)
+
+
+def _lists_tensors(value: Any) -> bool:
+    """Return whether there are tensors in a list, or in one within it."""
+    return isinstance(value, (list, tuple)) and any(
+        isinstance(v, Tensor) or _lists_tensors(v) for v in value
+    )
 
 
 class Step:

@@ -18,10 +18,13 @@ from lla_callbacks.objective.recorded import Program
 LEAST_POINTS = 24
 # What the results of a recorded pass's operations may take for the moment of recording.
 MOST_BYTES = 128 * 2**20
-# By how much rounding may take apart what first layers taken together give.
+# By how much rounding may take apart what first layers taken together give, in float32; in other
+# arithmetic, by as many units of its rounding.
 RELATIVE, ABSOLUTE = 1e-4, 1e-6
 # After so many points the module is asked first, and again when there are so many times as many.
 FIRST_ASKED, GROWTH = 4, 4
+# And after so many seconds, if so many points came meanwhile: what is not confirmed is not kept.
+ASKED_EVERY, LEAST_ASKED = 5.0, 16
 # Points and seconds of one call.
 LARGEST_BLOCK, LONGEST_BLOCK = 64, 0.5
 
@@ -46,6 +49,7 @@ class RecordedPasses:
         self._family = family
         self._programs = programs
         self._asked, self._ask_at = 0, FIRST_ASKED
+        self._asked_at = time.monotonic()
         self._last: tuple[Sequence[float], float] = ((), 0.0)
         self._first: list[FirstLayers] = []
         self._place = family.place
@@ -88,17 +92,28 @@ class RecordedPasses:
         found = self._passes.means(values)
         self.found += chunk[: len(found)]
         self._last = points[self.found[-1]], found[-1]
-        if len(self.found) >= self._ask_at:
-            self._ask_at *= GROWTH
+        waited = time.monotonic() - self._asked_at > ASKED_EVERY
+        if len(self.found) >= self._ask_at or (waited and self._new >= LEAST_ASKED):
+            self._ask_at = max(self._ask_at, GROWTH * len(self.found))
             if not self.are_right():
                 return None
         return found
 
+    @property
+    def _new(self) -> int:
+        """How many points were found since the module was asked."""
+        return len(self.found) - self._asked
+
+    @property
+    def are_confirmed(self) -> bool:
+        """Whether the module was asked after the last of the points."""
+        return self._new == 0
+
     def are_right(self) -> bool:
         """Return whether the module has the value of the last point, too."""
-        if self._asked == len(self.found):
+        if self.are_confirmed:
             return True
-        self._asked = len(self.found)
+        self._asked, self._asked_at = len(self.found), time.monotonic()
         point, value = self._last
         if self._first:
             self._family.place(point)
@@ -107,7 +122,7 @@ class RecordedPasses:
 
     def _is_same(self, a: float, b: float) -> bool:
         if self._first:
-            return math.isclose(a, b, rel_tol=RELATIVE, abs_tol=ABSOLUTE) or (
-                math.isnan(a) and math.isnan(b)
-            )
+            unit = torch.finfo(self._family.space.precision).eps / torch.finfo(torch.float32).eps
+            same = math.isclose(a, b, rel_tol=RELATIVE * unit, abs_tol=ABSOLUTE * unit)
+            return same or (math.isnan(a) and math.isnan(b))
         return a == b or (math.isnan(a) and math.isnan(b))

@@ -89,6 +89,7 @@ class Repetition:
         loss: Any,
     ) -> None:
         self._seed = seed
+        self._dtype = torch.get_default_dtype()
         self._forget_gathered = forget_gathered
         held = inventory_of(module)
         self._attributes = Namespaces(held, loss)
@@ -112,6 +113,7 @@ class Repetition:
             seed: Where the random streams start this time.
         """
         self._forget_gathered()
+        torch.set_default_dtype(self._dtype)
         seed_everything(self._seed if seed is None else seed)
         if self._unchanged is not None:
             if self._unchanged():
@@ -174,6 +176,8 @@ class _Tensors:
         self._attributes: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         # Parts of tensors of classes of their own.
         self._parts: list[tuple[Tensor, Tensor]] = []
+        # Every tensor, and whether it took gradients; those of before are put aside by the guard.
+        self._flags: list[tuple[Tensor, bool]] = []
         self._values: dict[int, tuple[Tensor, Tensor, int]] = {}
         # Looked at in whole for a few evaluations: what is written below autograd's sight, as
         # by .data, has no new version, and is put back each time from then on.
@@ -188,6 +192,7 @@ class _Tensors:
                     if tensor is not None:
                         own = tensor.__dict__
                         self._attributes[id(tensor)] = (own, dict(own))
+                        self._flags.append((tensor, tensor.requires_grad))
                     if tensor is None or tensor.requires_grad:
                         continue
                     self._places.append((store, name, tensor))
@@ -221,6 +226,11 @@ class _Tensors:
             for name, attribute in attributes.items():
                 if name != ORIGINAL:
                     own[name] = copier.copy(attribute, ((None, "parameter"), f".{name}"))
+        for tensor, flag in self._flags:
+            if tensor.requires_grad is not flag:
+                tensor.requires_grad_(flag)
+            if tensor.grad is not None:
+                tensor.grad = None
         looks, self._looks = self._looks > 0, self._looks - 1
         with torch.no_grad():
             for part, value in self._parts:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
+from operator import eq, is_
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ MOST_LEVELS = 100
 # Objects, containers and tensors that hang together, of one attribute.
 MOST_OBJECTS = 2000
 # What cannot change, or stands for something.
-_FIXED = ATOMS | {weakref.ReferenceType, StandIn, Muted, Swallow}
+_FIXED = ATOMS | {StandIn, Muted, Swallow}
 # Py_TPFLAGS_HEAPTYPE and Py_TPFLAGS_IMMUTABLETYPE: all classes defined in Python have the first and
 # none has the second. They take no more than two pointers beyond what they derive from.
 _HEAP_TYPE, _IMMUTABLE, _POINTERS = 1 << 9, 1 << 8, 16
@@ -46,19 +47,23 @@ class Watch:
         owner: A module, or a class.
         kind: Its class at that moment.
         names: What it had by which name.
-        contents: Containers, and what they held.
+        contents: Containers of whatever they hold, and what they held.
+        plain: Containers of nothing but what cannot change, to whatever depth, likewise.
         long: Those with many entries.
         empty: Containers that held nothing.
         tensors: Tensors, their versions and copies of them.
+        objects: Objects of the user's and their classes.
     """
 
     owner: Any
     kind: type
     names: dict[str, Any]
     contents: list[tuple[Any, Any]]
+    plain: list[tuple[Any, Any]]
     long: list[tuple[Any, Any]]
     empty: Sequence[Any]
     tensors: Sequence[tuple[Tensor, int, Tensor]] = ()
+    objects: Sequence[tuple[Any, type]] = ()
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,8 @@ def watch(
         if value is not original and not notes.take(value):
             return None
     return Watch(
-        owner, type(owner), dict(vars(owner)), notes.contents, notes.long, tuple(empty),
-        notes.tensors,
+        owner, type(owner), dict(vars(owner)), notes.contents, notes.plain, notes.long,
+        tuple(empty), notes.tensors, notes.objects,
     )  # fmt: skip
 
 
@@ -112,8 +117,10 @@ class _Notes:
 
     def __init__(self, known: frozenset[int]) -> None:
         self.contents: list[tuple[Any, Any]] = []
+        self.plain: list[tuple[Any, Any]] = []
         self.long: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[Tensor, int, Tensor]] = []
+        self.objects: list[tuple[Any, type]] = []
         self._known = known
 
     def take(self, value: Any) -> bool:
@@ -121,7 +128,7 @@ class _Notes:
         entries = entries_of(value)
         if entries is not None:
             pair = value, snapshot(value)
-            (self.contents if entries <= FEW_ENTRIES else self.long).append(pair)
+            (self.plain if entries <= FEW_ENTRIES else self.long).append(pair)
             return True
         seen: dict[int, Any] = {}
         waiting = [value]
@@ -145,6 +152,8 @@ class _Notes:
             return () if self._note_tensor(item) else None
         if isinstance(item, (types.FunctionType, types.BuiltinFunctionType)):
             return () if _is_bare(item) else None
+        if kind is weakref.ReferenceType:
+            return [item()]
         own = own_of_shadow(item)
         if own is not None:
             # What is asked of it comes to be there: then all is copied anew.
@@ -168,6 +177,7 @@ class _Notes:
         attributes = getattr(item, "__dict__", None)
         if attributes is not None:
             self.contents.append((attributes, dict(attributes)))
+            self.objects.append((item, kind))
             inside += attributes.values()
         return inside
 
@@ -214,13 +224,15 @@ def _is_plain(kind: type, base: type) -> bool:
 def all_unchanged(watched: Sequence[Watch]) -> Unchanged:
     """Return what tells whether all of these are as they were.
 
-    Whatever is the same object counts as the same without being asked, so that nothing of the
-    user's is called but for what did change.
+    Whatever is the same object counts as the same without being asked, and any other object as
+    another, so that nothing of the user's is called.
     """
     modules = [(vars(w.owner), w.names) for w in watched if isinstance(w.owner, nn.Module)]
     classes = [(w.owner, w.names) for w in watched if not isinstance(w.owner, nn.Module)]
     kinds = [(w.owner, w.kind) for w in watched if isinstance(w.owner, nn.Module)]
+    kinds += [pair for w in watched for pair in w.objects]
     contents = [pair for w in watched for pair in w.contents]
+    plain = [pair for w in watched for pair in w.plain]
     long = [pair for w in watched for pair in w.long]
     empty = [container for w in watched for container in w.empty]
     tensors = [noted for w in watched for noted in w.tensors]
@@ -229,9 +241,11 @@ def all_unchanged(watched: Sequence[Watch]) -> Unchanged:
         try:
             for live, names in modules:
                 # A replayed step mutes its module, each time in the same way.
-                if live != names and live != {**names, **MUTES}:
+                if not (_holds(live, names) or _holds(live, {**names, **MUTES})):
                     return False
-            if not are_equal(contents) or any([t._version != version for t, version, _ in tensors]):
+            if not are_equal(plain) or not all([_is_as_held(c, held) for c, held in contents]):
+                return False
+            if any([t._version != version or _is_marked(t) for t, version, _ in tensors]):
                 return False
             for kind, names in classes:
                 live = vars(kind)
@@ -248,10 +262,54 @@ def all_unchanged(watched: Sequence[Watch]) -> Unchanged:
     )
 
 
+def _holds(live: dict[Any, Any], held: dict[Any, Any]) -> bool:
+    """Return whether a dictionary has the entries that it had.
+
+    What was replaced is not asked whether it is equal: it may say so, and be something else.
+    """
+    if len(live) != len(held):
+        return False
+    if all(map(is_, dict.values(live), held.values())) and all(map(is_, live, held)):
+        return True
+    return all(k in held and _is_alike(v, held[k]) for k, v in dict.items(live))
+
+
+def _is_as_held(container: Any, held: Any) -> bool:
+    """Return whether a container has the members that it had, in the same order."""
+    if isinstance(container, dict):
+        return _holds(container, held) and list(container) == list(held)
+    if len(container) != len(held):
+        return False
+    if isinstance(container, (set, frozenset)):
+        return set(map(id, container)) == set(map(id, held))
+    return all(map(is_, container, held)) or all(map(_is_alike, container, held))
+
+
+def _is_alike(a: Any, b: Any) -> bool:
+    """Return whether two members are the same, or equal and nothing that could change."""
+    if a is b:
+        return True
+    kind = type(a)
+    if kind is not type(b) or not (kind in ATOMS or kind in _CONTAINERS):
+        return False
+    return entries_of(a) is not None and entries_of(b) is not None and bool(a == b)
+
+
+def _is_marked(tensor: Tensor) -> bool:
+    """Return whether a tensor that was bare has a gradient, hooks or attributes."""
+    return bool(tensor.requires_grad or tensor.grad is not None or tensor.__dict__)
+
+
 def are_equal(pairs: Sequence[tuple[Any, Any]]) -> bool:
     """Return whether containers are as their snapshots."""
     try:
-        return all([container == held for container, held in pairs])
+        return all(
+            [
+                container == held
+                and (type(container) is not dict or all(map(eq, container, held)))  # their order
+                for container, held in pairs
+            ]
+        )
     except Exception:  # noqa: BLE001 - of what was put in meanwhile; then they are not
         return False
 

@@ -60,7 +60,9 @@ def both(module: nn.Module, step: Loss, batches: list[Any], **settings: Any) -> 
 def test_a_step_that_writes_gives_the_numbers_of_the_loop(name: str) -> None:
     by_operations, by_loop = both(Net(STEPS[name]), loss, [BATCH, BATCH])
     assert torch.equal(by_operations.table, by_loop.table)
-    stays = ("nothing", "buffer below autograd", "frozen", "frozen parameter")
+    # What is put back, in whatever way it was written.
+    stays = ("nothing", "buffer below autograd", "frozen", "frozen parameter",
+             "gradient of a buffer", "weight turned off")  # fmt: skip
     assert (by_operations.method == "recorded") == (name in stays)
 
 
@@ -221,16 +223,47 @@ def counts(module: Any, batch: Any) -> Tensor:
     return module(batch[0]).square().mean() * module.count  # type: ignore[no-any-return]
 
 
+def lists(module: Any, batch: Any) -> Tensor:
+    out = module(batch[0])
+    # Exceeded at one of the points, where the module is not asked, and read by no operation.
+    return out.mean() * torch.tensor([out.abs().max(), 24.0]).max()  # type: ignore[no-any-return]
+
+
+def lists_in_old_words(module: Any, batch: Any) -> Tensor:
+    out = module(batch[0])
+    return out.mean() * torch.FloatTensor([out.abs().max(), 24.0]).max()  # type: ignore[no-any-return]
+
+
+def renames(module: Any, batch: Any) -> Tensor:
+    out = module(batch[0])
+    return out.mean() * nn.Parameter(out.abs().max()).clamp(min=24.0)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
-    "step", [branches_by_list, branches_by_array, branches, chooses, picks, finds, fills, counts]
-)
+    "step",
+    [branches_by_list, branches_by_array, branches, chooses, picks, finds, fills, counts, lists,
+     lists_in_old_words, renames],
+)  # fmt: skip
 def test_what_depends_on_numbers_goes_through_the_loop(step: Loss) -> None:
+    torch.manual_seed(5)
     module = nn.Linear(6, 3)
     module.register_buffer("count", torch.zeros(()))
     by_operations, by_loop = both(module, step, [(X, Y)])
     assert by_operations.method == "loop"
     assert torch.equal(by_operations.table, by_loop.table)
     assert "numpy" not in Tensor.__dict__  # the watch is over
+    assert not hasattr(torch.tensor, "__wrapped__")
+    assert "new_tensor" not in Tensor.__dict__
+
+
+def test_numbers_made_on_the_way_are_constants() -> None:
+    def makes(module: Any, batch: Any) -> Tensor:
+        out = module(batch[0]) * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor(0.5)
+        return F.cross_entropy(out, batch[1])
+
+    by_operations, by_loop = both(nn.Linear(6, 3), makes, [(X, Y)])
+    assert by_operations.method == "recorded"
+    assert torch.equal(by_operations.table, by_loop.table)
 
 
 @pytest.mark.parametrize("after", [0, 10, 30])
@@ -249,6 +282,35 @@ def test_a_value_that_the_module_does_not_have_makes_all_of_them_void(
     assert by_operations.method == "loop"
     assert by_operations.num_new == 40
     assert torch.equal(by_operations.table, by_loop.table)
+
+
+def test_what_was_not_confirmed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls, kept, told = Program.__call__, [], [], []
+
+    def wrong_at_last(self: Program, *a: Any) -> Tensor:
+        calls.append(None)
+        return run(self, *a) * (1.0 if len(calls) <= 16 else 2.0)
+
+    def stop(count: int) -> None:
+        told.append(count)
+        if sum(told) > 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Program, "__call__", wrong_at_last)
+    objective = Objective(nn.Linear(6, 3), [(X, Y)], classes, mode="eval", check=False)
+    family = Offsets(space_of(objective), [torch.ones(21)])
+    points = torch.linspace(0, 1, 40, dtype=torch.float64)[:, None]
+
+    def keep(table: Tensor, done: Tensor) -> None:
+        kept.append((table.clone(), done.clone()))
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_points(objective, family, points, PointSettings(), keep=keep, listener=stop)
+    table, done = kept[-1]
+    assert len(calls) > 16
+    assert int(done.sum()) == 18  # two that were not recorded, and those the module was asked after
+    loop = evaluate_points(objective, family, points, PointSettings(evaluation="loop")).table
+    assert torch.equal(table[done], loop[done])
 
 
 def test_a_pass_of_large_results_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,10 +346,14 @@ class Wide(nn.Module):
         self.kind = kind
         self.first = nn.Linear(80, 5, bias=kind != "no bias")
         self.second = nn.Linear(5, 3)
+        if kind == "factors":
+            self.low = nn.Parameter(0.01 * torch.randn(80, 9).t())  # not contiguous
         if kind == "frozen bias":
             self.first.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "factors":
+            return self.second((self.low @ self.first.weight.t()).tanh())  # type: ignore[no-any-return]
         if self.kind == "other side":
             return self.second((self.first.weight @ x.T).T.tanh())  # type: ignore[no-any-return]
         h = self.first(x).relu()
@@ -300,7 +366,8 @@ class Wide(nn.Module):
     ("kind", "count", "still", "taken"),
     [("bias", 2, False, True), ("bias", 1, False, True), ("bias", 3, False, True),
      ("bias", 2, True, True), ("no bias", 2, False, True), ("frozen bias", 2, False, True),
-     ("other side", 2, False, True), ("used twice", 2, False, True)],
+     ("other side", 2, False, True), ("used twice", 2, False, True),
+     ("factors", 2, False, False)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_first_layers_give_the_numbers_of_the_loop(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from random import Random
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -47,6 +49,8 @@ class Net(nn.Module):
         self.tensors = {"a": torch.zeros((), dtype=torch.float64), "b": torch.zeros(999)}
         self.order = OrderedDict(a=1.0, b=2.0, c=3.0)
         self.found: defaultdict[str, list[int]] = defaultdict(list)
+        self.state = State()
+        self.recent = {"a": 1.0, "b": 2.0}
 
 
 class Config:
@@ -55,6 +59,17 @@ class Config:
     def __init__(self) -> None:
         self.count = 0.0
         self.inside = {"deep": [Inner()]}
+
+
+class Other(Config):
+    """What a step makes of an object."""
+
+
+@dataclass
+class State:
+    """Equal to every other, whatever it counts."""
+
+    count: float = field(default=0.0, compare=False)
 
 
 class Inner:
@@ -78,6 +93,40 @@ def deep(net: Any) -> float:
 def at_the_far_end(net: Any) -> float:
     net.tensors["b"].data[-1] += 1
     return float(net.tensors["b"][-1])
+
+
+def equal_to_what_it_was(net: Any) -> float:
+    net.state = State(net.state.count + 1)
+    return net.state.count  # type: ignore[no-any-return]
+
+
+def by_a_weak_reference(net: Any) -> float:
+    net.friend().count += 1
+    return net.friend().count  # type: ignore[no-any-return]
+
+
+def last_to_first(net: Any) -> float:
+    name = next(iter(net.recent))
+    net.recent[name] = net.recent.pop(name)
+    return net.recent[name]  # type: ignore[no-any-return]
+
+
+def of_another_class(net: Any) -> float:
+    before, net.config.__class__ = type(net.config), Other
+    return float(before is Other)
+
+
+def gradients(tensor: Tensor) -> float:
+    with torch.enable_grad():
+        (3 * tensor.requires_grad_()).sum().backward(inputs=[tensor])
+    assert tensor.grad is not None
+    return float(tensor.grad.sum())
+
+
+def turned_off(net: Any) -> float:
+    before = net.inner.bias.requires_grad
+    net.inner.bias.requires_grad_(False)
+    return float(before)
 
 
 def loss(net: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -178,6 +227,13 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "tensors": lambda net: net.tensors["a"].add_(1),
     "tensors unseen": lambda net: net.tensors["a"].data.add_(1).clone(),
     "large tensor": at_the_far_end,
+    "equal object": equal_to_what_it_was,
+    "order of a dictionary": last_to_first,
+    "class of an object": of_another_class,
+    "gradient of an attribute": lambda net: gradients(net.tensors["a"]),
+    "gradient of a buffer": lambda net: gradients(net.calls),
+    "gradient of a weight": lambda net: gradients(net.inner.bias),
+    "weight turned off": turned_off,
 }
 
 
@@ -352,6 +408,15 @@ def test_what_a_step_does_to_its_trainer_is_the_same_at_every_pass(
         assert evaluate.is_steady is watched
     assert len(set(rows)) == 1
     assert net.boss.fit_loop.max_epochs == 5
+
+
+def test_what_a_weak_reference_leads_to_is_the_same_at_every_pass() -> None:
+    friend = Config()
+    net = Net(by_a_weak_reference)
+    net.friend = weakref.ref(friend)
+    with evaluating(Objective(net, [BATCH], loss, mode="eval")) as evaluate:
+        assert len({evaluate.row()[0] for _ in range(4)}) == 1
+    assert friend.count == 0.0
 
 
 def test_an_attribute_that_is_a_view_of_weights_moves_with_them() -> None:

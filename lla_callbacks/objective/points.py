@@ -195,8 +195,7 @@ class _Visit:
         # for.
         self._on_cpu = self.evaluate.objective.device.type == "cpu"
         self._clock = time.thread_time if self._on_cpu else time.perf_counter
-        # Points from one start, next time; 0: each has its own.
-        self._together = 1
+        self._together = 1  # points from one start, next time; 0: each has its own
         self._tries = 3
         self._passes: BarePasses | None = None
         self._recorded: RecordedPasses | None = None
@@ -229,9 +228,9 @@ class _Visit:
             self._take(waiting, chunk, found)
         if batched is not None:
             return "vmap"
-        if self._recorded is not None:
-            self.done[self._recorded.found] = True
-            if not self._recorded.are_right():
+        if (recorded := self._recorded) is not None:
+            self.done[recorded.found] = True
+            if not recorded.are_right():
                 self._forget(waiting)
                 while waiting and not self._late():
                     self._several(waiting)
@@ -334,7 +333,7 @@ class _Visit:
             self._forget(waiting)
             return False
         # Not done, nor kept, until the module was asked.
-        self.table[waiting[: len(losses)], 0] = torch.tensor(losses, dtype=torch.float64)
+        self._table[waiting[: len(losses)], 0] = losses
         del waiting[: len(losses)]
         if recorded.are_confirmed:
             self.done[recorded.found] = True

@@ -114,6 +114,8 @@ def autocast_inside(*, off: bool, note: Callable[[torch.dtype], object]) -> Iter
             return enter(self)
         if not off:
             note(self.fast_dtype)
+            # Casts of weights are kept until the outermost region ends, which is ours.
+            torch.clear_autocast_cache()
             return enter(self)
         # As it was for whoever keeps the region and enters it again elsewhere.
         self._enabled = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import enum
 import io
 import itertools
@@ -35,7 +36,9 @@ _ATOMIC = (
     "torch.cuda", "torch.distributed", "torch.autograd", "torch.classes", "torch.nn.utils",
     "inspect",
 )  # fmt: skip
-_CONSTANT = (type, enum.Enum, np.generic, logging.Logger, np.dtype)
+# What C hands on to C, such as to closures of torch.compile: Python sees nothing in it.
+_CAPSULE = type(datetime.datetime_CAPI)  # type: ignore[attr-defined]
+_CONSTANT = (type, enum.Enum, np.generic, logging.Logger, np.dtype, _CAPSULE)
 _DEFINITIONS = (types.FunctionType, type, types.ModuleType)
 _STREAMS = ("stdout", "stderr", "stdin", "__stdout__", "__stderr__", "__stdin__")
 # A new lock is as good as a copy: nobody else holds it.

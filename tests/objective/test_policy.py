@@ -12,6 +12,10 @@ from lla_callbacks.objective import policy
 from lla_callbacks.objective.policy import policy_dtype, put_aside
 from lla_callbacks.objective.precision import at_precision
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.current_stream(), "record_event"),
+    reason="fully_shard does not run on CPUs with this release of torch",
+)
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
 CASTING = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
 # Of a parameter, as torch has it between two passes.

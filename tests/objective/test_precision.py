@@ -6,6 +6,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lla_callbacks import loss_line, measure_hessian
+from lla_callbacks.objective.families import Offsets
+from lla_callbacks.objective.objective import Objective
+from lla_callbacks.objective.points import PointSettings, evaluate_points, space_of
 from lla_callbacks.objective.precision import at_precision, original_of
 
 
@@ -125,6 +128,22 @@ def test_an_autocast_of_the_users_own_is_off_and_comes_back():
     assert line.loss[1] == pytest.approx(twin.loss, rel=1e-6)
     # The region that the module keeps works again.
     assert torch.equal(loss(module, batches(torch.float32)[0]), before)
+
+
+@pytest.mark.parametrize("evaluation", ["loop", "auto"])
+def test_points_have_casts_of_their_own_weights_in_an_autocast_that_stays_on(evaluation):
+    module, batch = OwnAutocast(), batches(torch.float32)[0]
+    objective = Objective(module, [batch], loss, precision="training", check=False)
+    space = space_of(objective)
+    direction = torch.randn(space.dim, generator=torch.Generator().manual_seed(1))
+    points = torch.linspace(-2, 2, 40, dtype=torch.float64)[:, None]
+    family = Offsets(space, [direction])
+    found = evaluate_points(objective, family, points, PointSettings(evaluation=evaluation)).table
+    with torch.no_grad():
+        for k in range(0, 40, 13):
+            family.place(points[k].tolist())
+            assert found[k, 0].item() == pytest.approx(loss(module, batch).item(), rel=1e-6)
+    family.restore()
 
 
 def test_an_autocast_of_the_users_own_that_stays_on_is_said():

@@ -37,7 +37,7 @@ _ATOMIC = (
     "inspect",
 )  # fmt: skip
 # What C hands on to C, such as to closures of torch.compile: Python sees nothing in it.
-_CAPSULE = type(datetime.datetime_CAPI)  # type: ignore[attr-defined]
+_CAPSULE = type(datetime.datetime_CAPI)
 _CONSTANT = (type, enum.Enum, np.generic, logging.Logger, np.dtype, _CAPSULE)
 _DEFINITIONS = (types.FunctionType, type, types.ModuleType)
 _STREAMS = ("stdout", "stderr", "stdin", "__stdout__", "__stderr__", "__stdin__")

@@ -56,6 +56,8 @@ def figure_of(axes: Any) -> Figure:
             f"ax is of type {type(axes).__name__}; give axes of matplotlib, or None for a figure "
             "of its own."
         )
-    found = axes.get_figure(root=True)
+    found: Any = axes.figure
+    while getattr(found, "figure", found) is not found:  # a part of another one
+        found = found.figure
     assert isinstance(found, Figure)
     return found

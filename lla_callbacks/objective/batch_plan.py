@@ -11,6 +11,7 @@ from typing import Any
 from lla_callbacks.linalg.errors import MeasurementError, OutOfMemoryError, is_out_of_memory
 from lla_callbacks.linalg.loss_operator import LossTerm
 from lla_callbacks.linalg.sharing import Share
+from lla_callbacks.linalg.splitting import check_split
 from lla_callbacks.objective.batches import part_counts, split
 from lla_callbacks.objective.counting import UnknownSizeError, sample_count
 from lla_callbacks.objective.held_loss import HeldLoss, trainable
@@ -21,7 +22,6 @@ from lla_callbacks.objective.memory import (
     basis_room,
     saved_bytes,
 )
-from lla_callbacks.objective.splitting import check_split
 from lla_callbacks.objective.training_step import SkippedBatchError
 
 Context = Callable[[], AbstractContextManager[None]]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lla_callbacks.linalg.errors import MeasurementError, NonFiniteError, forgetful
 from lla_callbacks.linalg.space import ParameterSpace
+from lla_callbacks.linalg.splitting import value_of
 from lla_callbacks.objective.batches import fresh
 from lla_callbacks.objective.checks import flag, one_of, scalar_loss
 from lla_callbacks.objective.copies import Copier
@@ -35,7 +36,6 @@ from lla_callbacks.objective.randomness import (
 )
 from lla_callbacks.objective.repetition import keep_processes_apart
 from lla_callbacks.objective.sharded import is_sharded, reshard
-from lla_callbacks.objective.splitting import value_of
 from lla_callbacks.objective.state import preserved, set_mode
 from lla_callbacks.objective.training_step import SkippedBatchError, at_place
 from lla_callbacks.objective.twice_differentiable import once_differentiable, twice_differentiable

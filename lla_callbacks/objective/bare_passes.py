@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.recorded import Program, Recorder, nothing_read
 from lla_callbacks.objective.batches import is_plain_batch, refilled
 from lla_callbacks.objective.evaluation import Evaluator
 from lla_callbacks.objective.randomness import random_marks
-from lla_callbacks.objective.recorded import Program, Recorder, nothing_read
 from lla_callbacks.objective.tensor_copies import differ, separate
 from lla_callbacks.objective.training_step import at_place, present_place
 
@@ -118,7 +118,7 @@ class BarePasses:
 
         Args:
             live: The weights that move, by their memory.
-            most_bytes: See :class:`~lla_callbacks.objective.recorded.Recorder`.
+            most_bytes: See :class:`~lla_callbacks.linalg.recorded.Recorder`.
 
         Returns:
             The loss, whether the pass came to its end, and a program for each batch: ``None`` if

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from lla_callbacks.linalg.recorded import Program, Recorder
 from lla_callbacks.objective.batched_forms import batched_forms
 from lla_callbacks.objective.evaluation import Evaluator, Statistics
-from lla_callbacks.objective.recorded import Program, Recorder
 from lla_callbacks.objective.twice_differentiable import elementary_normalization
 
 # Points in the first pass, and at most: while twice as many take less time a point, the next pass

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.recorded import storage_of
 from lla_callbacks.linalg.space import ParameterSpace, local_part
 from lla_callbacks.objective.evaluation import Statistics
-from lla_callbacks.objective.tensor_copies import storage_of
 
 # Bytes that the weights at the present row of a plane may take, kept for the whole row.
 ROW_BYTES = 256 * 2**20

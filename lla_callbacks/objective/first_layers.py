@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lla_callbacks.linalg.recorded import Program, Step, storage_of
 from lla_callbacks.objective.families import Offsets
-from lla_callbacks.objective.recorded import Program, Step
-from lla_callbacks.objective.tensor_copies import storage_of
 
 _ADDMM, _MM = torch.ops.aten.addmm.default, torch.ops.aten.mm.default
 # Products of a shorter sum cost hardly more than adding up what they are made of.

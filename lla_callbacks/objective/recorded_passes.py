@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
+from lla_callbacks.linalg.recorded import Program
 from lla_callbacks.objective.bare_passes import BarePasses
 from lla_callbacks.objective.families import Family, Offsets
 from lla_callbacks.objective.first_layers import FirstLayers
-from lla_callbacks.objective.recorded import Program
 
 # Fewer points than this do not pay for recording a pass and for the passes that check it.
 LEAST_POINTS = 24
@@ -79,16 +79,19 @@ class RecordedPasses:
         until = time.monotonic() + LONGEST_BLOCK
         place, programs, first = self._place, self._programs, self._first
         values = []
-        with torch.no_grad():
-            for k, i in enumerate(chunk):
-                if k and (time.monotonic() > until or late()):
-                    break
-                place(points[i])
-                if first:
-                    given = [layers.at(points[i]) for layers in first]
-                    values += [p((), g).item() for p, g in zip(programs, given, strict=True)]
-                else:
-                    values += [program(()).item() for program in programs]
+        try:
+            with torch.no_grad():
+                for k, i in enumerate(chunk):
+                    if k and (time.monotonic() > until or late()):
+                        break
+                    place(points[i])
+                    if first:
+                        given = [layers.at(points[i]) for layers in first]
+                        values += [p((), g).item() for p, g in zip(programs, given, strict=True)]
+                    else:
+                        values += [program(()).item() for program in programs]
+        except RuntimeError:  # of memory, say: the loop needs less, or says what it is
+            return None
         found = self._passes.means(values)
         self.found += chunk[: len(found)]
         self._last = points[self.found[-1]], found[-1]

@@ -74,17 +74,6 @@ def differ(part: Tensor, value: Tensor) -> bool:
     return not same_bits(part, value)
 
 
-def storage_of(tensor: Tensor) -> int | None:
-    """Return what tells a tensor's memory from other memory that is there now, None without any.
-
-    Not its address: to ask for that is to write, in torch's eyes, and lazy copies become real.
-    """
-    try:
-        return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
-    except (RuntimeError, NotImplementedError):
-        return None
-
-
 def plain_parts(tensor: Tensor) -> list[Tensor]:
     """Return the ordinary tensors that a tensor of whatever class consists of."""
     if hasattr(tensor, "__tensor_flatten__"):

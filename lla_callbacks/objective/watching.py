@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lla_callbacks.linalg.recorded import storage_of
 from lla_callbacks.objective.bulk import rows_of
 from lla_callbacks.objective.rules import ATOMS
 from lla_callbacks.objective.shadows import own_of_shadow
 from lla_callbacks.objective.stand_ins import Muted, StandIn, Swallow
-from lla_callbacks.objective.tensor_copies import differ, separate, storage_of
+from lla_callbacks.objective.tensor_copies import differ, separate
 from lla_callbacks.objective.training_step import MUTES
 
 _CONTAINERS = frozenset({list, dict, set, tuple, frozenset, deque})

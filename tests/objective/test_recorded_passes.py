@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lla_callbacks import loss_plane
+from lla_callbacks.linalg.recorded import Program
 from lla_callbacks.objective import recorded_passes
 from lla_callbacks.objective.batched import BatchedEvaluator
 from lla_callbacks.objective.families import Offsets, Segment
 from lla_callbacks.objective.first_layers import FirstLayers
 from lla_callbacks.objective.objective import Objective
 from lla_callbacks.objective.points import PointSettings, Values, evaluate_points, space_of
-from lla_callbacks.objective.recorded import Program
 from tests.kinds import KINDS, Kind
 from tests.objective.test_watching import BATCH, STEPS, Net, loss
 
@@ -311,6 +311,22 @@ def test_what_was_not_confirmed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     assert int(done.sum()) == 18  # two that were not recorded, and those the module was asked after
     loop = evaluate_points(objective, family, points, PointSettings(evaluation="loop")).table
     assert torch.equal(table[done], loop[done])
+
+
+def test_operations_that_fail_leave_the_points_to_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = Program.__call__, []
+
+    def fails(self: Program, *a: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) > 7:
+            raise RuntimeError("out of memory")
+        return run(self, *a)
+
+    monkeypatch.setattr(Program, "__call__", fails)
+    by_operations, by_loop = both(nn.Linear(6, 3), classes, [(X, Y)])
+    assert len(calls) == 8
+    assert by_operations.method == "loop"
+    assert torch.equal(by_operations.table, by_loop.table)
 
 
 def test_a_pass_of_large_results_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lla_callbacks.objective.tensor_copies import storage_of
-
 _aten = torch.ops.aten
 _NOTHING: Mapping[int, Tensor] = {}
 # Of which the input need not be kept.
@@ -354,3 +352,14 @@ def _memory(tensor: Tensor) -> int:
     """Return what a tensor's memory is known by under any view."""
     storage = storage_of(tensor)
     return id(tensor) if storage is None else storage
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """Return what tells a tensor's memory from other memory that is there now, None without any.
+
+    Not its address: to ask for that is to write, in torch's eyes, and lazy copies become real.
+    """
+    try:
+        return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+    except (RuntimeError, NotImplementedError):
+        return None

@@ -37,7 +37,7 @@ from lla_callbacks.objective.stand_ins import (
     muted,
     renewed,
 )
-from lla_callbacks.objective.tensor_copies import Storages
+from lla_callbacks.objective.tensor_copies import Storages, tensor_below
 from lla_callbacks.objective.weak_copies import (
     copy_of_container,
     copy_of_proxy,
@@ -235,6 +235,11 @@ class Copier:
             for i, item in enumerate(value.flat):
                 copied.flat[i] = self.copy(item, (path, (i,)))
             return copied
+        below = tensor_below(value)
+        if below is not None:  # a view of weights moves with them
+            copied = self._storages.copy(below)
+            if copied.dtype == below.dtype:
+                return copied.numpy()
         if value.nbytes >= LENT_BYTES:
             lent = value.view()
             lent.flags.writeable = False

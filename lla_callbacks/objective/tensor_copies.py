@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,6 +84,26 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
     with torch._C.DisableTorchFunctionSubclass():
         bare = tensor.data
     return [bare] if type(bare) is Tensor and bare.layout is torch.strided else []
+
+
+def tensor_below(array: Any) -> Tensor | None:
+    """Return a tensor of an array's memory, where that is a tensor's, as of ``weight.numpy()``."""
+    base = array
+    while type(base) is np.ndarray:
+        base = base.base
+    if (
+        type(base) not in _PLAIN
+        or base.layout is not torch.strided
+        or type(array) is not np.ndarray
+    ):
+        return None
+    size = base.element_size()
+    if array.itemsize != size or any(step < 0 or step % size for step in array.strides):
+        return None
+    shift = (array.__array_interface__["data"][0] - base.data_ptr()) // size
+    steps = [step // size for step in array.strides]
+    found = base.detach().as_strided(array.shape, steps, base.storage_offset() + shift)
+    return found if found.numpy().dtype == array.dtype else None
 
 
 class Storages:

@@ -447,3 +447,26 @@ def test_containers_that_hold_themselves_or_are_deep_come_to_an_end() -> None:
         # Object by object a ring of one is known, and a chain of thousands is not.
         assert (watch(nn.Module(), [(value, None)]) is not None) == (value is ring)
     assert time.process_time() - began < 0.5
+
+
+def test_an_array_that_is_a_view_of_weights_or_of_a_tensor_stays_one() -> None:
+    def adds(net: Any) -> float:
+        net.one += 1  # in place
+        return float(net.aside.sum() + net.calls)
+
+    net = Net(adds)
+    net.aside = net.inner.weight.detach().numpy()[0, 1:]
+    net.one = net.calls.numpy()
+    objective = Objective(net, [BATCH], loss, mode="eval")
+    family = Offsets(space_of(objective), [torch.ones(3, dtype=torch.float64)])
+    with evaluating(objective) as evaluate:
+        found = []
+        for alpha in (0.0, 1.0, 0.0, 1.0):
+            family.place([alpha])
+            found.append(evaluate.row()[0])
+            with torch.no_grad():
+                by_hand = (net.inner(BATCH[0]) - BATCH[1]).square().mean() + net.inner.weight[0, 1]
+            assert found[-1] == pytest.approx(float(by_hand) + 1.0, rel=1e-12)
+        family.restore()
+    assert found[:2] == found[2:]
+    assert float(net.calls) == 0.0

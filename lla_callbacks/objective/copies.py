@@ -235,7 +235,7 @@ class Copier:
             for i, item in enumerate(value.flat):
                 copied.flat[i] = self.copy(item, (path, (i,)))
             return copied
-        below = tensor_below(value)
+        below = tensor_below(value) if type(value) is np.ndarray else None
         if below is not None:  # a view of weights moves with them
             copied = self._storages.copy(below)
             if copied.dtype == below.dtype:

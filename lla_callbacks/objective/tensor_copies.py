@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,13 +88,9 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
 def tensor_below(array: Any) -> Tensor | None:
     """Return a tensor of an array's memory, where that is a tensor's, as of ``weight.numpy()``."""
     base = array
-    while type(base) is np.ndarray:
+    while type(base) is type(array):
         base = base.base
-    if (
-        type(base) not in _PLAIN
-        or base.layout is not torch.strided
-        or type(array) is not np.ndarray
-    ):
+    if type(base) not in _PLAIN or base.layout is not torch.strided:
         return None
     size = base.element_size()
     if array.itemsize != size or any(step < 0 or step % size for step in array.strides):
